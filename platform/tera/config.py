@@ -1,0 +1,322 @@
+"""The platform's configuration: every knob, its default, unit and meaning.
+
+`values.yaml` is the file form (camelCase); `PlatformConfig` is the same tree in Python
+(snake_case). This is the only module that reads the environment or configuration files.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+
+from tera.errors import ConfigError
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+"""A short DNS label: it becomes part of an application's and a Kubernetes object's name."""
+
+Capability = Literal["completions", "chat"]
+
+SOURCE_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "demo")
+
+
+class Section(BaseModel):
+    """Base of every part: immutable, and a key that it does not know is refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class ReplicaBounds(Section):
+    """How many replicas there may be; applied in place, without a restart."""
+
+    min: int = Field(default=1, ge=0)
+    """0 scales to zero when idle."""
+    max: int = Field(default=1, ge=0)
+    """0 keeps the entry and deploys nothing."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max and self.min > self.max:
+            raise ValueError(f"min ({self.min}) is over max ({self.max}); lower min or raise max")
+        return self
+
+
+class Parallelism(Section):
+    """How one replica is spread over GPUs."""
+
+    tensor: int = Field(default=1, ge=1)
+    """GPUs of one worker that share every layer."""
+    pipeline: int = Field(default=1, ge=1)
+    """Workers that hold consecutive layers."""
+
+
+class Scaling(Section):
+    """Queue bounds and autoscaling of one model; applied in place, without a restart."""
+
+    target_ongoing_requests: float = Field(default=16, gt=0)
+    """Queue depth aimed at: queued and running requests per replica."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that one replica accepts at once; more wait at the gateway."""
+    max_queued_requests: int = Field(default=256, ge=1)
+    """Requests that one gateway replica lets wait for this model."""
+    upscale_delay_seconds: float = Field(default=10, ge=0)
+    downscale_delay_seconds: float = Field(default=300, ge=0)
+    downscale_to_zero_delay_seconds: float = Field(default=1800, ge=0)
+    cold_start_deadline_seconds: float = Field(default=600, gt=0)
+    """How long a request waits for a model that has no replica yet."""
+
+
+class EngineConfig(Section):
+    """Which engine a model runs on. Editing it reloads this model and no other."""
+
+    kind: Literal["vllm", "simulated"] = "vllm"
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Passed to the engine as they are: vLLM's `AsyncEngineArgs`, or the simulated engine's
+    `profile` and `faults`."""
+
+
+class ModelConfig(Section):
+    """One model that tenants can name."""
+
+    id: str = Field(min_length=1, max_length=256)
+    """What clients send as `model`."""
+    aliases: tuple[str, ...] = Field(default=(), strict=False)
+    """Other names that it answers to."""
+    enabled: bool = True
+    """False removes the model, without removing its settings."""
+    source: str = ""
+    """Where the weights are: hf://org/name@revision, s3://, gs://, pvc://, file:// or demo://."""
+    engine: EngineConfig = EngineConfig()
+    replicas: ReplicaBounds = ReplicaBounds()
+    parallelism: Parallelism = Parallelism()
+    scaling: Scaling = Scaling()
+    capabilities: tuple[Capability, ...] = Field(default=("completions", "chat"), strict=False)
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        scheme, separator, rest = self.source.partition("://")
+        if self.source and (not separator or scheme not in SOURCE_SCHEMES or not rest):
+            wanted = ", ".join(f"{scheme}://" for scheme in SOURCE_SCHEMES)
+            raise ValueError(f"source {self.source!r} must begin with one of {wanted}")
+        if self.engine.kind == "vllm" and not self.source:
+            raise ValueError("source is missing; a vllm model needs one, such as hf://org/name")
+        return self
+
+
+class ModelDefaults(Section):
+    """What every model inherits where it says nothing itself."""
+
+    enabled: bool = True
+    replicas: ReplicaBounds = ReplicaBounds()
+    parallelism: Parallelism = Parallelism()
+    scaling: Scaling = Scaling()
+
+
+class RequestLimits(Section):
+    """Bounds on one request, whoever sends it."""
+
+    max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
+    deadline_seconds: float = Field(default=600, gt=0)
+    """From arrival to the last token."""
+    first_token_deadline_seconds: float = Field(default=120, gt=0)
+    """From arrival to the first token, cold start apart."""
+    retries: int = Field(default=2, ge=0)
+    """Further replicas tried after one has failed."""
+    keep_alive_seconds: float = Field(default=15, gt=0, le=15)
+    """Longest silence on a stream before a comment line is sent."""
+
+
+class GatewayConfig(Section):
+    """The replicas that speak HTTP."""
+
+    replicas: ReplicaBounds = ReplicaBounds()
+    requests: RequestLimits = RequestLimits()
+
+
+class ExternalRedis(Section):
+    """A Redis or Valkey that exists already."""
+
+    address: str = ""
+    """host:port."""
+    tls: bool = False
+
+
+class RedisConfig(Section):
+    """Where keys and limits live."""
+
+    embedded: bool = True
+    """On one machine a redis-server of our own; on a cluster one Valkey StatefulSet."""
+    external: ExternalRedis = ExternalRedis()
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if not self.embedded and not self.external.address:
+            raise ValueError("external.address is missing; give host:port, or set embedded: true")
+        if self.embedded and self.external.address:
+            raise ValueError("external.address is set; set embedded: false to use it")
+        return self
+
+
+class PlatformConfig(Section):
+    """A whole platform."""
+
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+    model_defaults: ModelDefaults = ModelDefaults()
+    gateway: GatewayConfig = GatewayConfig()
+    redis: RedisConfig = RedisConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        defaults = values.get("modelDefaults")
+        models = values.get("models")
+        if not isinstance(defaults, Mapping) or not isinstance(models, Mapping):
+            return values
+        merged = {name: _deep_merge(defaults, model) for name, model in models.items()}
+        return {**values, "models": merged}
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        owner: dict[str, str] = {}
+        for name, model in self.models.items():
+            for client_name in (model.id, *model.aliases):
+                if client_name in owner:
+                    raise ValueError(
+                        f"models.{name} and models.{owner[client_name]} both answer to "
+                        f"{client_name!r}; give each model its own id and aliases"
+                    )
+                owner[client_name] = name
+        return self
+
+    def deployed_models(self) -> dict[str, ModelConfig]:
+        """Return the models that get an application, by short name, in the file's order."""
+        return {
+            name: model
+            for name, model in self.models.items()
+            if model.enabled and model.replicas.max > 0
+        }
+
+
+def _deep_merge(defaults: Mapping[str, Any], values: Any) -> Any:
+    """Return `values` over `defaults`; anything but two mappings is replaced whole."""
+    if not isinstance(values, Mapping):
+        return values
+    merged = dict(defaults)
+    for key, value in values.items():
+        below = merged.get(key)
+        merged[key] = _deep_merge(below, value) if isinstance(below, Mapping) else value
+    return merged
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML where writing a key twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_platform(path: Path) -> PlatformConfig:
+    """Read a values file.
+
+    Raises:
+        ConfigError: one line for each fault, each beginning with the path of the value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+    return parse_platform({} if values is None else values)
+
+
+def parse_platform(values: Any) -> PlatformConfig:
+    """Return the platform that parsed values describe.
+
+    Raises:
+        ConfigError: one line for each fault, each beginning with the path of the value.
+    """
+    try:
+        return PlatformConfig.model_validate(values, by_alias=True, by_name=False)
+    except ValidationError as error:
+        faults = [_fault(detail["loc"], detail) for detail in error.errors()]
+        raise ConfigError("\n".join(faults)) from error
+
+
+def _fault(location: tuple[int | str, ...], detail: Any) -> str:
+    path = ".".join(str(part) for part in location if part != "[key]") or "values"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key"
+    if kind == "missing":
+        return f"{path}: is missing"
+    message = re.sub(r"^Value error, ", "", detail["msg"])
+    if kind == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message} (got {detail['input']!r})"
+
+
+class Runtime(Section):
+    """What a process learns from its environment: addresses and secrets, never the platform.
+
+    `tera serve` sets these for one machine, the chart sets them from Secrets.
+    """
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    key_pepper: str = ""
+    """Server-side part of every key's hash; without it a stolen Redis dump is no use."""
+    cluster_secret: str = ""
+    """Shared by gateway and engine replicas; authenticates the token channel."""
+    home: Path = Path(".tera")
+    """State of one machine: models, embedded Redis, logs, secrets."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Return the settings of this process."""
+        names = {"redis_url", "key_pepper", "cluster_secret"}
+        found = {name: os.environ.get(f"TERA_{name.upper()}") for name in names}
+        return cls(
+            **{name: value for name, value in found.items() if value is not None},
+            home=Path(os.environ.get("TERA_HOME", ".tera")).absolute(),
+        )
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variables that `from_environment` reads back."""
+        return {
+            "TERA_REDIS_URL": self.redis_url,
+            "TERA_KEY_PEPPER": self.key_pepper,
+            "TERA_CLUSTER_SECRET": self.cluster_secret,
+            "TERA_HOME": str(self.home),
+        }
