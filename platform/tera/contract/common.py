@@ -1,0 +1,325 @@
+"""What every endpoint shares: strict types, the error envelope, usage, model cards."""
+
+import json
+import re
+from typing import Annotated, Any, Literal, Never, TypeVar
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tera.errors import (
+    InvalidJsonError,
+    InvalidRequestError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingParameterError,
+    TeraError,
+    UnsupportedParameterError,
+)
+
+MAX_JSON_DEPTH = 64
+
+
+class Request(BaseModel):
+    """Base of request bodies: strict types, null means absent, unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+def _integer(value: Any) -> Any:
+    """Accept `1.0` as an integer, as JSON Schema does, and nothing else that is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("float_type", "a number")
+    return float(value) if abs(value) < 2**1023 else float("inf")
+
+
+Integer = Annotated[int, BeforeValidator(_integer)]
+"""A JSON integer of any size; `true` is none, `1.0` is one."""
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A JSON number; an integer is one."""
+
+
+def unsupported(reason: str) -> Never:
+    """Refuse, inside a validator, a parameter that this deployment cannot honour."""
+    raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason})
+
+
+def invalid(reason: str, at: str = "") -> Never:
+    """Refuse, inside a validator, a value; `at` is the path within the field, such as `[2]`."""
+    raise PydanticCustomError("invalid_value", "{reason}", {"reason": reason, "at": at})
+
+
+def wrong_type(expected: str, value: Any, at: str = "") -> Never:
+    """Refuse, inside a validator, a JSON type; `at` is the path within the field."""
+    context = {"expected": expected, "received": _shown(value), "at": at}
+    raise PydanticCustomError("wrong_type", "{expected}", context)
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        invalid("must not be empty")
+    return text
+
+
+NonEmpty = Annotated[str, AfterValidator(_not_empty)]
+
+T = TypeVar("T", bound=Request)
+
+
+def parse_request(kind: type[T], body: dict[str, Any]) -> T:
+    """Return the request in a parsed JSON object.
+
+    Raises:
+        InvalidRequestError: of the kind that fits the first wrong field in the order in which
+            the fields are declared; `param` is its path, such as `prompt[2]`.
+    """
+    present = {name: value for name, value in body.items() if value is not None}
+    try:
+        return kind.model_validate(present)
+    except ValidationError as error:
+        order = {name: position for position, name in enumerate(kind.model_fields)}
+        faults = error.errors(include_url=False)
+        first = min(faults, key=lambda fault: order.get(str(fault["loc"][0]), -1))
+        raise _field_error(first) from error
+
+
+def _field_error(fault: ErrorDetails) -> InvalidRequestError:
+    kind, context = fault["type"], fault.get("ctx") or {}
+    param = path_of(fault["loc"]) + context.get("at", "")
+    if kind == "missing":
+        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    if kind == "unsupported_parameter":
+        return UnsupportedParameterError(f"'{param}' {context['reason']}.", param=param)
+    if kind == "invalid_value":
+        return InvalidValueError(f"Invalid '{param}': {context['reason']}.", param=param)
+    received = context.get("received") or _shown(fault["input"])
+    if bounds := _bounds(kind, context):
+        return InvalidValueError(
+            f"Invalid '{param}': must be {bounds}, but {received} was given.", param=param
+        )
+    wanted = context.get("expected") or _WANTED.get(kind, "another type")
+    return InvalidTypeError(
+        f"Invalid type for '{param}': expected {wanted}, but got {received} instead.", param=param
+    )
+
+
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "finite_number": "a finite number",
+}
+
+
+def _bounds(kind: str, context: dict[str, Any]) -> str:
+    """Return the range that a range error speaks of, or nothing if it is another error."""
+    words = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("greater than", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("less than", "lt"),
+    }
+    if kind in words:
+        word, key = words[kind]
+        return f"{word} {context[key]:g}" if abs(context[key]) < 1e15 else f"{word} {context[key]}"
+    if kind == "string_too_long":
+        return f"at most {context['max_length']} characters"
+    if kind == "too_long":
+        return f"at most {context['max_length']} entries"
+    if kind == "literal_error":
+        return f"one of {context['expected']}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    """Return a received value as JSON, shortened: enough to find it, never a whole prompt."""
+    if isinstance(value, str | list | dict):
+        names = {str: "a string", list: "an array", dict: "an object"}
+        return next(name for kind, name in names.items() if isinstance(value, kind))
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def path_of(location: tuple[int | str, ...]) -> str:
+    """Return a location as `prompt[2]` or `stream_options.include_usage`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a request body.
+
+    Refuses what parsers disagree about, so that no two parts of a platform can read one body
+    in two ways: duplicate keys, NaN and Infinity, numbers beyond a double, lone surrogates.
+
+    Raises:
+        InvalidJsonError: the body is none of that kind, or nests deeper than 64.
+    """
+    try:
+        text = body.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer_literal,
+        )
+    except UnicodeDecodeError:
+        raise InvalidJsonError("The request body is not valid UTF-8.") from None
+    except RecursionError:
+        raise InvalidJsonError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidJsonError(
+            f"The request body is not valid JSON ({error.msg} at {where})."
+        ) from None
+    if not isinstance(value, dict):
+        raise InvalidJsonError("The request body must be a JSON object.")
+    _check_depth(value)
+    # A raw body cannot hold one (it is no UTF-8); only an escape can.
+    if "\\u" in text:
+        _check_surrogates(value)
+    return value
+
+
+_TOO_DEEP = f"The request body nests deeper than {MAX_JSON_DEPTH} levels."
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidJsonError(f"The request body has the key {twice[:64]!r} twice in one object.")
+    return found
+
+
+def _refuse_constant(name: str) -> Never:
+    raise InvalidJsonError(f"The request body holds {name}, which is not JSON.")
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if number in (float("inf"), float("-inf")):
+        raise InvalidJsonError("The request body holds a number beyond the range of a double.")
+    return number
+
+
+def _integer_literal(literal: str) -> int:
+    if len(literal) > 310 or abs(number := int(literal)) >= 2**1024:
+        raise InvalidJsonError("The request body holds a number beyond the range of a double.")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise InvalidJsonError(_TOO_DEEP)
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+
+
+def _check_surrogates(value: Any) -> None:
+    if isinstance(value, str):
+        if _SURROGATE.search(value):
+            raise InvalidJsonError("The request body holds a lone surrogate, which is no text.")
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            _check_surrogates(key)
+            _check_surrogates(child)
+    elif isinstance(value, list):
+        for child in value:
+            _check_surrogates(child)
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The inside of the envelope: exactly these four members."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    """The body of every error answer."""
+
+    error: ErrorBody
+
+
+def error_envelope(error: TeraError) -> bytes:
+    """Return the JSON body of an error answer."""
+    body = ErrorBody(error.message, error.type, error.param, error.code)
+    return msgspec.json.encode(ErrorEnvelope(body))
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a request used; each prompt counts once, completions are summed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    """Return the usage object of these counts."""
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens),
+    )
+
+
+ModelStatus = Literal["ready", "scaled_to_zero", "starting", "failed"]
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """One entry of the model list."""
+
+    id: str
+    created: int
+    owned_by: str
+    context_length: int
+    capabilities: tuple[str, ...]
+    status: ModelStatus
+    object: Literal["model"] = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """The answer of `GET /v1/models`."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"

@@ -1,0 +1,167 @@
+"""The replica's end of the token channel: one frame per engine step to each gateway replica."""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from tera import wire
+from tera.errors import ReplicaLostError
+from tera.generation import ReplicaLoad, StepFrame, TokenDelta, encode
+
+HANDSHAKE_TIMEOUT_S = 5.0
+
+Address = tuple[str, int]
+
+
+class GatewayLink(asyncio.Protocol):
+    """One connection to one gateway replica.
+
+    All deltas sent within one turn of the event loop, which is one engine step, leave in one
+    frame. While the gateway does not read, deltas of a generation are merged instead of queued,
+    so what is held is bounded by the tokens of the running generations.
+    """
+
+    def __init__(self, replica_id: str, secret: str, load: Callable[[], ReplicaLoad]) -> None:
+        self._replica_id = replica_id
+        self._secret = secret
+        self._load = load
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._nonce_g = b""
+        self._nonce_r = wire.new_nonce()
+        self._pending: dict[int, TokenDelta] = {}
+        self._flush_scheduled = False
+        self._paused = False
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.closed = False
+
+    def send(self, delta: TokenDelta) -> None:
+        """Queue a delta for the frame of this step.
+
+        Raises:
+            ReplicaLostError: the gateway is gone, so nobody waits for the generation.
+        """
+        if self.closed:
+            raise ReplicaLostError("The connection to the gateway was lost.")
+        held = self._pending.get(delta.generation_id)
+        self._pending[delta.generation_id] = delta if held is None else _merge(held, delta)
+        if not self._flush_scheduled and not self._paused:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """Send what is pending and close the connection."""
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport; the gateway speaks first."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Make the handshake; after it the gateway has nothing to say."""
+        assert self._transport is not None
+        if self.ready.done():
+            return
+        self._buffer += data
+        if not self._nonce_g and len(self._buffer) >= wire.NONCE_BYTES:
+            self._nonce_g = bytes(self._buffer[: wire.NONCE_BYTES])
+            del self._buffer[: wire.NONCE_BYTES]
+            proof = wire.replica_proof(self._secret, self._nonce_g, self._nonce_r, self._replica_id)
+            self._transport.write(self._nonce_r + proof + wire.pack(self._replica_id.encode()))
+        if self._nonce_g and len(self._buffer) >= wire.MAC_BYTES:
+            expected = wire.gateway_proof(self._secret, self._nonce_r, self._nonce_g)
+            if wire.proofs_match(bytes(self._buffer[: wire.MAC_BYTES]), expected):
+                self.ready.set_result(None)
+            else:
+                self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail every later `send`: nobody reads any more."""
+        self.closed = True
+        self._pending.clear()
+        if not self.ready.done():
+            self.ready.set_exception(ReplicaLostError("The gateway refused the token channel."))
+            # Whoever waits has it; if nobody does, asyncio must not log it as forgotten.
+            self.ready.exception()
+
+    def pause_writing(self) -> None:
+        """Hold deltas back: the gateway reads slower than the engine makes tokens."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Send what was merged meanwhile."""
+        self._paused = False
+        self._flush()
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if not self._pending or self._paused or self.closed or self._transport is None:
+            return
+        frame = encode(StepFrame(self._load(), list(self._pending.values())))
+        self._pending.clear()
+        self._transport.write(wire.pack(frame))
+
+
+def _merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
+    """Return both deltas as one; extends the lists of `held`, which nobody else has."""
+    held.token_ids.extend(delta.token_ids)
+    logprobs = held.logprobs
+    if delta.logprobs is not None:
+        logprobs = [*(logprobs or []), *delta.logprobs]
+    return msgspec.structs.replace(
+        held,
+        finish_reason=delta.finish_reason,
+        cached_tokens=max(held.cached_tokens, delta.cached_tokens),
+        logprobs=logprobs,
+        prompt_logprobs=held.prompt_logprobs or delta.prompt_logprobs,
+    )
+
+
+class TokenSender:
+    """The replica's links, one per gateway replica that has sent it work."""
+
+    def __init__(self, replica_id: str, secret: str, load: Callable[[], ReplicaLoad]) -> None:
+        self._replica_id = replica_id
+        self._secret = secret
+        self._load = load
+        self._links: dict[Address, asyncio.Task[GatewayLink]] = {}
+
+    async def link(self, address: Address) -> GatewayLink:
+        """Return the connection to the gateway at `address`, made if there is none.
+
+        Raises:
+            ReplicaLostError: the gateway cannot be reached or does not hold the secret.
+        """
+        task = self._links.get(address)
+        if task is not None and task.done() and (task.exception() or task.result().closed):
+            task = None
+        if task is None:
+            # Shared by all who ask while it is being made, and not cancelled with one of them.
+            task = self._links[address] = asyncio.create_task(self._connect(address))
+        return await asyncio.shield(task)
+
+    async def _connect(self, address: Address) -> GatewayLink:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                _, link = await loop.create_connection(
+                    lambda: GatewayLink(self._replica_id, self._secret, self._load), *address
+                )
+                await link.ready
+        except OSError as error:  # includes TimeoutError
+            raise ReplicaLostError("The gateway's token channel cannot be reached.") from error
+        return link
+
+    async def close(self) -> None:
+        """Close all links."""
+        for task in self._links.values():
+            if task.done() and not task.cancelled() and task.exception() is None:
+                task.result().close()
+            else:
+                task.cancel()
+        self._links.clear()

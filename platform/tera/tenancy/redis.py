@@ -1,0 +1,45 @@
+"""How Tera connects to Redis: bounded waits, and no hidden second tries."""
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from tera.errors import ConfigError
+
+_HEALTH_CHECK_INTERVAL_S = 10
+"""A connection that was idle for longer is tried with a PING before it is used."""
+
+
+def connect(url: str, *, timeout_s: float) -> Redis:
+    """Return a client that answers or fails within about `timeout_s` per round trip.
+
+    Nothing is sent yet: an unreachable server shows at the first command. A command is tried
+    once, because a second try would double the wait that `timeout_s` promises, and the first
+    may have taken effect. Replies are bytes, so that one damaged value cannot make a whole
+    reply unreadable. The caller owns the client and closes it with `aclose()`, after
+    everything that was built on it is closed.
+
+    Args:
+        url: `redis://`, `rediss://` (TLS) or `unix://`, with credentials if there are any.
+        timeout_s: the longest wait for a connection, and for each read or write on it.
+
+    Raises:
+        ConfigError: `url` is not the address of a Redis.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            health_check_interval=_HEALTH_CHECK_INTERVAL_S,
+            retry=Retry(NoBackoff(), retries=0),
+            # Every Redis and Valkey speaks RESP2, and it needs no HELLO. RESP3 would only bring
+            # push messages for managed services' maintenance, which Redis 6.2 does not know.
+            protocol=2,
+        )
+    except ValueError:
+        # The cause is dropped: it may quote the URL, and with it a password.
+        raise ConfigError(
+            "The Redis URL is not valid; it must look like redis://host:port/0, "
+            "rediss://host:port/0 or unix:///path."
+        ) from None

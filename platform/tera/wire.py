@@ -1,0 +1,76 @@
+"""The token channel's bytes: frames and the handshake that both ends make first.
+
+A replica connects to the gateway address that came with a dispatch call. Each side then proves
+that it holds the cluster secret, bound to both nonces, so that nobody who merely reaches the
+port can feed a tenant tokens or collect them:
+
+    gateway → replica   nonce_g (32 bytes)
+    replica → gateway   nonce_r (32 bytes) + HMAC(secret, "replica" nonce_g nonce_r id) + frame(id)
+    gateway → replica   HMAC(secret, "gateway" nonce_r nonce_g)
+
+After it only the replica speaks: frames of a 4-byte little-endian length and a payload.
+"""
+
+import hashlib
+import hmac
+import secrets
+import struct
+
+NONCE_BYTES = 32
+MAC_BYTES = 32
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""A longer length is no frame of ours: the peer is broken, and the connection is closed."""
+
+_LENGTH = struct.Struct("<I")
+LENGTH_BYTES = _LENGTH.size
+
+
+def new_nonce() -> bytes:
+    """Return fresh randomness for one handshake."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def replica_proof(secret: str, nonce_g: bytes, nonce_r: bytes, replica_id: str) -> bytes:
+    """Return what the replica sends to prove itself."""
+    return _mac(secret, b"replica" + nonce_g + nonce_r + replica_id.encode())
+
+
+def gateway_proof(secret: str, nonce_r: bytes, nonce_g: bytes) -> bytes:
+    """Return what the gateway sends to prove itself."""
+    return _mac(secret, b"gateway" + nonce_r + nonce_g)
+
+
+def _mac(secret: str, message: bytes) -> bytes:
+    return hmac.digest(secret.encode(), message, hashlib.sha256)
+
+
+def proofs_match(received: bytes, expected: bytes) -> bool:
+    """Compare two proofs in constant time."""
+    return hmac.compare_digest(received, expected)
+
+
+def pack(payload: bytes) -> bytes:
+    """Return the payload as a frame."""
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def take_frames(buffer: bytearray) -> list[bytes]:
+    """Remove and return the payloads of all whole frames at the start of `buffer`.
+
+    Raises:
+        ValueError: a length is over `MAX_FRAME_BYTES`.
+    """
+    payloads: list[bytes] = []
+    start, end = 0, len(buffer)
+    while end - start >= LENGTH_BYTES:
+        (length,) = _LENGTH.unpack_from(buffer, start)
+        if length > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {length} bytes")
+        if end - start - LENGTH_BYTES < length:
+            break
+        start += LENGTH_BYTES
+        payloads.append(bytes(buffer[start : start + length]))
+        start += length
+    if start:
+        del buffer[:start]
+    return payloads
