@@ -288,6 +288,48 @@ def _fault(location: tuple[int | str, ...], detail: Any) -> str:
     return f"{path}: {message} (got {detail['input']!r})"
 
 
+def model_directory(model: ModelConfig, home: Path) -> str:
+    """Return what vLLM loads for a model: a directory, or a name that it resolves itself."""
+    scheme, _, rest = model.source.partition("://")
+    if scheme == "demo":
+        dtype = model.engine.args.get("dtype", "bfloat16")
+        return str(home / "models" / f"{rest}-{dtype}")
+    return rest
+
+
+def set_environment(variables: Mapping[str, str], *, keep_existing: bool = False) -> None:
+    """Set variables for this process and those that it starts."""
+    for name, value in variables.items():
+        if not keep_existing or name not in os.environ:
+            os.environ[name] = value
+
+
+def default_values_file() -> Path:
+    """Return the values of the demo platform, from a checkout or from an installed package."""
+    here = Path(__file__).resolve().parent
+    installed = here / "values-local.yaml"
+    return installed if installed.exists() else here.parents[1] / "helm/tera/values-local.yaml"
+
+
+class ServeOptions(Section):
+    """Where `tera serve` listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Return TERA_HOST and TERA_PORT.
+
+        Raises:
+            ConfigError: TERA_PORT is no port.
+        """
+        port = os.environ.get("TERA_PORT", "8000")
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"TERA_PORT={port!r}: give a port from 1 to 65535")
+        return cls(host=os.environ.get("TERA_HOST", "127.0.0.1"), port=int(port))
+
+
 class Runtime(Section):
     """What a process learns from its environment: addresses and secrets, never the platform.
 

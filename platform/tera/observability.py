@@ -99,7 +99,7 @@ class Metrics:
             ["engine"],
             registry=registry,
         )
-        self.keys_degraded = Gauge(
+        self.redis_degraded = Gauge(
             "tera_redis_degraded",
             "1 while this gateway replica cannot reach Redis.",
             registry=registry,
@@ -129,9 +129,7 @@ def merge_expositions(parts: Iterable[tuple[str, str]]) -> str:
             elif line and not line.startswith("#"):
                 samples.setdefault(family, []).append(_labelled(line, replica))
     lines = [
-        line
-        for family, header in headers.items()
-        for line in (*header, *samples.get(family, ()))
+        line for family, header in headers.items() for line in (*header, *samples.get(family, ()))
     ]
     return "\n".join([*lines, ""])
 

@@ -113,7 +113,7 @@ class CompletionRequest(Request):
     top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] = -1
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(gt=0, le=2)] = 1.0
-    stop: Stops = []
+    stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -141,9 +141,7 @@ class CompletionRequest(Request):
     def _bounded_choices(cls, value: int, info: ValidationInfo) -> int:
         prompts = len(info.data.get("prompt", ()))
         if prompts * value > MAX_CHOICES:
-            invalid(
-                f"prompts × n must be at most {MAX_CHOICES}, but {prompts} × {value} was given"
-            )
+            invalid(f"prompts × n must be at most {MAX_CHOICES}, but {prompts} × {value} was given")
         return value
 
     @field_validator("best_of")
@@ -202,5 +200,5 @@ class CompletionChunk(msgspec.Struct, frozen=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"

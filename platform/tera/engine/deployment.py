@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from ray import serve
 
+from tera.config import Runtime
 from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
 from tera.errors import InvalidRequestError, ReplicaLostError, TeraError
@@ -27,7 +28,9 @@ class EngineReplica:
     and cancellation see it as what it is.
     """
 
-    async def __init__(self, start_engine: EngineFactory, cluster_secret: str) -> None:
+    async def __init__(self, start_engine: EngineFactory) -> None:
+        # Read here and not when the application is built: Serve stores what it is built with.
+        cluster_secret = Runtime.from_environment().cluster_secret
         self._engine = await start_engine()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._sender = TokenSender(self._replica_id, cluster_secret, self._engine.load)

@@ -27,7 +27,6 @@ from tera.generation import (
     FinishReason,
     Generation,
     ReplicaLoad,
-    Sampling,
     TokenDelta,
     TokenLogprobs,
 )

@@ -3,9 +3,8 @@
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -13,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tera.config import RequestLimits
 from tera.contract.common import (
     ModelList,
     error_envelope,
@@ -44,14 +44,6 @@ log = logging.getLogger(__name__)
 KEYLESS_ROUTES = ("/healthz", "/readyz", "/metrics")
 
 
-@dataclass(frozen=True)
-class HttpLimits:
-    """What one request may cost before it is understood."""
-
-    max_body_bytes: int
-    keep_alive_s: float
-
-
 class Health(Protocol):
     """What the keyless routes tell."""
 
@@ -68,9 +60,9 @@ def build_app(
     pipeline: Pipeline,
     health: Health,
     metrics: Metrics,
-    limits: HttpLimits,
+    limits: Callable[[], RequestLimits],
 ) -> ASGIApp:
-    """Return the gateway's ASGI application."""
+    """Return the gateway's ASGI application; `limits` is asked at each request."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     endpoints = _Endpoints(pipeline, health, metrics, limits)
     reading = ["GET", "HEAD"]
@@ -90,7 +82,11 @@ class _Endpoints:
     """The routes' functions."""
 
     def __init__(
-        self, pipeline: Pipeline, health: Health, metrics: Metrics, limits: HttpLimits
+        self,
+        pipeline: Pipeline,
+        health: Health,
+        metrics: Metrics,
+        limits: Callable[[], RequestLimits],
     ) -> None:
         self._pipeline = pipeline
         self._health = health
@@ -121,7 +117,8 @@ class _Endpoints:
     async def completions(self, request: Request) -> Response:
         call: Call = request.state.call
         caller = self._authenticate(request)
-        body = await read_body(request, self._limits.max_body_bytes)
+        limits = self._limits()
+        body = await read_body(request, limits.max_body_bytes)
         completion = parse_request(CompletionRequest, parse_json_object(body))
         answer_id = f"cmpl-{secrets.token_hex(16)}"
         created = int(time.time())
@@ -129,7 +126,7 @@ class _Endpoints:
         if completion.stream:
             return EventStream(
                 _completion_events(answer_id, created, completion, deltas, call),
-                keep_alive_s=self._limits.keep_alive_s,
+                keep_alive_s=limits.keep_alive_seconds,
                 on_error=request.state.fail,
             )
         whole = _whole_completion(answer_id, created, completion, deltas, call)
@@ -263,9 +260,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     if error.status_code == 404:
         return await _answer_tera_error(request, _unknown_url(request))
     log.error("Starlette raised an unexpected %s", error.status_code)
-    return await _answer_tera_error(
-        request, InternalError("The server failed on this request.")
-    )
+    return await _answer_tera_error(request, InternalError("The server failed on this request."))
 
 
 def _unknown_url(request: Request) -> UnknownUrlError:

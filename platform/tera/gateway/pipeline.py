@@ -52,6 +52,42 @@ class ServedModel:
         )
 
 
+class Catalog:
+    """The models of this gateway replica; replaced whole when the configuration changes."""
+
+    def __init__(self) -> None:
+        self.models: Mapping[str, ServedModel] = {}
+        self._by_client_name: Mapping[str, ServedModel] = {}
+
+    def replace(self, models: Mapping[str, ServedModel]) -> None:
+        """Serve these models, by short name, from the next request on."""
+        self.models = models
+        self._by_client_name = {
+            client_name: model
+            for model in models.values()
+            for client_name in (model.config.id, *model.config.aliases)
+        }
+
+    def find(self, caller: ApiKey, client_name: str) -> ServedModel:
+        """Return the model that a client names.
+
+        Raises:
+            ModelNotFoundError: it is not there, or not for this caller.
+        """
+        model = self._by_client_name.get(client_name)
+        if model is None or not _may_use(caller, model):
+            raise ModelNotFoundError(
+                f"The model `{client_name}` does not exist or is not deployed, "
+                "or you do not have access to it.",
+                param="model",
+            )
+        return model
+
+    def visible_to(self, caller: ApiKey) -> list[ServedModel]:
+        """Return the models that the caller may use, in the catalog's order."""
+        return [model for model in self.models.values() if _may_use(caller, model)]
+
+
 class Authenticator(Protocol):
     """Who turns an `Authorization` header into a caller."""
 
@@ -98,18 +134,13 @@ class Pipeline:
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        catalog: Catalog,
         keys: Authenticator,
         status: Callable[[str], ModelStatus],
         metrics: Metrics,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._models = models
-        self._by_client_name = {
-            client_name: model
-            for model in models.values()
-            for client_name in (model.config.id, *model.config.aliases)
-        }
+        self._catalog = catalog
         self._keys = keys
         self._status = status
         self._metrics = metrics
@@ -123,8 +154,7 @@ class Pipeline:
         """Return the models that the caller may use, in the catalog's order."""
         return [
             model.card(model.config.id, self._status(model.name))
-            for model in self._models.values()
-            if _may_use(caller, model)
+            for model in self._catalog.visible_to(caller)
         ]
 
     def model_card(self, caller: ApiKey, client_name: str) -> ModelCard:
@@ -133,7 +163,7 @@ class Pipeline:
         Raises:
             ModelNotFoundError: it is not there, or not for this caller.
         """
-        model = self._find(caller, client_name)
+        model = self._catalog.find(caller, client_name)
         return model.card(client_name, self._status(model.name))
 
     async def complete(
@@ -149,7 +179,7 @@ class Pipeline:
             ModelNotFoundError: the model is not there, or not for this caller.
             BackendFailureError: the engines failed.
         """
-        model = self._find(caller, request.model)
+        model = self._catalog.find(caller, request.model)
         call.model = model.name
         _refuse_unsupported(request)
         prompts = [await _token_ids(model.text, prompt, at) for prompt, at in _located(request)]
@@ -211,16 +241,6 @@ class Pipeline:
                     return
                 if text:
                     yield ChoiceDelta(index, text)
-
-    def _find(self, caller: ApiKey, client_name: str) -> ServedModel:
-        model = self._by_client_name.get(client_name)
-        if model is None or not _may_use(caller, model):
-            raise ModelNotFoundError(
-                f"The model `{client_name}` does not exist or is not deployed, "
-                "or you do not have access to it.",
-                param="model",
-            )
-        return model
 
 
 def _may_use(caller: ApiKey, model: ServedModel) -> bool:
@@ -301,30 +321,33 @@ async def merged(
             async for delta in only:
                 yield delta
         return
-    ready: asyncio.Queue[ChoiceDelta | None | Exception] = asyncio.Queue()
-
-    async def drain(generator: AsyncGenerator[ChoiceDelta]) -> None:
-        try:
-            async with aclosing(generator):
-                async for delta in generator:
-                    ready.put_nowait(delta)
-        except Exception as error:  # noqa: BLE001  raised again where the items are read
-            ready.put_nowait(error)
-        else:
-            ready.put_nowait(None)
-
-    tasks = [asyncio.create_task(drain(generator)) for generator in generators]
+    ready: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_drain(generator, ready)) for generator in generators]
     try:
         running = len(tasks)
         while running:
             item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
             if item is None:
                 running -= 1
-            elif isinstance(item, Exception):
-                raise item
             else:
                 yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _drain(
+    generator: AsyncGenerator[ChoiceDelta], ready: asyncio.Queue[ChoiceDelta | Exception | None]
+) -> None:
+    """Put all items into the queue, and after them the error that ended them, or None."""
+    try:
+        async with aclosing(generator):
+            async for delta in generator:
+                ready.put_nowait(delta)
+    except Exception as error:  # noqa: BLE001  raised again where the items are read
+        ready.put_nowait(error)
+    else:
+        ready.put_nowait(None)

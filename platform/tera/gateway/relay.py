@@ -119,9 +119,7 @@ class EventStream(Response):
         self._sent_at = asyncio.get_running_loop().time()
         if not self._started:
             self._started = True
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
-            )
+            await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _pulse(self, send: Send) -> None:

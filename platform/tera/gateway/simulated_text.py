@@ -3,9 +3,10 @@
 import codecs
 from functools import cache
 
-from tera.engine.simulated_vocabulary import Vocabulary
+from pydantic import JsonValue
 
-DEFAULT_CONTEXT_LENGTH = 8192
+from tera.engine.simulated import SimulatedArgs
+from tera.engine.simulated_vocabulary import Vocabulary
 
 
 class SimulatedDetokenizer:
@@ -25,9 +26,9 @@ class SimulatedDetokenizer:
 class SimulatedTextModel:
     """The vocabulary of the simulated engine behind the `TextModel` interface."""
 
-    def __init__(self, context_length: int = DEFAULT_CONTEXT_LENGTH) -> None:
+    def __init__(self, args: dict[str, JsonValue]) -> None:
         self._vocabulary = _vocabulary()
-        self.context_length = context_length
+        self.context_length = SimulatedArgs.parse(args).profile.context_tokens
         self.vocab_size = self._vocabulary.size
 
     async def encode(self, text: str) -> list[int]:

@@ -193,7 +193,6 @@ def _resumed(
         sampling = msgspec.structs.replace(
             sampling,
             max_tokens=sampling.max_tokens - len(generated),
-            seed=_derived_seed(sampling.seed, len(generated)),
             prompt_logprobs=None,
         )
     return Generation(
@@ -204,13 +203,6 @@ def _resumed(
         reply_to=reply_to,
         resumed_tokens=len(generated),
     )
-
-
-def _derived_seed(seed: int | None, generated_tokens: int) -> int | None:
-    """Return the seed of a continuation: the first one would draw the same numbers once more."""
-    if seed is None:
-        return None
-    return (seed + generated_tokens * 0x9E3779B97F4A7C15) % 2**63
 
 
 def _fail_at(inbox: Inbox, when: float) -> asyncio.TimerHandle:

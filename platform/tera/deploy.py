@@ -1,0 +1,67 @@
+"""Composition root inside the cluster: what Ray Serve imports and calls to build applications.
+
+`manifest.py` names these functions in the Serve config; their arguments are the part of the
+platform whose change restarts the application, and nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from tera.config import EngineConfig, ModelConfig, Parallelism, Runtime, Section, model_directory
+from tera.engine.base import Engine
+from tera.engine.deployment import EngineReplica
+from tera.engine.simulated import SimulatedEngine
+from tera.engine.vllm import VllmEngine
+from tera.gateway.deployment import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayReplica
+
+ENGINE_STALL_S = 30.0
+"""Above the longest step: one prefill of a whole batch on a slow machine."""
+
+
+class ModelArgs(Section):
+    """What an engine is made of; editing any of it reloads this model."""
+
+    source: str
+    engine: EngineConfig
+    parallelism: Parallelism
+
+
+@dataclass(frozen=True)
+class EngineStarter:
+    """Starts a model's engine inside a replica."""
+
+    args: ModelArgs
+
+    async def __call__(self) -> Engine:
+        """Return the loaded engine."""
+        engine, parallelism = self.args.engine, self.args.parallelism
+        if engine.kind == "simulated":
+            return await SimulatedEngine.start(engine.args, stall_s=ENGINE_STALL_S)
+        model = ModelConfig(id="-", source=self.args.source, engine=engine)
+        return await VllmEngine.start(
+            model_directory(model, Runtime.from_environment().home),
+            engine.args,
+            tensor_parallel=parallelism.tensor,
+            pipeline_parallel=parallelism.pipeline,
+            stall_s=ENGINE_STALL_S,
+        )
+
+
+def build_model(args: dict[str, Any]) -> Application:
+    """Return the application of one model; `args` is a `ModelArgs` in its file form."""
+    parsed = ModelArgs.model_validate(args, by_alias=True, by_name=False)
+    deployment = serve.deployment(EngineReplica, name=ENGINE_DEPLOYMENT)  # type: ignore[call-overload]
+    application: Application = deployment.bind(EngineStarter(parsed))
+    return application
+
+
+def build_gateway(args: dict[str, Any]) -> Application:
+    """Return the gateway's application; it takes no arguments, so that no edit restarts it."""
+    assert not args
+    ingress = serve.ingress()(GatewayReplica)
+    deployment = serve.deployment(ingress, name=GATEWAY_DEPLOYMENT)
+    application: Application = deployment.bind()
+    return application

@@ -1,0 +1,229 @@
+"""The Ray Serve deployment of the gateway: builds one replica's parts and keeps them fresh."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.util import get_node_ip_address
+from starlette.types import ASGIApp
+
+from tera.config import ModelConfig, RequestLimits, Runtime, Section, model_directory
+from tera.contract.common import ModelStatus
+from tera.gateway.app import build_app
+from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
+from tera.gateway.render import TextModel
+from tera.gateway.simulated_text import SimulatedTextModel
+from tera.gateway.vllm_text import VllmTextModel
+from tera.observability import Metrics, merge_expositions
+from tera.routing.channel import TokenReceiver
+from tera.routing.dispatch import Dispatcher, DispatchLimits
+from tera.routing.serve_handle import ServeModelHandle
+from tera.tenancy.keys import KeySnapshot
+from tera.tenancy.redis import connect
+
+log = logging.getLogger(__name__)
+
+GATEWAY_APPLICATION = "gateway"
+GATEWAY_DEPLOYMENT = "Gateway"
+ENGINE_DEPLOYMENT = "Engine"
+
+STATUS_INTERVAL_S = 1.0
+REDIS_TIMEOUT_S = 1.0
+PEER_TIMEOUT_S = 2.0
+
+T = TypeVar("T", bound=Section)
+
+
+def application_name(model_name: str) -> str:
+    """Return the name of the Serve application of a model."""
+    return f"model-{model_name}"
+
+
+class GatewayReplica:
+    """One replica: authenticates, renders, dispatches and relays.
+
+    The catalog comes by `reconfigure`, so that a change of it restarts nothing.
+    """
+
+    async def __init__(self) -> None:
+        # Read here and not when the application is built: Serve stores what it is built with.
+        self._runtime = runtime = Runtime.from_environment()
+        self._requests = RequestLimits()
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        self._metrics = Metrics()
+        self._catalog = Catalog()
+        self._stack = AsyncExitStack()
+        self._receiver = await self._stack.enter_async_context(
+            TokenReceiver(get_node_ip_address(), runtime.cluster_secret)
+        )
+        redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
+        self._stack.push_async_callback(redis.aclose)
+        self._keys = await self._stack.enter_async_context(
+            KeySnapshot(redis, runtime.key_pepper, time.time)
+        )
+        self._statuses = StatusWatcher(self._catalog)
+        await self._stack.enter_async_context(self._statuses)
+        self._pipeline = Pipeline(self._catalog, self._keys, self._statuses.status, self._metrics)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the application that Serve puts behind HTTP."""
+        return build_app(self._pipeline, self, self._metrics, lambda: self._requests)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve another catalog; requests that are running keep the one they began with.
+
+        Raises:
+            ConfigError: a model's text side cannot be loaded; the old catalog stays.
+        """
+        requests = _parsed(RequestLimits, user_config["requests"])
+        models: dict[str, ServedModel] = {}
+        for name, values in user_config["models"].items():
+            config = _parsed(ModelConfig, values)
+            text = await self._text(name, config)
+            models[name] = ServedModel(name, config, text, self._dispatcher(name, config, requests))
+        self._requests = requests
+        self._catalog.replace(models)
+
+    async def _text(self, name: str, config: ModelConfig) -> TextModel:
+        old = self._catalog.models.get(name)
+        if old is not None and (old.config.engine, old.config.source) == (
+            config.engine,
+            config.source,
+        ):
+            return old.text
+        if config.engine.kind == "simulated":
+            return SimulatedTextModel(config.engine.args)
+        path = model_directory(config, self._runtime.home)
+        # Seconds of imports and file reading: in a thread, the streams of other models go on.
+        return await asyncio.to_thread(VllmTextModel.load, path, config.engine.args)
+
+    def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
+        handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, application_name(name))
+        limits = DispatchLimits(
+            deadline_s=requests.deadline_seconds,
+            first_token_deadline_s=requests.first_token_deadline_seconds,
+            cold_start_deadline_s=config.scaling.cold_start_deadline_seconds,
+            retries=requests.retries,
+        )
+        return Dispatcher(ServeModelHandle(handle), self._receiver, limits)
+
+    async def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether this replica can serve: it knows the keys, and a model can answer."""
+        statuses = {
+            model.config.id: self._statuses.status(name)
+            for name, model in self._catalog.models.items()
+        }
+        ready = self._keys.ready and (self._statuses.any_answered or not statuses)
+        redis = "away" if self._keys.degraded else "ok"
+        return ready, {"models": statuses, "redis": redis}
+
+    async def exposition(self) -> str:
+        """Return the metrics of all gateway and engine replicas as one text."""
+        parts = await asyncio.gather(
+            _ask_all(GATEWAY_DEPLOYMENT, GATEWAY_APPLICATION),
+            *(
+                _ask_all(ENGINE_DEPLOYMENT, application_name(name))
+                for name in self._catalog.models
+                if self._statuses.status(name) == "ready"
+            ),
+        )
+        return merge_expositions(part for group in parts for part in group)
+
+    async def metrics(self) -> tuple[str, str]:
+        """Return this replica's id and its own metrics as Prometheus text."""
+        metrics = self._metrics
+        for gauge in (metrics.engine_running, metrics.engine_waiting, metrics.engine_kv_usage):
+            gauge.clear()
+        for engine, load in self._receiver.loads.items():
+            metrics.engine_running.labels(engine).set(load.running)
+            metrics.engine_waiting.labels(engine).set(load.waiting)
+            metrics.engine_kv_usage.labels(engine).set(load.kv_usage_ratio)
+        metrics.redis_degraded.set(self._keys.degraded)
+        return self._replica_id, metrics.exposition()
+
+    async def status(self) -> dict[str, Any]:
+        """Return this replica's id and process id, for `tera status`."""
+        return {"replica_id": self._replica_id, "pid": os.getpid()}
+
+    async def __del__(self) -> None:
+        """Let go of Redis and the token channel once the replica has drained."""
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            await stack.aclose()
+
+
+def _parsed(kind: type[T], values: Any) -> T:
+    return kind.model_validate(values, by_alias=True, by_name=False)
+
+
+async def _ask_all(deployment: str, application: str) -> list[tuple[str, str]]:
+    """Return the metrics of a deployment's replicas; one that does not answer is left out."""
+    handle: Any = serve.get_deployment_handle(deployment, application)
+    try:
+        answers = await handle.broadcast("metrics").results_async(
+            timeout_s=PEER_TIMEOUT_S, return_exceptions=True
+        )
+    except Exception:  # noqa: BLE001  whatever Ray raises, a scrape shows what there is
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+class StatusWatcher:
+    """Knows from Serve which models have running replicas; an async context manager."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._statuses: dict[str, ModelStatus] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.any_answered = False
+        """A model has been ready at some time, so requests can be answered or held."""
+
+    def status(self, name: str) -> ModelStatus:
+        """Return a model's status as of the last look, about a second ago."""
+        return self._statuses.get(name, "starting")
+
+    async def __aenter__(self) -> None:
+        """Begin to look."""
+        self._task = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Stop looking."""
+        assert self._task is not None
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _watch(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                applications = (await asyncio.to_thread(serve.status)).applications
+            except Exception:
+                log.warning("Serve's status could not be read.", exc_info=True)
+            else:
+                self._statuses = {
+                    name: _status(applications.get(application_name(name)), model.config)
+                    for name, model in self._catalog.models.items()
+                }
+                self.any_answered |= any(
+                    status in ("ready", "scaled_to_zero") for status in self._statuses.values()
+                )
+            await asyncio.sleep(max(0.0, STATUS_INTERVAL_S - (time.monotonic() - began)))
+
+
+def _status(application: Any, config: ModelConfig) -> ModelStatus:
+    if application is None or ENGINE_DEPLOYMENT not in application.deployments:
+        return "starting"
+    states = application.deployments[ENGINE_DEPLOYMENT].replica_states
+    if states.get("RUNNING", 0):
+        return "ready"
+    if application.status == "DEPLOY_FAILED":
+        return "failed"
+    if config.replicas.min == 0 and not sum(states.values()):
+        return "scaled_to_zero"
+    return "starting"

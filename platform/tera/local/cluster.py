@@ -1,0 +1,188 @@
+"""Ray and Ray Serve on one machine: start, deploy, watch, and leave nothing behind."""
+
+import asyncio
+import logging
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tera.config import set_environment
+from tera.errors import ConfigError
+
+LOGICAL_CPUS = 1024
+"""Ray counts CPUs to place replicas; on one machine they share what there is."""
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+REPLICA_PORTS = 100
+STOP_DEADLINE_S = 8.0
+KILL_GRACE_S = 3.0
+
+
+class LocalCluster:
+    """A Ray of our own, whose processes are children of this one."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+        self.ray_address = ""
+        # Unix sockets live here, and their paths may have 107 characters: not below a home
+        # that may be deep.
+        self._scratch = Path(tempfile.mkdtemp(prefix="tera-"))
+
+    def start(self) -> None:
+        """Start Ray; blocks for seconds."""
+        set_environment(_serve_environment(self._scratch, self.host))
+        # Ray Serve reads its settings when it is imported, so this comes after they are set.
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=LOGICAL_CPUS,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+        self.ray_address = ray.get_runtime_context().gcs_address
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Hand a Serve config over; the applications come up on their own."""
+        from ray import serve
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location="EveryNode", http_options=config["http_options"])
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+    def statuses(self) -> dict[str, tuple[str, str]]:
+        """Return each application's status and message, by name."""
+        from ray import serve
+
+        applications = serve.status().applications
+        return {name: (app.status, _reason(app)) for name, app in applications.items()}
+
+    async def stop(self) -> None:
+        """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`."""
+        children = psutil.Process().children(recursive=True)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(_shut_down), STOP_DEADLINE_S)
+        for process in children:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, KILL_GRACE_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        await asyncio.to_thread(psutil.wait_procs, alive, KILL_GRACE_S)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        with suppress(Exception):  # whatever is broken, the processes are ended next
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _reason(application: Any) -> str:
+    """Return why an application failed, as its last line says it."""
+    messages = [application.message]
+    messages += [deployment.message for deployment in application.deployments.values()]
+    lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _serve_environment(scratch: Path, host: str) -> dict[str, str]:
+    """Return what Ray and Serve read from the environment (see `docs/architecture.md`)."""
+    haproxy = shutil.which("tera-haproxy", path=str(Path(sys.executable).parent))
+    if haproxy is None:
+        raise ConfigError("tera-haproxy is not installed beside Python; run `make install`.")
+    metrics_port, stats_port = free_port(), free_port()
+    http_ports, grpc_ports = free_range(30_000), free_range(40_000)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http_ports),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http_ports + REPLICA_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc_ports),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc_ports + REPLICA_PORTS),
+        # On one machine nobody waits behind another load balancer for us to drain.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TERA_HOST": host,
+    }
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def free_range(first: int) -> int:
+    """Return the start of `REPLICA_PORTS` ports above `first` of which nobody listens on any.
+
+    Serve's replicas bind with SO_REUSEPORT: two platforms with one range would share
+    connections, not fail.
+    """
+    taken = {
+        connection.laddr.port
+        for connection in psutil.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    for start in range(first, first + 9_000, REPLICA_PORTS + 1):
+        if taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):
+            return start
+    raise ConfigError("No free range of ports for replicas; stop other platforms first.")
+
+
+Progress = Callable[[str], None]
+
+
+async def wait_until_deployed(
+    cluster: LocalCluster, names: set[str], on_ready: Progress, deadline_s: float
+) -> None:
+    """Return once every named application runs.
+
+    Raises:
+        ConfigError: one failed, or the time is up; the message says why.
+    """
+    waiting = set(names)
+    end = time.monotonic() + deadline_s
+    while waiting:
+        statuses = await asyncio.to_thread(cluster.statuses)
+        for name in sorted(waiting):
+            status, reason = statuses.get(name, ("NOT_STARTED", ""))
+            if status == "RUNNING":
+                waiting.discard(name)
+                on_ready(name)
+            elif status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ConfigError(f"{name} failed to start: {reason}")
+        if time.monotonic() > end:
+            raise ConfigError(f"{', '.join(sorted(waiting))} did not start in {deadline_s:.0f} s.")
+        await asyncio.sleep(0.25)

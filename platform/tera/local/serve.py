@@ -1,0 +1,295 @@
+"""`tera serve`: a whole platform on one machine, in the foreground."""
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import psutil
+
+from tera.config import PlatformConfig, Runtime, set_environment
+from tera.errors import ConfigError
+from tera.local.cluster import LocalCluster, wait_until_deployed
+from tera.local.demo_model import Dtype, ensure_demo_model
+from tera.local.redis_server import EmbeddedRedis
+from tera.local.state import LocalSecrets, LocalState, write_private
+from tera.manifest import serve_config
+from tera.tenancy.keys import KeyStore
+from tera.tenancy.redis import connect
+
+LOCAL_TENANT = "local"
+ENGINE_DEADLINE_S = 900.0
+REDIS_TIMEOUT_S = 5.0
+ENGINE_BYTES = 2 * 1024**3
+"""What one vLLM replica of the demo model and its share of the gateway hold at the most."""
+
+T = TypeVar("T")
+
+
+class Console(Protocol):
+    """Where progress is shown."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        ...
+
+    def progress(self, text: str, done_ratio: float | None = None) -> None:
+        """The running stage has got so far."""
+        ...
+
+    def done(self, text: str = "") -> None:
+        """The running stage has ended well."""
+        ...
+
+    def ready(self, platform: "RunningPlatform") -> None:
+        """All stages have ended: say how to use it."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunningPlatform:
+    """How to reach a platform that is ready."""
+
+    base_url: str
+    """Without `/v1`."""
+    api_key: str
+    model: str
+    """Id of the first model; empty without one."""
+    seconds: float
+    """From the start."""
+
+
+async def serve(
+    platform: PlatformConfig, home: Path, host: str, port: int, console: Console
+) -> None:
+    """Run the platform until SIGINT or SIGTERM, then stop all that it started.
+
+    Raises:
+        ConfigError: it cannot run here; the message says what to do.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+
+    def stop() -> None:
+        # While starting there is something to abandon; afterwards there is a wait to end.
+        if not stopping.is_set():
+            stopping.set()
+            main.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    with suppress(asyncio.CancelledError):
+        async with running(platform, home, host, port, console) as ready:
+            # Ray sets handlers of its own when it starts.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop)
+            console.ready(ready)
+            await stopping.wait()
+    if not stopping.is_set():
+        raise asyncio.CancelledError
+
+
+@asynccontextmanager
+async def running(
+    platform: PlatformConfig, home: Path, host: str, port: int, console: Console
+) -> AsyncGenerator[RunningPlatform]:
+    """Start a platform, stage by stage, and stop it when the block ends.
+
+    Raises:
+        ConfigError: it cannot run here; the message says what to do.
+    """
+    began = time.monotonic()
+    _check_machine(platform, host, port)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_lock(home))
+        await _make_models(platform, home, console)
+        redis_url, redis_pid = await _start_redis(platform, home, stack, console)
+        local_secrets = LocalSecrets.of(home)
+        runtime = local_secrets.runtime(redis_url, home)
+        set_environment({**runtime.to_environment(), **local_secrets.ray_environment()})
+        set_environment(_engine_environment(platform), keep_existing=True)
+
+        console.stage("Ray")
+        cluster = LocalCluster(host, port)
+        stack.push_async_callback(cluster.stop)
+        await _uninterrupted(asyncio.to_thread(cluster.start))
+        console.done()
+
+        base_url = f"http://{host}:{port}"
+        state = LocalState(
+            pid=os.getpid(),
+            base_url=base_url,
+            ray_address=cluster.ray_address,
+            redis_url=redis_url,
+            redis_pid=redis_pid,
+        )
+        stack.callback((home / "state.json").unlink, missing_ok=True)
+        state.write(home)
+
+        console.stage("Engines and gateway")
+        config = serve_config(platform, host=host, port=port)
+        await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
+        names = {application["name"] for application in config["applications"]}
+        await wait_until_deployed(
+            cluster, names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
+        )
+        await _until_ready(host, port)
+        console.done()
+
+        api_key = await _local_key(runtime)
+        models = platform.deployed_models()
+        ready = RunningPlatform(
+            base_url=base_url,
+            api_key=api_key,
+            model=next((model.id for model in models.values()), ""),
+            seconds=time.monotonic() - began,
+        )
+        stack.callback((home / "local.env").unlink, missing_ok=True)
+        write_private(home / "local.env", _env_file(ready))
+        yield ready
+
+
+async def _uninterrupted(work: Awaitable[T]) -> T:
+    """Wait for work in a thread to end even when cancelled: its end is what can be undone."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _check_machine(platform: PlatformConfig, host: str, port: int) -> None:
+    """Refuse what would fail later, and less clearly."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Port {port} on {host} cannot be used ({error.strerror}). "
+                "Stop what listens there, or choose another with TERA_PORT or --port."
+            ) from error
+    engines = sum(
+        model.replicas.min
+        for model in platform.deployed_models().values()
+        if model.engine.kind == "vllm"
+    )
+    available = psutil.virtual_memory().available
+    if available < engines * ENGINE_BYTES:
+        raise ConfigError(
+            f"{engines} vLLM replica(s) need about {engines * ENGINE_BYTES / 1024**3:.0f} GiB of "
+            f"free memory and {available / 1024**3:.1f} GiB are free. Free some, or lower "
+            "replicas.min."
+        )
+
+
+@contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    """Hold `home`, made if it is missing, for one platform at a time."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "serve.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"A platform already runs in {home}. Stop it, or use another directory by "
+                "setting TERA_HOME."
+            ) from error
+        yield
+
+
+async def _make_models(platform: PlatformConfig, home: Path, console: Console) -> None:
+    wanted: dict[tuple[str, Dtype], None] = {}
+    for model in platform.deployed_models().values():
+        scheme, _, name = model.source.partition("://")
+        if scheme == "demo":
+            dtype = model.engine.args.get("dtype", "bfloat16")
+            if dtype not in ("bfloat16", "float32"):
+                raise ConfigError(f"{model.id}: a demo model's dtype is bfloat16 or float32")
+            wanted[name, dtype] = None
+    for name, dtype in wanted:
+        console.stage(f"Model {name} in {dtype}")
+        await asyncio.to_thread(ensure_demo_model, name, home / "models", dtype, console.progress)
+        console.done()
+
+
+async def _start_redis(
+    platform: PlatformConfig, home: Path, stack: AsyncExitStack, console: Console
+) -> tuple[str, int | None]:
+    """Return the URL of the Redis to use, and its process id if it is ours."""
+    console.stage("Redis")
+    if platform.redis.embedded:
+        server = await stack.enter_async_context(await EmbeddedRedis.start(home / "redis"))
+        console.done()
+        return server.url, server.pid
+    external = platform.redis.external
+    url = f"{'rediss' if external.tls else 'redis'}://{external.address}/0"
+    console.done(external.address)
+    return url, None
+
+
+def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
+    """Return what vLLM reads; a variable that the user has set stays."""
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take half of the machine
+    }
+    sources = [model.source for model in platform.deployed_models().values()]
+    if all(source.startswith(("demo://", "file://")) or not source for source in sources):
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
+
+
+async def _until_ready(host: str, port: int, deadline_s: float = 60.0) -> None:
+    """Wait for the gateway's `/readyz`, which is also the first request through HAProxy."""
+    end = time.monotonic() + deadline_s
+    while not await asyncio.to_thread(_is_ready, host, port):
+        if time.monotonic() > end:
+            raise ConfigError(f"The gateway was not ready {deadline_s:.0f} s after its start.")
+        await asyncio.sleep(0.1)
+
+
+def _is_ready(host: str, port: int) -> bool:
+    connection = HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+async def _local_key(runtime: Runtime) -> str:
+    """Return this start's key of the local tenant; those of earlier starts are revoked."""
+    redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
+    try:
+        store = KeyStore(redis, runtime.key_pepper, time.time)
+        for record in await store.list():
+            if record.tenant == LOCAL_TENANT:
+                await store.revoke(record.key_id)
+        return (await store.create(LOCAL_TENANT)).key
+    finally:
+        await redis.aclose()
+
+
+def _env_file(ready: RunningPlatform) -> str:
+    values = {
+        "TERA_BASE_URL": ready.base_url,
+        "TERA_API_KEY": ready.api_key,
+        "TERA_MODEL": ready.model,
+        "TERA_SPEECH_MODEL": "",
+    }
+    return "".join(f"{name}={value}\n" for name, value in values.items())

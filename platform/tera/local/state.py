@@ -1,0 +1,94 @@
+"""What a running platform on one machine leaves for the commands that talk to it."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Self
+
+from tera.config import Runtime, Section
+from tera.errors import ConfigError
+
+
+class LocalState(Section):
+    """`state.json` in the platform's directory while it runs; only its owner may read it."""
+
+    pid: int
+    base_url: str
+    ray_address: str
+    redis_url: str
+    redis_pid: int | None
+    """None with a Redis that is not ours."""
+
+    @classmethod
+    def read(cls, home: Path) -> Self:
+        """Return the state of the platform that runs in `home`.
+
+        Raises:
+            ConfigError: none does.
+        """
+        try:
+            state = cls.model_validate_json((home / "state.json").read_text())
+            os.kill(state.pid, 0)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"No platform runs in {home}. Start one with `tera serve`, or name its "
+                "directory in TERA_HOME."
+            ) from error
+        return state
+
+    def write(self, home: Path) -> None:
+        """Leave the state for other commands."""
+        write_private(home / "state.json", self.model_dump_json())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+class LocalSecrets(Section):
+    """What this directory's processes share with each other and with nobody else."""
+
+    key_pepper: str
+    cluster_secret: str
+    ray_token: str
+    """Ray's own token authentication: without it, who reaches a port runs code."""
+
+    @classmethod
+    def of(cls, home: Path) -> Self:
+        """Return the directory's secrets, made at the first start.
+
+        They outlive a restart because the hashes of the keys in Redis depend on the pepper.
+        """
+        path = home / "secrets.json"
+        if not path.exists():
+            fresh = cls(**{name: secrets.token_hex(32) for name in cls.model_fields})
+            write_private(path, fresh.model_dump_json())
+        return cls.model_validate_json(path.read_text())
+
+    def runtime(self, redis_url: str, home: Path) -> Runtime:
+        """Return what a process of this platform learns from its environment."""
+        return Runtime(
+            redis_url=redis_url,
+            home=home,
+            key_pepper=self.key_pepper,
+            cluster_secret=self.cluster_secret,
+        )
+
+    def ray_environment(self) -> dict[str, str]:
+        """Return what makes Ray ask for the token, and show it."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.ray_token}
+
+
+def runtime_of(home: Path) -> Runtime:
+    """Return the addresses and secrets of the platform that runs in `home`.
+
+    Raises:
+        ConfigError: none does.
+    """
+    state = LocalState.read(home)
+    return LocalSecrets.of(home).runtime(state.redis_url, home)

@@ -1,0 +1,174 @@
+import asyncio
+import json
+import signal
+from collections.abc import AsyncGenerator
+
+import psutil
+import pytest
+import pytest_asyncio
+from pydantic import JsonValue
+from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, until
+
+from tera.engine.vllm import VllmEngine
+from tera.errors import (
+    BackendFailureError,
+    ConfigError,
+    EngineError,
+    EngineStalledError,
+    ReplicaLostError,
+)
+from tera.generation import FinishReason, Sampling, TokenDelta
+
+pytestmark = [*VLLM_MARKS, pytest.mark.asyncio(loop_scope="session")]
+
+PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def asker(vllm_engine: VllmEngine) -> Asker:
+    return Asker(vllm_engine)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        pytest.param(
+            {"max_modl_len": 5},
+            "engine.args.max_modl_len: vLLM has no such argument; max_model_len is nearest",
+            id="unknown",
+        ),
+        pytest.param({"model": "x"}, "engine.args.model: set source instead", id="ours"),
+        pytest.param(
+            {"tensor_parallel_size": 2},
+            "engine.args.tensor_parallel_size: set parallelism.tensor instead",
+            id="parallelism",
+        ),
+    ],
+)
+async def test_wrong_arguments_are_named(
+    args: dict[str, JsonValue], message: str, model_path: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        await VllmEngine.start(model_path, args, stall_s=5)
+    assert raised.value.message == message
+
+
+async def test_wrong_values_are_refused(model_path: str, vllm_environment: None) -> None:
+    with pytest.raises(ConfigError, match=r"^engine\.args: "):
+        await VllmEngine.start(model_path, {"dtype": "float3"}, stall_s=5)
+
+
+async def test_resumed_tokens_count_for_the_frequency_penalty(asker: Asker) -> None:
+    def sampling(max_tokens: int) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens, temperature=0, frequency_penalty=1.5, ignore_eos=True
+        )
+
+    whole = await asker.tokens(PROMPT, sampling(40))
+    plain = await asker.tokens(PROMPT, Sampling(max_tokens=40, temperature=0, ignore_eos=True))
+    assert whole != plain  # so the penalty matters here
+    for cut in (5, 20, 30):
+        assert await asker.tokens(PROMPT + whole[:cut], sampling(40 - cut), cut) == whole[cut:]
+
+
+async def test_structured_output_fits_its_schema(asker: Asker, vllm_engine: VllmEngine) -> None:
+    sampling = Sampling(max_tokens=60, temperature=0, structured={"json": SCHEMA})
+    deltas = await asker.deltas(PROMPT, sampling)
+    token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    tokenizer = vllm_engine._llm.get_tokenizer()
+    assert deltas[-1].finish_reason is FinishReason.STOP
+    answer = json.loads(tokenizer.decode(token_ids, skip_special_tokens=True))
+    assert answer["colour"] in ("red", "blue")
+
+
+async def test_structured_output_is_never_resumed(asker: Asker) -> None:
+    sampling = Sampling(max_tokens=60, temperature=0, structured={"json": SCHEMA})
+    with pytest.raises(BackendFailureError):
+        await asker.deltas(PROMPT, sampling, resumed_tokens=2)
+
+
+async def test_metrics_are_vllms_own(asker: Asker, vllm_engine: VllmEngine) -> None:
+    await asker.tokens(PROMPT, Sampling(max_tokens=3, temperature=0))
+    lines = vllm_engine.metrics_text().splitlines()
+    samples = [line for line in lines if not line.startswith("#")]
+    assert samples
+    assert all(line.startswith("vllm:") for line in samples)
+    tokens = [line for line in samples if line.startswith("vllm:generation_tokens_total{")]
+    assert [float(line.rsplit(" ", 1)[1]) >= 3 for line in tokens] == [True]
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="module")
+async def doomed(
+    model_path: str, vllm_environment: None
+) -> AsyncGenerator[tuple[VllmEngine, Clock, list[psutil.Process]]]:
+    clock = Clock()
+    before = set(psutil.Process().children(recursive=True))
+    engine = await VllmEngine.start(model_path, VLLM_ARGS, stall_s=5, clock=clock)
+    started = [each for each in psutil.Process().children(recursive=True) if each not in before]
+    yield engine, clock, [each for each in started if each.name().startswith("VLLM::")]
+    await engine.close()
+
+
+async def test_a_stall_is_seen_and_a_death_is_retryable_and_nothing_is_left(
+    doomed: tuple[VllmEngine, Clock, list[psutil.Process]],
+) -> None:
+    engine, clock, processes = doomed
+    (core,) = [each for each in processes if each.name().startswith("VLLM::EngineCor")]
+    asker = Asker(engine)
+    clock.now += 60  # idle, so no stall
+    await engine.check_health()
+
+    sampling = Sampling(max_tokens=2000, temperature=0, ignore_eos=True)
+    stream = engine.generate(asker.generation(PROMPT, sampling))
+    await anext(stream)
+    core.send_signal(signal.SIGSTOP)
+    try:
+        await _until_stalled(engine, clock)
+    finally:
+        core.send_signal(signal.SIGCONT)
+    await anext(stream)
+    await anext(stream)
+    await engine.check_health()
+
+    core.kill()
+    with pytest.raises(EngineError) as raised:
+        await _drain(stream)
+    assert raised.value.retryable
+    with pytest.raises(ReplicaLostError):
+        await engine.check_health()
+    with pytest.raises(ReplicaLostError):
+        await asker.tokens(PROMPT, Sampling(max_tokens=2))
+    await engine.close()
+    await engine.close()
+    await until(lambda: not any(each.is_running() for each in processes))
+
+
+async def _drain(stream: AsyncGenerator[TokenDelta]) -> None:
+    async for _ in stream:
+        pass
+
+
+async def _until_stalled(engine: VllmEngine, clock: Clock) -> None:
+    # A step that ended before the signal may be reported after it, so time goes on until seen.
+    async with asyncio.timeout(30):
+        while True:
+            clock.now += 5.1
+            try:
+                await engine.check_health()
+            except EngineStalledError:
+                return
+            await asyncio.sleep(0.01)

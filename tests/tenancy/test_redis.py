@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from tera.errors import ConfigError
+from tera.tenancy.redis import connect
+
+if TYPE_CHECKING:
+    from tests.tenancy.conftest import RedisServer
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("http://127.0.0.1:6379", id="other-scheme"),
+        pytest.param("127.0.0.1:6379", id="no-scheme"),
+        pytest.param("redis://user:hunter2@host:port/0", id="port-is-no-number"),
+    ],
+)
+def test_an_unusable_url_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        connect(url, timeout_s=0.1)
+    assert url not in raised.value.message
+    assert "hunter2" not in raised.value.message
+    assert raised.value.__cause__ is None
+
+
+async def test_replies_are_bytes(redis_server: RedisServer) -> None:
+    client = connect(redis_server.url, timeout_s=1.0)
+    try:
+        await client.set("name", "value")
+        assert await client.get("name") == b"value"
+    finally:
+        await client.aclose()
+
+
+async def test_a_frozen_server_fails_the_command_and_the_client_recovers(
+    redis_server: RedisServer,
+) -> None:
+    client = connect(redis_server.url, timeout_s=0.1)
+    try:
+        await client.incr("count")
+        redis_server.stop()
+        with pytest.raises(RedisTimeoutError):
+            await client.get("count")
+        redis_server.cont()
+        assert await client.get("count") == b"1"
+    finally:
+        await client.aclose()
+
+
+async def test_a_dead_server_fails_the_command_and_the_client_recovers(
+    redis_server: RedisServer,
+) -> None:
+    client = connect(redis_server.url, timeout_s=1.0)
+    try:
+        await client.set("name", "value")
+        redis_server.kill()
+        with pytest.raises(RedisConnectionError):
+            await client.get("name")
+        redis_server.start()
+        assert await client.get("name") == b"value"
+    finally:
+        await client.aclose()
