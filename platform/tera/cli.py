@@ -32,7 +32,10 @@ from tera.tenancy.keys import ApiKey, KeyStore
 from tera.tenancy.redis import connect
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Run and operate a Tera platform."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Run and operate a Tera platform.",
+    pretty_exceptions_enable=False,  # they print local variables, secrets among them
 )
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 config = typer.Typer(no_args_is_help=True, help="Check and render a values file.")

@@ -341,13 +341,15 @@ class Runtime(Section):
     """Server-side part of every key's hash; without it a stolen Redis dump is no use."""
     cluster_secret: str = ""
     """Shared by gateway and engine replicas; authenticates the token channel."""
+    channel_host: str = ""
+    """Address that engine replicas reach this process at; empty is the node's own."""
     home: Path = Path(".tera")
     """State of one machine: models, embedded Redis, logs, secrets."""
 
     @classmethod
     def from_environment(cls) -> Self:
         """Return the settings of this process."""
-        names = {"redis_url", "key_pepper", "cluster_secret"}
+        names = {"redis_url", "key_pepper", "cluster_secret", "channel_host"}
         found = {name: os.environ.get(f"TERA_{name.upper()}") for name in names}
         return cls(
             **{name: value for name, value in found.items() if value is not None},
@@ -360,5 +362,6 @@ class Runtime(Section):
             "TERA_REDIS_URL": self.redis_url,
             "TERA_KEY_PEPPER": self.key_pepper,
             "TERA_CLUSTER_SECRET": self.cluster_secret,
+            "TERA_CHANNEL_HOST": self.channel_host,
             "TERA_HOME": str(self.home),
         }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,15 @@ def test_an_unusable_url_is_refused_without_repeating_it(url: str) -> None:
     assert url not in raised.value.message
     assert "hunter2" not in raised.value.message
     assert raised.value.__cause__ is None
+
+
+async def test_a_burst_waits_for_a_connection_and_does_not_fail(redis_server: RedisServer) -> None:
+    client = connect(redis_server.url, timeout_s=5.0)
+    try:
+        await asyncio.gather(*(client.incr("count") for _ in range(500)))
+        assert await client.get("count") == b"500"
+    finally:
+        await client.aclose()
 
 
 async def test_replies_are_bytes(redis_server: RedisServer) -> None:

@@ -59,7 +59,9 @@ class GatewayReplica:
         self._catalog = Catalog()
         self._stack = AsyncExitStack()
         self._receiver = await self._stack.enter_async_context(
-            TokenReceiver(get_node_ip_address(), runtime.cluster_secret)
+            TokenReceiver(
+                runtime.channel_host or get_node_ip_address(), runtime.cluster_secret
+            )
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)

@@ -68,7 +68,7 @@ class EmbeddedRedis:
             ConfigError: there is no redis-server, the directory is in use, or it does not start.
         """
         binary = _find_binary()
-        directory = directory.absolute()
+        directory = directory.absolute()  # noqa: ASYNC240  a name, no I/O
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         password = secrets.token_hex(32)
         # The server inherits the lock and so holds it until it has written its last byte, even

@@ -68,13 +68,20 @@ class LocalSecrets(Section):
         if not path.exists():
             fresh = cls(**{name: secrets.token_hex(32) for name in cls.model_fields})
             write_private(path, fresh.model_dump_json())
-        return cls.model_validate_json(path.read_text())
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValueError):
+            # Neither the file nor the parser's words about it are for anybody's eyes.
+            raise ConfigError(
+                f"{path} cannot be read. Remove it to begin anew; keys made so far end with it."
+            ) from None
 
     def runtime(self, redis_url: str, home: Path) -> Runtime:
         """Return what a process of this platform learns from its environment."""
         return Runtime(
             redis_url=redis_url,
             home=home,
+            channel_host="127.0.0.1",
             key_pepper=self.key_pepper,
             cluster_secret=self.cluster_secret,
         )

@@ -64,6 +64,7 @@ _TENANT = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _RETRY_INTERVAL_S: Final = 1.0
 """While Redis is away it is tried this often, however many requests come (contract L-8)."""
 _LAST_USED_INTERVAL_S: Final = 60.0
+_CANCEL_AGAIN_S: Final = 0.01
 
 _MISSING_TEXT: Final = (
     "You did not provide an API key. Send it in the header `Authorization: Bearer sk-tera-...`."
@@ -370,9 +371,9 @@ class KeySnapshot:
     def authenticate(self, authorization: str | None) -> ApiKey:
         """Return the key that an `Authorization` header shows, without I/O.
 
-        Each refusal costs the same work, one HMAC over one length and one look-up, so its time
-        does not tell how near a guess was. The look-up itself may compare as it likes: nobody
-        without the pepper can steer what is compared.
+        Each refusal costs the same work: one checksum, one HMAC over one length, one look-up. So
+        its time does not tell how near a guess was. The look-up itself may compare as it likes:
+        nobody without the pepper can steer what is compared.
 
         Raises:
             MissingApiKeyError: there is no such header.
@@ -381,8 +382,9 @@ class KeySnapshot:
         if authorization is None:
             raise MissingApiKeyError(_MISSING_TEXT)
         shown = _BEARER.fullmatch(authorization)
-        well_formed = shown is not None and is_well_formed(shown[1])
-        candidate = shown[1] if shown is not None and well_formed else self._decoy
+        candidate = shown[1] if shown else self._decoy
+        if not is_well_formed(candidate):
+            candidate = self._decoy
         record = self._by_hash.get(hash_key(candidate, self._pepper))
         now_s = self._clock()
         if record is None or (record.expires_s is not None and now_s >= record.expires_s):
@@ -401,14 +403,19 @@ class KeySnapshot:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        # Again until it ends: redis-py sends through `asyncio.wait_for`, which before Python 3.12
+        # loses a cancellation that comes just as the send is done (bpo-42130).
+        while not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
         # Best effort: when a key was last used may be off by a minute anyway.
         with suppress(RedisError):
             await self._write_last_used(self._used_s.copy())
 
     async def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            next_try_s = loop.time() + _RETRY_INTERVAL_S
             try:
                 async with self._redis.pubsub() as pubsub:
                     await self._follow_connection(pubsub)
@@ -418,7 +425,8 @@ class KeySnapshot:
                 # The edge of this task. Were it to end, revocations would never arrive here.
                 logger.exception("Following the API keys failed; trying again.")
                 self._mark_away(error)
-            await asyncio.sleep(_RETRY_INTERVAL_S)
+            # A connection that had lasted is replaced at once: a key made now must work soon.
+            await asyncio.sleep(max(0.0, next_try_s - loop.time()))
 
     async def _follow_connection(self, pubsub: PubSub) -> None:
         """Follow until the connection is lost; never returns.

@@ -1,6 +1,6 @@
 """How Tera connects to Redis: bounded waits, and no hidden second tries."""
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -8,6 +8,8 @@ from tera.errors import ConfigError
 
 _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
+_MAX_CONNECTIONS = 32
+"""More would not make Redis, which runs one command at a time, any faster."""
 
 
 def connect(url: str, *, timeout_s: float) -> Redis:
@@ -19,6 +21,9 @@ def connect(url: str, *, timeout_s: float) -> Redis:
     reply unreadable. The caller owns the client and closes it with `aclose()`, after
     everything that was built on it is closed.
 
+    Before Python 3.12 a command may lose a cancellation that comes just as it is sent
+    (bpo-42130, redis-py uses `asyncio.wait_for`): cancel again where that matters.
+
     Args:
         url: `redis://`, `rediss://` (TLS) or `unix://`, with credentials if there are any.
         timeout_s: the longest wait for a connection, and for each read or write on it.
@@ -27,8 +32,12 @@ def connect(url: str, *, timeout_s: float) -> Redis:
         ConfigError: `url` is not the address of a Redis.
     """
     try:
-        return Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
+            # A burst waits for a connection; the ordinary pool fails the 101st command at once
+            # with the ConnectionError that means that Redis is away.
+            max_connections=_MAX_CONNECTIONS,
+            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             health_check_interval=_HEALTH_CHECK_INTERVAL_S,
@@ -43,3 +52,4 @@ def connect(url: str, *, timeout_s: float) -> Redis:
             "The Redis URL is not valid; it must look like redis://host:port/0, "
             "rediss://host:port/0 or unix:///path."
         ) from None
+    return Redis.from_pool(pool)
