@@ -1,5 +1,6 @@
 """What a running platform is doing, read from Ray Serve and its replicas."""
 
+import logging
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
     import ray
     from ray.serve.context import _get_global_client
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(
             address=state.ray_address,
