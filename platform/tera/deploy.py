@@ -53,15 +53,10 @@ class EngineStarter:
 def build_model(args: dict[str, Any]) -> Application:
     """Return the application of one model; `args` is a `ModelArgs` in its file form."""
     parsed = ModelArgs.model_validate(args, by_alias=True, by_name=False)
-    deployment = serve.deployment(EngineReplica, name=ENGINE_DEPLOYMENT)  # type: ignore[call-overload]
-    application: Application = deployment.bind(EngineStarter(parsed))
-    return application
+    return serve.deployment(name=ENGINE_DEPLOYMENT)(EngineReplica).bind(EngineStarter(parsed))
 
 
 def build_gateway(args: dict[str, Any]) -> Application:
     """Return the gateway's application; it takes no arguments, so that no edit restarts it."""
     assert not args
-    ingress = serve.ingress()(GatewayReplica)
-    deployment = serve.deployment(ingress, name=GATEWAY_DEPLOYMENT)
-    application: Application = deployment.bind()
-    return application
+    return serve.deployment(name=GATEWAY_DEPLOYMENT)(serve.ingress()(GatewayReplica)).bind()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal, Never, TypeVar
 
 import msgspec
@@ -147,9 +148,10 @@ def _bounds(kind: str, context: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     """Return a received value as JSON, shortened: enough to find it, never a whole prompt."""
-    if isinstance(value, str | list | dict):
-        names = {str: "a string", list: "an array", dict: "an object"}
-        return next(name for kind, name in names.items() if isinstance(value, kind))
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list | dict):
+        return "an array" if isinstance(value, list) else "an object"
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -207,8 +209,7 @@ _TOO_DEEP = f"The request body nests deeper than {MAX_JSON_DEPTH} levels."
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise InvalidJsonError(f"The request body has the key {twice[:64]!r} twice in one object.")
     return found
 

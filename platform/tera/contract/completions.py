@@ -3,21 +3,36 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tera.contract.common import (
     Integer,
     NonEmpty,
-    Number,
     Request,
     Usage,
     invalid,
     unsupported,
     wrong_type,
 )
-
-MAX_CHOICES = 128
-MAX_STOP_STRINGS = 4
+from tera.contract.fields import (
+    MAX_CHOICES,
+    Choices,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Stops,
+    StreamOptions,
+    Temperature,
+    TopK,
+    TopP,
+    User,
+    is_number,
+    only_with_stream,
+    text_at,
+)
 
 Prompt = str | list[int]
 """Text, or token ids of the model's vocabulary."""
@@ -26,29 +41,17 @@ Prompt = str | list[int]
 def _prompts(value: Any) -> list[Prompt]:
     """Return the four forms of `prompt` as one: a list of prompts."""
     if isinstance(value, str):
-        return [_text(value, "")]
+        return [text_at(value, "")]
     if not isinstance(value, list):
         wrong_type("a string or an array", value)
     if not value:
         invalid("must not be an empty array")
-    if _is_token(value[0]):
+    if is_number(value[0]):
         return [_tokens(value, "")]
     if len(value) > MAX_CHOICES:
         invalid(f"must have at most {MAX_CHOICES} prompts, but has {len(value)}")
-    one = _text if isinstance(value[0], str) else _tokens
+    one = text_at if isinstance(value[0], str) else _tokens
     return [one(prompt, f"[{position}]") for position, prompt in enumerate(value)]
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _text(value: Any, at: str) -> str:
-    if not isinstance(value, str):
-        wrong_type("a string", value, at)
-    if not value:
-        invalid("must not be empty", at)
-    return value
 
 
 def _tokens(value: Any, at: str) -> list[int]:
@@ -57,49 +60,10 @@ def _tokens(value: Any, at: str) -> list[int]:
     if not value:
         invalid("must not be an empty array", at)
     for position, token in enumerate(value):
-        whole = _is_token(token) and (isinstance(token, int) or token.is_integer())
+        whole = is_number(token) and (isinstance(token, int) or token.is_integer())
         if not whole:
             wrong_type("a token id", token, f"{at}[{position}]")
     return [int(token) for token in value]
-
-
-def _stops(value: Any) -> list[str]:
-    """Return the two forms of `stop` as one: a list of stop strings."""
-    if isinstance(value, str):
-        return [_text(value, "")]
-    if not isinstance(value, list):
-        wrong_type("a string or an array of strings", value)
-    if len(value) > MAX_STOP_STRINGS:
-        invalid(f"must have at most {MAX_STOP_STRINGS} entries, but has {len(value)}")
-    return [_text(stop, f"[{position}]") for position, stop in enumerate(value)]
-
-
-def _biases(value: Any) -> dict[int, float]:
-    """Return `logit_bias` with token ids as numbers."""
-    if not isinstance(value, dict):
-        wrong_type("an object", value)
-    biases: dict[int, float] = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            invalid(f"the key {key[:32]!r} is no token id")
-        if not _is_token(bias):
-            wrong_type("a number", bias, f".{key}")
-        if not -100 <= bias <= 100:
-            invalid("must be between -100 and 100", f".{key}")
-        biases[int(key)] = float(bias)
-    return biases
-
-
-Stops = Annotated[list[str], BeforeValidator(_stops)]
-LogitBias = Annotated[dict[int, float], BeforeValidator(_biases)]
-Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)]
-User = Annotated[str, StringConstraints(max_length=512)]
-
-
-class StreamOptions(Request):
-    """What a stream holds beside the text."""
-
-    include_usage: bool = False
 
 
 class CompletionRequest(Request):
@@ -107,22 +71,22 @@ class CompletionRequest(Request):
 
     model: NonEmpty
     prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
-    max_tokens: Annotated[Integer, Field(ge=1)] = 16
-    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[Number, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] = -1
-    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] = 1.0
+    max_tokens: MaxTokens = 16
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
     stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Choices = 1
     best_of: Integer | None = None
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
     echo: bool = False
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias | None = None
     suffix: str | None = None
     user: User | None = None
@@ -132,9 +96,7 @@ class CompletionRequest(Request):
     def _only_with_stream(
         cls, value: StreamOptions | None, info: ValidationInfo
     ) -> StreamOptions | None:
-        if value is not None and info.data.get("stream") is False:
-            invalid("is only allowed together with 'stream': true")
-        return value
+        return only_with_stream(value, info)
 
     @field_validator("n")
     @classmethod

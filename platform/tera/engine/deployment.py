@@ -28,7 +28,7 @@ class EngineReplica:
     and cancellation see it as what it is.
     """
 
-    async def __init__(self, start_engine: EngineFactory) -> None:
+    async def __init__(self, start_engine: EngineFactory) -> None:  # type: ignore[misc]  # Serve awaits it
         # Read here and not when the application is built: Serve stores what it is built with.
         cluster_secret = Runtime.from_environment().cluster_secret
         self._engine = await start_engine()

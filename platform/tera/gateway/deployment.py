@@ -50,7 +50,7 @@ class GatewayReplica:
     The catalog comes by `reconfigure`, so that a change of it restarts nothing.
     """
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         # Read here and not when the application is built: Serve stores what it is built with.
         self._runtime = runtime = Runtime.from_environment()
         self._requests = RequestLimits()
@@ -59,9 +59,7 @@ class GatewayReplica:
         self._catalog = Catalog()
         self._stack = AsyncExitStack()
         self._receiver = await self._stack.enter_async_context(
-            TokenReceiver(
-                runtime.channel_host or get_node_ip_address(), runtime.cluster_secret
-            )
+            TokenReceiver(runtime.channel_host or _node_address(), runtime.cluster_secret)
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
@@ -157,6 +155,11 @@ class GatewayReplica:
         stack = getattr(self, "_stack", None)
         if stack is not None:
             await stack.aclose()
+
+
+def _node_address() -> str:
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _parsed(kind: type[T], values: Any) -> T:

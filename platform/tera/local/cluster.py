@@ -48,7 +48,7 @@ class LocalCluster:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
         self.ray_address = ray.get_runtime_context().gcs_address
@@ -61,7 +61,9 @@ class LocalCluster:
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="EveryNode", http_options=config["http_options"])
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema.model_validate(config))
 
     def statuses(self) -> dict[str, tuple[str, str]]:
         """Return each application's status and message, by name."""
@@ -92,7 +94,7 @@ def _shut_down() -> None:
 
     if ray.is_initialized():
         with suppress(Exception):  # whatever is broken, the processes are ended next
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 
@@ -153,7 +155,7 @@ def free_range(first: int) -> int:
     taken = {
         connection.laddr.port
         for connection in psutil.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
+        if connection.laddr and connection.status == psutil.CONN_LISTEN
     }
     for start in range(first, first + 9_000, REPLICA_PORTS + 1):
         if taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):

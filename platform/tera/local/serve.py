@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast, get_args
 
 import psutil
 
@@ -215,9 +215,9 @@ async def _make_models(platform: PlatformConfig, home: Path, console: Console) -
         scheme, _, name = model.source.partition("://")
         if scheme == "demo":
             dtype = model.engine.args.get("dtype", "bfloat16")
-            if dtype not in ("bfloat16", "float32"):
+            if dtype not in get_args(Dtype):
                 raise ConfigError(f"{model.id}: a demo model's dtype is bfloat16 or float32")
-            wanted[name, dtype] = None
+            wanted[name, cast(Dtype, dtype)] = None
     for name, dtype in wanted:
         console.stage(f"Model {name} in {dtype}")
         await asyncio.to_thread(ensure_demo_model, name, home / "models", dtype, console.progress)

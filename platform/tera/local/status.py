@@ -33,9 +33,11 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
             address=state.ray_address,
             namespace="serve",
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
-        applications = _get_global_client().get_serve_details()["applications"]
+        client = _get_global_client()
+        assert client is not None
+        applications = client.get_serve_details()["applications"]
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
     try:

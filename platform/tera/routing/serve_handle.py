@@ -17,15 +17,17 @@ class ServeModelHandle:
 
     async def generate(self, generation: bytes) -> bytes:
         """Return the replica's answer; see `ModelHandle`."""
-        response: DeploymentResponse[bytes] = self._handle.remote(generation)
+        response = self._handle.remote(generation)
+        assert isinstance(response, DeploymentResponse)
         try:
-            return await response
+            answer: bytes = await response
         except asyncio.CancelledError:
             # Dropping the response would leave the engine generating.
-            response.cancel()
+            response.cancel()  # type: ignore[no-untyped-call]
             raise
         except Exception as error:
             raise translated(error) from error
+        return answer
 
 
 def translated(error: Exception) -> TeraError:
