@@ -297,6 +297,15 @@ def model_directory(model: ModelConfig, home: Path) -> str:
     return rest
 
 
+FRONTEND_ARGS = ("tool_call_parser", "chat_template")
+"""Entries of a vllm model's `engine.args` that the gateway reads and the engine does not know."""
+
+
+def engine_args(args: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the entries of `engine.args` that are vLLM's engine arguments."""
+    return {name: value for name, value in args.items() if name not in FRONTEND_ARGS}
+
+
 def set_environment(variables: Mapping[str, str], *, keep_existing: bool = False) -> None:
     """Set variables for this process and those that it starts."""
     for name, value in variables.items():

@@ -10,7 +10,15 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from tera.config import EngineConfig, ModelConfig, Parallelism, Runtime, Section, model_directory
+from tera.config import (
+    EngineConfig,
+    ModelConfig,
+    Parallelism,
+    Runtime,
+    Section,
+    engine_args,
+    model_directory,
+)
 from tera.engine.base import Engine
 from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
@@ -43,7 +51,7 @@ class EngineStarter:
         model = ModelConfig(id="-", source=self.args.source, engine=engine)
         return await VllmEngine.start(
             model_directory(model, Runtime.from_environment().home),
-            engine.args,
+            engine_args(engine.args),
             tensor_parallel=parallelism.tensor,
             pipeline_parallel=parallelism.pipeline,
             stall_s=ENGINE_STALL_S,

@@ -6,7 +6,14 @@ from collections import Counter
 from typing import Annotated, Any, Literal, Never, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tera.errors import (
@@ -26,6 +33,13 @@ class Request(BaseModel):
     """Base of request bodies: strict types, null means absent, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if value is not None}
+        return values
 
 
 def _integer(value: Any) -> Any:
@@ -48,9 +62,10 @@ Number = Annotated[float, BeforeValidator(_number)]
 """A JSON number; an integer is one."""
 
 
-def unsupported(reason: str) -> Never:
-    """Refuse, inside a validator, a parameter that this deployment cannot honour."""
-    raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason})
+def unsupported(reason: str, at: str = "") -> Never:
+    """Refuse, inside a validator, what this deployment cannot honour; `at` as in `invalid`."""
+    context = {"reason": reason, "at": at}
+    raise PydanticCustomError("unsupported_parameter", "{reason}", context)
 
 
 def invalid(reason: str, at: str = "") -> Never:
@@ -82,9 +97,8 @@ def parse_request(kind: type[T], body: dict[str, Any]) -> T:
         InvalidRequestError: of the kind that fits the first wrong field in the order in which
             the fields are declared; `param` is its path, such as `prompt[2]`.
     """
-    present = {name: value for name, value in body.items() if value is not None}
     try:
-        return kind.model_validate(present)
+        return kind.model_validate(body)
     except ValidationError as error:
         order = {name: position for position, name in enumerate(kind.model_fields)}
         faults = error.errors(include_url=False)
@@ -141,6 +155,10 @@ def _bounds(kind: str, context: dict[str, Any]) -> str:
         return f"at most {context['max_length']} characters"
     if kind == "too_long":
         return f"at most {context['max_length']} entries"
+    if kind == "too_short":
+        return f"at least {context['min_length']} entries long"
+    if kind == "string_pattern_mismatch":
+        return f"a string that matches {context['pattern']}"
     if kind == "literal_error":
         return f"one of {context['expected']}"
     return ""
@@ -303,6 +321,9 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> 
         prompt_tokens_details=PromptTokensDetails(cached_tokens),
     )
 
+
+StreamUsage = Usage | msgspec.UnsetType | None
+"""A chunk's `usage`: not there, or null until the last chunk has it."""
 
 ModelStatus = Literal["ready", "scaled_to_zero", "starting", "failed"]
 

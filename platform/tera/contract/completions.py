@@ -9,6 +9,7 @@ from tera.contract.common import (
     Integer,
     NonEmpty,
     Request,
+    StreamUsage,
     Usage,
     invalid,
     unsupported,
@@ -162,5 +163,5 @@ class CompletionChunk(msgspec.Struct, frozen=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    usage: StreamUsage = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"

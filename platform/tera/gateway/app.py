@@ -4,8 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -13,18 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tera.config import RequestLimits
+from tera.contract.chat import ChatRequest
 from tera.contract.common import (
     ModelList,
     error_envelope,
     parse_json_object,
     parse_request,
 )
-from tera.contract.completions import (
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    CompletionRequest,
-)
+from tera.contract.completions import CompletionRequest
 from tera.errors import (
     InternalError,
     InvalidJsonError,
@@ -34,12 +29,15 @@ from tera.errors import (
     UnknownUrlError,
     UnsupportedContentTypeError,
 )
-from tera.gateway.pipeline import Call, ChoiceDelta, Pipeline
+from tera.gateway.answers import Answer, ChatAnswer, CompletionAnswer
+from tera.gateway.pipeline import Call, Pipeline
 from tera.gateway.relay import ClientGoneError, EventStream, answered
 from tera.observability import EXPOSITION_TYPE, Metrics
 from tera.tenancy.keys import ApiKey
 
 log = logging.getLogger(__name__)
+
+D = TypeVar("D")
 
 KEYLESS_ROUTES = ("/healthz", "/readyz", "/metrics")
 
@@ -73,9 +71,14 @@ def build_app(
     # Ids hold slashes; an encoded one arrives decoded.
     app.add_api_route("/v1/models/{model_id:path}", endpoints.model, methods=reading)
     app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"])
     app.add_exception_handler(TeraError, _answer_tera_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     return _Edge(app, metrics)
+
+
+async def _whole(answer: Answer[D], deltas: AsyncGenerator[D]) -> Response:
+    return _json_response(await answer.whole(deltas))
 
 
 class _Endpoints:
@@ -115,79 +118,42 @@ class _Endpoints:
         return _json_response(self._pipeline.model_card(caller, model_id))
 
     async def completions(self, request: Request) -> Response:
-        call: Call = request.state.call
         caller = self._authenticate(request)
-        limits = self._limits()
-        body = await read_body(request, limits.max_body_bytes)
-        completion = parse_request(CompletionRequest, parse_json_object(body))
-        answer_id = f"cmpl-{secrets.token_hex(16)}"
-        created = int(time.time())
-        deltas = self._pipeline.complete(caller, completion, call)
-        if completion.stream:
+        completion = parse_request(CompletionRequest, await self._body(request))
+        call: Call = request.state.call
+        answer = CompletionAnswer(completion, call)
+        return await self._answered(
+            request, completion.stream, answer, self._pipeline.complete(caller, completion, call)
+        )
+
+    async def chat_completions(self, request: Request) -> Response:
+        caller = self._authenticate(request)
+        chat = parse_request(ChatRequest, await self._body(request))
+        call: Call = request.state.call
+        answer = ChatAnswer(chat, call)
+        return await self._answered(
+            request, chat.stream, answer, self._pipeline.chat(caller, chat, call)
+        )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return parse_json_object(await read_body(request, self._limits().max_body_bytes))
+
+    async def _answered(
+        self, request: Request, stream: bool, answer: Answer[D], deltas: AsyncGenerator[D]
+    ) -> Response:
+        if stream:
             return EventStream(
-                _completion_events(answer_id, created, completion, deltas, call),
-                keep_alive_s=limits.keep_alive_seconds,
+                answer.events(deltas),
+                keep_alive_s=self._limits().keep_alive_seconds,
                 on_error=request.state.fail,
             )
-        whole = _whole_completion(answer_id, created, completion, deltas, call)
-        return await answered(request.receive, whole)
+        return await answered(request.receive, _whole(answer, deltas))
 
     def _authenticate(self, request: Request) -> ApiKey:
         return self._pipeline.authenticate(request.headers.get("authorization"))
 
 
-async def _completion_events(
-    answer_id: str,
-    created: int,
-    request: CompletionRequest,
-    deltas: AsyncGenerator[ChoiceDelta],
-    call: Call,
-) -> AsyncGenerator[bytes]:
-    """Yield the events of a streamed completion, without `[DONE]`."""
-    usage = None if request.include_usage else msgspec.UNSET
-    async with aclosing(deltas):
-        async for delta in deltas:
-            choice = CompletionChoice(delta.text, delta.index, delta.finish_reason)
-            chunk = CompletionChunk(answer_id, created, request.model, [choice], usage)
-            yield _event(chunk)
-    if request.include_usage:
-        yield _event(CompletionChunk(answer_id, created, request.model, [], call.usage()))
-
-
-async def _whole_completion(
-    answer_id: str,
-    created: int,
-    request: CompletionRequest,
-    deltas: AsyncGenerator[ChoiceDelta],
-    call: Call,
-) -> Response:
-    """Return the one answer that the deltas add up to."""
-    choices = len(request.prompt) * request.n
-    texts: list[list[str]] = [[] for _ in range(choices)]
-    finishes: list[str | None] = [None] * choices
-    async with aclosing(deltas):
-        async for delta in deltas:
-            texts[delta.index].append(delta.text)
-            if delta.finish_reason is not None:
-                finishes[delta.index] = delta.finish_reason
-    answer = Completion(
-        id=answer_id,
-        created=created,
-        model=request.model,
-        choices=[
-            CompletionChoice("".join(text), index, finish)
-            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ],
-        usage=call.usage(),
-    )
-    return _json_response(answer)
-
-
 _encode = msgspec.json.Encoder().encode
-
-
-def _event(chunk: msgspec.Struct) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
 
 
 def _json_response(content: object, status: int = 200) -> Response:
@@ -326,6 +292,6 @@ class _Edge:
 
 def _route(path: str) -> str:
     """Return a label of few values for a path that may be anything."""
-    if path in (*KEYLESS_ROUTES, "/v1/completions", "/v1/models"):
+    if path in (*KEYLESS_ROUTES, "/v1/completions", "/v1/chat/completions", "/v1/models"):
         return path
     return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"

@@ -7,10 +7,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
-from tera.config import ModelConfig
+import msgspec
+
+from tera.config import Capability, ModelConfig
+from tera.contract.chat import ChatRequest, NamedToolChoice
 from tera.contract.common import ModelCard, ModelStatus, Usage, usage_of
 from tera.contract.completions import CompletionRequest, Prompt
 from tera.errors import (
@@ -19,8 +22,14 @@ from tera.errors import (
     ModelNotFoundError,
     UnsupportedParameterError,
 )
-from tera.gateway.render import StopStrings, TextModel
-from tera.generation import FinishReason, Sampling
+from tera.gateway.render import (
+    AnswerParser,
+    AnswerPiece,
+    Detokenizer,
+    StopStrings,
+    TextModel,
+)
+from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
 from tera.observability import Metrics
 from tera.routing.dispatch import Attempts, Dispatcher
 from tera.tenancy.keys import ApiKey
@@ -29,6 +38,7 @@ CREATED = 1_767_225_600
 """`created` of every model: one number on all gateway replicas, the day of the first release."""
 
 Clock = Callable[[], float]
+Delta = TypeVar("Delta")
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,50 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The token at one position as text, and the likeliest ones there, likeliest first."""
+
+    token: str
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
+    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceDelta:
     """What one choice of an answer gained."""
 
     index: int
     text: str
+    token_ids: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    """One for each token that the delta stands for, when asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """What one choice of a chat answer gained."""
+
+    index: int
+    piece: AnswerPiece
+    finish_reason: str | None = None
+    logprobs: list[PositionLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One completion to be generated."""
+
+    index: int
+    sample: int
+    """Number among the completions of its prompt."""
+    token_ids: list[int]
+    sampling: Sampling
+    stops: list[str]
+    special_tokens: bool = False
+    echo: str | None = None
+    """The prompt's text, when the answer begins with it."""
 
 
 class Pipeline:
@@ -181,66 +229,203 @@ class Pipeline:
         """
         model = self._catalog.find(caller, request.model)
         call.model = model.name
-        _refuse_unsupported(request)
-        prompts = [await _token_ids(model.text, prompt, at) for prompt, at in _located(request)]
+        _require(model, "completions")
+        text = model.text
+        prompts = [await _token_ids(text, prompt, at) for prompt, at in _located(request)]
         for prompt in prompts:
-            _check_context(model.text.context_length, len(prompt), request.max_tokens)
+            _check_context(text.context_length, len(prompt), request.max_tokens)
+        _check_biases(text, request.logit_bias)
         call.prompt_tokens = sum(map(len, prompts))
-        self._metrics.added_s.labels(model.name).observe(self._clock() - call.arrived)
+        base = _sampling(request, request.max_tokens)
+        base = msgspec.structs.replace(
+            base,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
         choices = [
-            self._choice(model, call, prompt, request, position * request.n + sample, sample)
+            _Choice(
+                index=position * request.n + sample,
+                sample=sample,
+                token_ids=prompt,
+                sampling=_seeded(base, sample),
+                stops=request.stop,
+                echo=_echo(text, request.prompt[position]) if request.echo else None,
+            )
             for position, prompt in enumerate(prompts)
             for sample in range(request.n)
         ]
-        async with aclosing(merged(choices)) as deltas:
+        self._dispatched(call)
+        async with aclosing(merged([self._choice(model, call, it) for it in choices])) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def _choice(
+    async def chat(
+        self, caller: ApiKey, request: ChatRequest, call: Call
+    ) -> AsyncGenerator[ChatDelta]:
+        """Yield the answers' pieces as they are generated; otherwise as `complete`.
+
+        Raises:
+            InvalidRequestError: the request does not fit the model.
+            ModelNotFoundError: the model is not there, or not for this caller.
+            BackendFailureError: the engines failed.
+        """
+        model = self._catalog.find(caller, request.model)
+        call.model = model.name
+        _require(model, "chat")
+        text = model.text
+        rendered = await text.render_chat(request)
+        prompt_tokens = len(rendered.token_ids)
+        # At least one token, so that a prompt which fills the context is refused as such.
+        max_tokens = request.completion_bound or max(1, text.context_length - prompt_tokens)
+        _check_context(text.context_length, prompt_tokens, max_tokens)
+        _check_biases(text, request.logit_bias)
+        call.prompt_tokens = prompt_tokens
+        base = msgspec.structs.replace(
+            _sampling(request, max_tokens),
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            structured=rendered.structured,
+        )
+        choices = [
+            _Choice(
+                index=sample,
+                sample=sample,
+                token_ids=rendered.token_ids,
+                sampling=_seeded(base, sample),
+                stops=request.stop,
+                special_tokens=rendered.special_tokens,
+            )
+            for sample in range(request.n)
+        ]
+        self._dispatched(call)
+        answers = [
+            self._answer(model, call, choice, request, text.answer_parser(request, rendered))
+            for choice in choices
+        ]
+        async with aclosing(merged(answers)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def _dispatched(self, call: Call) -> None:
+        self._metrics.added_s.labels(call.model).observe(self._clock() - call.arrived)
+
+    async def _answer(
         self,
         model: ServedModel,
         call: Call,
-        prompt: list[int],
-        request: CompletionRequest,
-        index: int,
-        sample: int,
+        choice: _Choice,
+        request: ChatRequest,
+        parser: AnswerParser,
+    ) -> AsyncGenerator[ChatDelta]:
+        """Yield one chat answer: a choice's text, told apart by the model's parsers."""
+        called_tools = False
+        async with aclosing(self._choice(model, call, choice)) as deltas:
+            async for delta in deltas:
+                finished = delta.finish_reason is not None
+                piece = parser.push(delta.text, delta.token_ids, finished=finished)
+                if not request.parallel_tool_calls:
+                    first_only = [call for call in piece.tool_calls if call.index == 0]
+                    piece = replace(piece, tool_calls=first_only)
+                called_tools |= bool(piece.tool_calls)
+                finish: str | None = delta.finish_reason
+                # As OpenAI: the one tool that the client named is no choice of the model's.
+                chosen = called_tools and not isinstance(request.tool_choice, NamedToolChoice)
+                if finish == FinishReason.STOP and chosen:
+                    finish = "tool_calls"
+                said = piece.content or piece.reasoning or piece.tool_calls
+                if said or finished or delta.logprobs:
+                    yield ChatDelta(choice.index, piece, finish, delta.logprobs)
+
+    async def _choice(
+        self, model: ServedModel, call: Call, choice: _Choice
     ) -> AsyncGenerator[ChoiceDelta]:
         """Yield one choice's text: dispatch, then ids to text and the end at a stop string."""
-        metrics, clock = self._metrics, self._clock
-        first_token_s = metrics.first_token_s.labels(model.name)
-        between_tokens_s = metrics.between_tokens_s.labels(model.name)
-        detokenizer = model.text.detokenizer(prompt)
-        stops = StopStrings(request.stop)
+        watch = self._stopwatch(model, call)
+        detokenizer = model.text.detokenizer(choice.token_ids, special_tokens=choice.special_tokens)
+        stops = StopStrings(choice.stops)
+        echo = choice.echo or ""
         generation = model.dispatcher.run(
-            call.request_id, prompt, _sampling(request, sample), call.attempts
+            call.request_id, choice.token_ids, choice.sampling, call.attempts
         )
-        previous: float | None = None
+        first = True
         async with aclosing(generation) as deltas:
             async for delta in deltas:
-                now = clock()
-                if previous is None:
-                    first_token_s.observe(now - call.arrived)
-                    if sample == 0:
-                        call.cached_tokens += delta.cached_tokens
-                else:
-                    between_tokens_s.observe(now - previous)
-                previous = now
-                text = ""
-                finish = delta.finish_reason
-                for position, token_id in enumerate(delta.token_ids, start=1):
-                    call.completion_tokens += 1
-                    if finish is FinishReason.STOP and position == len(delta.token_ids):
-                        break  # the token that ended the text is no part of it
-                    piece, stopped = stops.push(detokenizer.push(token_id))
-                    text += piece
-                    if stopped:
-                        yield ChoiceDelta(index, text, FinishReason.STOP)
-                        return
+                watch()
+                if first and choice.sample == 0:
+                    call.cached_tokens += delta.cached_tokens
+                text, used, stopped = _derender(delta, detokenizer, stops)
+                call.completion_tokens += used
+                finish = FinishReason.STOP if stopped else delta.finish_reason
+                if finish is not None and not stopped:
+                    text += stops.flush()
+                logprobs = None
+                if choice.sampling.logprobs is not None:
+                    logprobs = _positions(model.text, choice, delta, used, with_prompt=first)
+                if text or echo or logprobs or finish is not None:
+                    yield ChoiceDelta(
+                        choice.index, echo + text, delta.token_ids[:used], finish, logprobs
+                    )
+                first, echo = False, ""
                 if finish is not None:
-                    yield ChoiceDelta(index, text + stops.flush(), finish)
                     return
-                if text:
-                    yield ChoiceDelta(index, text)
+
+    def _stopwatch(self, model: ServedModel, call: Call) -> Callable[[], None]:
+        """Return what is called at each delivery of a choice's tokens."""
+        first_token_s = self._metrics.first_token_s.labels(model.name)
+        between_tokens_s = self._metrics.between_tokens_s.labels(model.name)
+        previous: float | None = None
+
+        def delivered() -> None:
+            nonlocal previous
+            now = self._clock()
+            if previous is None:
+                first_token_s.observe(now - call.arrived)
+            else:
+                between_tokens_s.observe(now - previous)
+            previous = now
+
+        return delivered
+
+
+def _derender(
+    delta: TokenDelta, detokenizer: Detokenizer, stops: StopStrings
+) -> tuple[str, int, bool]:
+    """Return a delta's text, how many of its tokens that took, and whether a stop string came."""
+    text = ""
+    for position, token_id in enumerate(delta.token_ids, start=1):
+        if delta.finish_reason is FinishReason.STOP and position == len(delta.token_ids):
+            break  # the token that ended the text is no part of it
+        piece, stopped = stops.push(detokenizer.push(token_id))
+        text += piece
+        if stopped:
+            return text, position, True
+    return text, len(delta.token_ids), False
+
+
+def _positions(
+    text: TextModel, choice: _Choice, delta: TokenDelta, used: int, *, with_prompt: bool
+) -> list[PositionLogprobs]:
+    """Return the log-probabilities of a delta's first `used` tokens as text.
+
+    The token that ended the text has none; an echoed prompt's come first.
+    """
+    entries = list((delta.logprobs or [])[:used])
+    if delta.finish_reason is FinishReason.STOP and used == len(delta.token_ids):
+        entries = entries[: used - 1]
+    positions = [_position(text, entry) for entry in entries]
+    if choice.echo is None or not with_prompt:
+        return positions
+    prompt = delta.prompt_logprobs or [None] * len(choice.token_ids)
+    texts = text.token_texts(choice.token_ids)
+    return [
+        PositionLogprobs(token, None, []) if entry is None else _position(text, entry)
+        for token, entry in zip(texts, prompt, strict=True)
+    ] + positions
+
+
+def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
+    token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
+    likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
+    return PositionLogprobs(token, entry.logprob, likely)
 
 
 def _may_use(caller: ApiKey, model: ServedModel) -> bool:
@@ -249,10 +434,13 @@ def _may_use(caller: ApiKey, model: ServedModel) -> bool:
     return not {model.config.id, *model.config.aliases}.isdisjoint(caller.models)
 
 
-def _refuse_unsupported(request: CompletionRequest) -> None:
-    for name in ("logprobs", "echo"):
-        if getattr(request, name) not in (None, False):
-            raise UnsupportedParameterError(f"'{name}' is not supported yet.", param=name)
+def _require(model: ServedModel, capability: Capability) -> None:
+    """Refuse a model on a route that it does not serve."""
+    if capability not in model.config.capabilities:
+        others = ", ".join(model.config.capabilities) or "nothing"
+        raise UnsupportedParameterError(
+            f"'model' does not serve {capability}; it serves {others}.", param="model"
+        )
 
 
 def _located(request: CompletionRequest) -> list[tuple[Prompt, str]]:
@@ -290,21 +478,35 @@ def _check_context(context_length: int, prompt_tokens: int, max_tokens: int) -> 
         )
 
 
-def _sampling(request: CompletionRequest, sample: int) -> Sampling:
-    """Return how sample number `sample` of each prompt is drawn."""
+def _check_biases(text: TextModel, biases: dict[int, float] | None) -> None:
+    for token_id in biases or ():
+        if token_id >= text.vocab_size:
+            raise InvalidValueError(
+                f"Invalid 'logit_bias': the key '{token_id}' is no token id of the model; they "
+                f"go from 0 to {text.vocab_size - 1}.",
+                param="logit_bias",
+            )
+
+
+def _echo(text: TextModel, prompt: Prompt) -> str:
+    """Return a prompt as text."""
+    if isinstance(prompt, str):
+        return prompt
+    detokenizer = text.detokenizer([])
+    return "".join(map(detokenizer.push, prompt))
+
+
+def _sampling(request: CompletionRequest | ChatRequest, max_tokens: int) -> Sampling:
+    """Return how the request's completions are drawn, its seed as it is."""
     # 0 is «the most likely token»; vLLM wants a nucleus that is not empty, so this is greedy.
     greedy = request.temperature == 0 or request.top_p == 0
-    seed = request.seed
-    if seed is not None:
-        # Each sample its own, as vLLM numbers them; wrapped to stay a signed 64-bit number.
-        seed = (seed + sample + 2**63) % 2**64 - 2**63
     return Sampling(
-        max_tokens=request.max_tokens,
+        max_tokens=max_tokens,
         temperature=0.0 if greedy else request.temperature,
         top_p=1.0 if greedy else request.top_p,
         top_k=max(request.top_k, 0),
         min_p=request.min_p,
-        seed=seed,
+        seed=request.seed,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         repetition_penalty=request.repetition_penalty,
@@ -312,16 +514,25 @@ def _sampling(request: CompletionRequest, sample: int) -> Sampling:
     )
 
 
+def _seeded(sampling: Sampling, sample: int) -> Sampling:
+    """Return the sampling of one of several samples: each its own seed, as vLLM numbers them."""
+    if sampling.seed is None or sample == 0:
+        return sampling
+    # Wrapped, to stay a signed 64-bit number.
+    seed = (sampling.seed + sample + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed)
+
+
 async def merged(
-    generators: Sequence[AsyncGenerator[ChoiceDelta]],
-) -> AsyncGenerator[ChoiceDelta]:
+    generators: Sequence[AsyncGenerator[Delta]],
+) -> AsyncGenerator[Delta]:
     """Yield the items of all generators as they come; the first error ends and closes all."""
     if len(generators) == 1:
         async with aclosing(generators[0]) as only:
             async for delta in only:
                 yield delta
         return
-    ready: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
+    ready: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_drain(generator, ready)) for generator in generators]
     try:
         running = len(tasks)
@@ -340,7 +551,7 @@ async def merged(
 
 
 async def _drain(
-    generator: AsyncGenerator[ChoiceDelta], ready: asyncio.Queue[ChoiceDelta | Exception | None]
+    generator: AsyncGenerator[Delta], ready: asyncio.Queue[Delta | Exception | None]
 ) -> None:
     """Put all items into the queue, and after them the error that ended them, or None."""
     try:

@@ -4,7 +4,11 @@ A stream's text state (detokeniser, stop strings) lives here, in the gateway, an
 the death of the replica that makes its tokens.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tera.contract.chat import ChatRequest, ToolCallDelta
 
 
 class Detokenizer(Protocol):
@@ -13,6 +17,42 @@ class Detokenizer(Protocol):
     def push(self, token_id: int) -> str:
         """Return the text that this token completes; empty inside of a UTF-8 character."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPiece:
+    """What a piece of generated text means in a chat answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCallDelta] = ()
+
+
+class AnswerParser(Protocol):
+    """Tells a chat answer's content, reasoning and tool calls apart, piece by piece."""
+
+    def push(self, text: str, token_ids: list[int], *, finished: bool) -> AnswerPiece:
+        """Return what the text adds; text may be held back until its meaning is known."""
+        ...
+
+
+class PlainAnswer:
+    """The parser of models without parsers: everything is content."""
+
+    def push(self, text: str, token_ids: list[int], *, finished: bool) -> AnswerPiece:
+        """Return the text as content."""
+        return AnswerPiece(text)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as the model sees it."""
+
+    token_ids: list[int]
+    structured: dict[str, Any] | None = None
+    """What the engine masks tokens by: a response format, or a tool call that is forced."""
+    special_tokens: bool = False
+    """Whether special tokens are text, because the parser looks for them."""
 
 
 class TextModel(Protocol):
@@ -32,12 +72,27 @@ class TextModel(Protocol):
         """Return the token ids of a raw prompt, special tokens as the model wants them."""
         ...
 
-    def detokenizer(self, prompt_token_ids: list[int]) -> Detokenizer:
+    async def render_chat(self, request: ChatRequest) -> RenderedChat:
+        """Return the conversation through the model's chat template.
+
+        Raises:
+            UnsupportedParameterError: the model has no chat template, or no parser for tools.
+            InvalidValueError: the template refuses the conversation.
+        """
+        ...
+
+    def answer_parser(self, request: ChatRequest, rendered: RenderedChat) -> AnswerParser:
+        """Return the parser of one new answer."""
+        ...
+
+    def detokenizer(
+        self, prompt_token_ids: list[int], *, special_tokens: bool = False
+    ) -> Detokenizer:
         """Return the text state of a new completion of this prompt."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """Return one token alone as text, as log-probabilities name it."""
+    def token_texts(self, token_ids: list[int]) -> list[str]:
+        """Return each token alone as text, as log-probabilities name it."""
         ...
 
 

@@ -5,8 +5,11 @@ from functools import cache
 
 from pydantic import JsonValue
 
+from tera.contract.chat import ChatRequest
 from tera.engine.simulated import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
+from tera.errors import UnsupportedParameterError
+from tera.gateway.render import PlainAnswer, RenderedChat
 
 
 class SimulatedDetokenizer:
@@ -35,15 +38,38 @@ class SimulatedTextModel:
         """Return the token ids of a raw prompt."""
         return self._vocabulary.encode(text)
 
-    def detokenizer(self, prompt_token_ids: list[int]) -> SimulatedDetokenizer:
+    async def render_chat(self, request: ChatRequest) -> RenderedChat:
+        """Return the conversation, each message after its role in angle brackets."""
+        if request.tools and request.tool_choice != "none":
+            raise UnsupportedParameterError(
+                "'tools' is not supported: the model has no tool parser.", param="tools"
+            )
+        if request.response_format is not None and request.response_format.type != "text":
+            raise UnsupportedParameterError(
+                "'response_format' is not supported by a simulated model.",
+                param="response_format",
+            )
+        turns = [f"<{turn.role}> {turn.content or ''}\n" for turn in request.messages]
+        return RenderedChat(await self.encode("".join([*turns, "<assistant>"])))
+
+    def answer_parser(self, request: ChatRequest, rendered: RenderedChat) -> PlainAnswer:
+        """Return a parser to which all is content."""
+        return PlainAnswer()
+
+    def detokenizer(
+        self, prompt_token_ids: list[int], *, special_tokens: bool = False
+    ) -> SimulatedDetokenizer:
         """Return the text state of a new completion."""
         return SimulatedDetokenizer(self._vocabulary)
 
-    def token_text(self, token_id: int) -> str:
-        """Return one token alone as text."""
-        if token_id == self._vocabulary.eos_id:
-            return ""
-        return self._vocabulary.token_bytes(token_id).decode("utf-8", "replace")
+    def token_texts(self, token_ids: list[int]) -> list[str]:
+        """Return each token alone as text."""
+        return [
+            ""
+            if token_id == self._vocabulary.eos_id
+            else self._vocabulary.token_bytes(token_id).decode("utf-8", "replace")
+            for token_id in token_ids
+        ]
 
 
 @cache

@@ -1,0 +1,375 @@
+"""`POST /v1/chat/completions`: request, response and stream chunk (contract T)."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
+
+from tera.contract.common import (
+    Integer,
+    NonEmpty,
+    Request,
+    StreamUsage,
+    Usage,
+    invalid,
+    unsupported,
+    wrong_type,
+)
+from tera.contract.fields import (
+    Choices,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Stops,
+    StreamOptions,
+    Temperature,
+    TopK,
+    TopP,
+    User,
+    only_with_stream,
+)
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+def _content(value: Any) -> str:
+    """Return string content or text parts as one text; other parts need another model."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        wrong_type("a string or an array of content parts", value)
+    texts = []
+    for position, part in enumerate(value):
+        at = f"[{position}]"
+        if not isinstance(part, dict):
+            wrong_type("an object", part, at)
+        if part.get("type") in ("image_url", "input_audio", "file", "video_url"):
+            unsupported(f"holds a part of type {part['type']!r}, and no model here reads it", at)
+        kind = "refusal" if part.get("type") == "refusal" else "text"
+        if part.get("type") not in ("text", "refusal"):
+            invalid("must be 'text'", f"{at}.type")
+        text = part.get(kind)
+        if not isinstance(text, str):
+            wrong_type("a string", text, f"{at}.{kind}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+class FunctionCall(Request):
+    """A call that the assistant made; `arguments` is JSON as text."""
+
+    name: NonEmpty
+    arguments: str
+
+
+class ToolCall(Request):
+    """One tool call of an earlier assistant message."""
+
+    id: NonEmpty
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Request):
+    """One message of the conversation."""
+
+    role: Role
+    content: Annotated[str, BeforeValidator(_content)] | None = Field(
+        default=None, validate_default=True
+    )
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = Field(default=None, validate_default=True)
+
+    @field_validator("content")
+    @classmethod
+    def _present(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("role") not in (None, "assistant"):
+            invalid("is required in a message of this role")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _answers_a_call(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("role") == "tool":
+            invalid("is required in a message of role 'tool'")
+        return value
+
+
+class FunctionDefinition(Request):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class Tool(Request):
+    """A tool; only functions exist."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Request):
+    """The name of a function."""
+
+    name: NonEmpty
+
+
+class NamedToolChoice(Request):
+    """The one function that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _tool_choice(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("none", "auto", "required"):
+        invalid("must be 'none', 'auto', 'required' or an object that names a function")
+    if not isinstance(value, str | dict):
+        wrong_type("a string or an object", value)
+    return NamedToolChoice.model_validate(value) if isinstance(value, dict) else value
+
+
+class JsonSchemaFormat(Request):
+    """The schema that the answer must fit."""
+
+    name: FunctionName
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(Request):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(default=None, validate_default=True)
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_for_its_type(
+        cls, value: JsonSchemaFormat | None, info: ValidationInfo
+    ) -> JsonSchemaFormat | None:
+        if value is None and info.data.get("type") == "json_schema":
+            invalid("is required with type 'json_schema'")
+        return value
+
+
+class ChatRequest(Request):
+    """A request; the order of the fields is the order of reported faults."""
+
+    model: NonEmpty
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    stop: Stops = Field(default_factory=list)
+    seed: Seed | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Choices = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: (
+        Annotated[
+            Literal["none", "auto", "required"] | NamedToolChoice, BeforeValidator(_tool_choice)
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    user: User | None = None
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _one_bound(cls, value: int | None, info: ValidationInfo) -> int | None:
+        other = info.data.get("max_completion_tokens")
+        if value is not None and other is not None and value != other:
+            invalid(f"differs from 'max_completion_tokens' ({other}); give one of them")
+        return value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_with_stream(
+        cls, value: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        return only_with_stream(value, info)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("logprobs") is False:
+            invalid("is only allowed together with 'logprobs': true")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_of_a_tool(cls, value: Any, info: ValidationInfo) -> Any:
+        tools = info.data.get("tools")
+        if value is not None and value != "none" and not tools and "tools" in info.data:
+            invalid("is only allowed together with 'tools'")
+        if isinstance(value, NamedToolChoice) and tools:
+            names = [tool.function.name for tool in tools]
+            if value.function.name not in names:
+                invalid(f"names no function of 'tools'; there are {', '.join(names)[:200]}")
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _text_only(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and value != ["text"]:
+            unsupported("must be ['text']: models here answer in text")
+        return value
+
+    @field_validator("functions", "function_call", "audio", "web_search_options")
+    @classmethod
+    def _not_here(cls, value: Any) -> Any:
+        if value is not None:
+            unsupported("is not supported; use 'tools' for functions")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def completion_bound(self) -> int | None:
+        """The wanted bound on completion tokens; None is what the context leaves."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """A token that was likely at one position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """The token at one position, and those that were likely."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of a choice's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class FunctionCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of a function call: the name comes whole, arguments in pieces."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of one tool call; `id` and `type` come with the first."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCallDelta | None = None
+
+
+class AnswerFunction(msgspec.Struct, frozen=True):
+    """A whole function call; `arguments` is JSON as text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(msgspec.Struct, frozen=True):
+    """A whole tool call."""
+
+    id: str
+    function: AnswerFunction
+    type: Literal["function"] = "function"
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """What the assistant says."""
+
+    content: str | None
+    tool_calls: list[AnswerToolCall] | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    refusal: None = None
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: str
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """The answer without `stream`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class MessageDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a message gains."""
+
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """A choice's part of one event."""
+
+    index: int
+    delta: MessageDelta
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True):
+    """One event of a stream; `usage` is there only with `include_usage`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: StreamUsage = msgspec.UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
