@@ -146,10 +146,20 @@ class RequestLimits(Section):
     """Longest silence on a stream before a comment line is sent."""
 
 
+class CorsConfig(Section):
+    """Which web pages may call the API from a browser."""
+
+    origins: tuple[str, ...] = Field(default=(), strict=False)
+    """Such as https://chat.example.com; "*" is every page; none switches CORS off."""
+
+
 class GatewayConfig(Section):
     """The replicas that speak HTTP."""
 
     replicas: ReplicaBounds = ReplicaBounds()
+    cors: CorsConfig = CorsConfig()
+    openapi: bool = True
+    """Whether `/openapi.json` is served; it asks for a key."""
     requests: RequestLimits = RequestLimits()
 
 

@@ -143,6 +143,7 @@ def _front_rules() -> str:
         f"{_return('http-response', BAD_REQUEST)} if {{ status 400 }} {not_ours}",
         f"{_return('http-response', STARTING)} if {{ status 404 }} {not_ours}",
         f"{_return('http-response', FAILED)} if {{ status ge 400 }} {not_ours}",
+        "http-response del-header server",
         # The gateway's own id is the first; Ray adds one, or the client's, behind it.
         "http-response set-header x-request-id %[res.hdr(x-request-id,1)] "
         "if { res.hdr_cnt(x-request-id) gt 1 }",

@@ -80,7 +80,7 @@ def _gateway_application(
                         name: model.model_dump(mode="json", by_alias=True)
                         for name, model in models.items()
                     },
-                    "requests": gateway.requests.model_dump(mode="json", by_alias=True),
+                    "gateway": gateway.model_dump(mode="json", by_alias=True, exclude={"replicas"}),
                 },
                 **_lifecycle(),
             }

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tera.config import RequestLimits
+from tera.config import CorsConfig, GatewayConfig
 from tera.contract.chat import ChatRequest
 from tera.contract.common import (
     ModelList,
@@ -58,11 +58,11 @@ def build_app(
     pipeline: Pipeline,
     health: Health,
     metrics: Metrics,
-    limits: Callable[[], RequestLimits],
+    config: Callable[[], GatewayConfig],
 ) -> ASGIApp:
-    """Return the gateway's ASGI application; `limits` is asked at each request."""
+    """Return the gateway's ASGI application; `config` is asked at each request."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    endpoints = _Endpoints(pipeline, health, metrics, limits)
+    endpoints = _Endpoints(pipeline, health, config)
     reading = ["GET", "HEAD"]
     app.add_api_route("/healthz", endpoints.healthz, methods=reading)
     app.add_api_route("/readyz", endpoints.readyz, methods=reading)
@@ -74,7 +74,7 @@ def build_app(
     app.add_api_route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"])
     app.add_exception_handler(TeraError, _answer_tera_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    return _Edge(app, metrics)
+    return _Edge(app, metrics, config)
 
 
 async def _whole(answer: Answer[D], deltas: AsyncGenerator[D]) -> Response:
@@ -88,13 +88,11 @@ class _Endpoints:
         self,
         pipeline: Pipeline,
         health: Health,
-        metrics: Metrics,
-        limits: Callable[[], RequestLimits],
+        config: Callable[[], GatewayConfig],
     ) -> None:
         self._pipeline = pipeline
         self._health = health
-        self._metrics = metrics
-        self._limits = limits
+        self._config = config
 
     async def healthz(self) -> Response:
         return _json_response({"status": "ok"})
@@ -136,7 +134,7 @@ class _Endpoints:
         )
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        return parse_json_object(await read_body(request, self._limits().max_body_bytes))
+        return parse_json_object(await read_body(request, self._config().requests.max_body_bytes))
 
     async def _answered(
         self, request: Request, stream: bool, answer: Answer[D], deltas: AsyncGenerator[D]
@@ -144,7 +142,7 @@ class _Endpoints:
         if stream:
             return EventStream(
                 answer.events(deltas),
-                keep_alive_s=self._limits().keep_alive_seconds,
+                keep_alive_s=self._config().requests.keep_alive_seconds,
                 on_error=request.state.fail,
             )
         return await answered(request.receive, _whole(answer, deltas))
@@ -236,9 +234,10 @@ def _unknown_url(request: Request) -> UnknownUrlError:
 class _Edge:
     """Outermost layer: request ids, metrics of every answer, and the last word on errors."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, config: Callable[[], GatewayConfig]) -> None:
         self._app = app
         self._metrics = metrics
+        self._config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -246,6 +245,8 @@ class _Edge:
             return
         call = Call(f"req_{secrets.token_hex(16)}", _route(scope["path"]), time.monotonic())
         status, code = 0, ""
+
+        shared = _cors_headers(scope, self._config().cors)
 
         def fail(error: TeraError) -> None:
             nonlocal code
@@ -258,6 +259,7 @@ class _Edge:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", call.request_id.encode()),
+                    *shared,
                 ]
             await send(message)
 
@@ -265,7 +267,10 @@ class _Edge:
         ongoing = self._metrics.ongoing_requests.labels(call.route)
         ongoing.inc()
         try:
-            await self._app(scope, receive, send_with_id)
+            if _is_preflight(scope, call.route):
+                await Response(status_code=204)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             code = "client_gone"
         except Exception:
@@ -288,6 +293,45 @@ class _Edge:
             metrics.cached_tokens.labels(model).inc(call.cached_tokens)
             metrics.completion_tokens.labels(model).inc(call.completion_tokens)
             metrics.replica_switches.labels(model).inc(call.attempts.replica_switches)
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    for header, value in scope["headers"]:
+        if header == name:
+            return str(value, "latin-1")
+    return None
+
+
+def _is_preflight(scope: Scope, route: str) -> bool:
+    """Return whether a browser asks what a page of another origin may do."""
+    return (
+        scope["method"] == "OPTIONS"
+        and route != "other"
+        and _header(scope, b"origin") is not None
+        and _header(scope, b"access-control-request-method") is not None
+    )
+
+
+def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
+    """Return what lets a page of an allowed origin read the answer."""
+    origin = _header(scope, b"origin") if cors.origins else None
+    if origin is None or not {origin, "*"} & set(cors.origins):
+        return []
+    headers = [
+        # Never "*": with the origin named, a page of another one cannot use a cached answer.
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"vary", b"origin"),
+        (b"access-control-expose-headers", b"x-request-id, retry-after, retry-after-ms"),
+    ]
+    if scope["method"] == "OPTIONS":
+        requested = _header(scope, b"access-control-request-headers") or "authorization"
+        headers += [
+            (b"access-control-allow-methods", b"GET, HEAD, POST, OPTIONS"),
+            # SDKs send headers of their own; none of them means anything to us.
+            (b"access-control-allow-headers", requested.encode("latin-1")),
+            (b"access-control-max-age", b"600"),
+        ]
+    return headers
 
 
 def _route(path: str) -> str:

@@ -12,7 +12,7 @@ from ray import serve
 from ray.util import get_node_ip_address
 from starlette.types import ASGIApp
 
-from tera.config import ModelConfig, RequestLimits, Runtime, Section, model_directory
+from tera.config import GatewayConfig, ModelConfig, RequestLimits, Runtime, Section, model_directory
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
 from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
@@ -53,7 +53,7 @@ class GatewayReplica:
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         # Read here and not when the application is built: Serve stores what it is built with.
         self._runtime = runtime = Runtime.from_environment()
-        self._requests = RequestLimits()
+        self._config = GatewayConfig()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()
         self._catalog = Catalog()
@@ -72,7 +72,7 @@ class GatewayReplica:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application that Serve puts behind HTTP."""
-        return build_app(self._pipeline, self, self._metrics, lambda: self._requests)
+        return build_app(self._pipeline, self, self._metrics, lambda: self._config)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve another catalog; requests that are running keep the one they began with.
@@ -80,13 +80,15 @@ class GatewayReplica:
         Raises:
             ConfigError: a model's text side cannot be loaded; the old catalog stays.
         """
-        requests = _parsed(RequestLimits, user_config["requests"])
+        gateway = _parsed(GatewayConfig, user_config["gateway"])
         models: dict[str, ServedModel] = {}
         for name, values in user_config["models"].items():
             config = _parsed(ModelConfig, values)
             text = await self._text(name, config)
-            models[name] = ServedModel(name, config, text, self._dispatcher(name, config, requests))
-        self._requests = requests
+            models[name] = ServedModel(
+                name, config, text, self._dispatcher(name, config, gateway.requests)
+            )
+        self._config = gateway
         self._catalog.replace(models)
 
     async def _text(self, name: str, config: ModelConfig) -> TextModel:
