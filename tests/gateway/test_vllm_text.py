@@ -1,0 +1,150 @@
+"""vLLM's renderer and parsers behind `TextModel`, with the demo model's tokenizer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tera.contract.chat import ChatRequest
+from tera.contract.common import parse_request
+from tera.errors import InvalidRequestError, UnsupportedParameterError
+from tera.gateway.render import AnswerPiece
+from tera.gateway.vllm_text import VllmTextModel
+from tera.local.demo_model import ensure_demo_model
+
+pytestmark = pytest.mark.slow
+
+MODELS = Path(__file__).parents[2] / ".tera/models"
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def model_path() -> str:
+    path = ensure_demo_model("smollm2-135m-instruct", MODELS, "float32", lambda *_: None)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plain(model_path: str) -> Iterator[VllmTextModel]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield VllmTextModel.load(model_path, {"max_model_len": 2048, "dtype": "float32"})
+
+
+@pytest.fixture(scope="module")
+def with_tools(model_path: str) -> VllmTextModel:
+    return VllmTextModel.load(
+        model_path,
+        {"max_model_len": 2048, "dtype": "float32", "tool_call_parser": "hermes"},
+    )
+
+
+def chat(**fields: Any) -> ChatRequest:
+    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
+    return parse_request(ChatRequest, {"model": "m", "messages": messages, **fields})
+
+
+async def said(model: VllmTextModel, request: ChatRequest, text: str) -> list[AnswerPiece]:
+    """Feed a model's answer token by token through the derendering parts."""
+    rendered = await model.render_chat(request)
+    parser = model.answer_parser(request, rendered)
+    detokenizer = model.detokenizer(rendered.token_ids, special_tokens=rendered.special_tokens)
+    token_ids = await model.encode(text)
+    return [
+        parser.push(detokenizer.push(token_id), [token_id], finished=at == len(token_ids))
+        for at, token_id in enumerate(token_ids, start=1)
+    ]
+
+
+async def test_t1_a_conversation_goes_through_the_models_own_template(
+    plain: VllmTextModel,
+) -> None:
+    rendered = await plain.render_chat(chat())
+    detokenizer = plain.detokenizer([], special_tokens=True)
+    text = "".join(map(detokenizer.push, rendered.token_ids))
+    assert text.endswith(
+        "<|im_start|>user\nWhat is the weather in Paris?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert rendered.structured is None
+
+
+async def test_t1_tools_need_a_parser(plain: VllmTextModel) -> None:
+    with pytest.raises(UnsupportedParameterError) as refused:
+        await plain.render_chat(chat(tools=[WEATHER]))
+    assert refused.value.param == "tools"
+    assert (await plain.render_chat(chat(tools=[WEATHER], tool_choice="none"))).token_ids
+
+
+async def test_t1_a_call_is_told_apart_from_content(with_tools: VllmTextModel) -> None:
+    pieces = await said(with_tools, chat(tools=[WEATHER]), f"Sure.{CALL}")
+    assert "".join(piece.content for piece in pieces).strip() == "Sure."
+    calls = [call for piece in pieces for call in piece.tool_calls]
+    assert {call.index for call in calls} == {0}
+    (name,) = [c.function.name for c in calls if c.function and c.function.name]
+    assert name == "get_weather"
+    arguments = "".join(c.function.arguments or "" for c in calls if c.function)
+    assert json.loads(arguments) == {"city": "Paris"}
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
+)
+async def test_t1_a_forced_call_binds_the_engine(with_tools: VllmTextModel, choice: Any) -> None:
+    rendered = await with_tools.render_chat(chat(tools=[WEATHER], tool_choice=choice))
+    assert rendered.structured is not None
+    assert "get_weather" in json.dumps(rendered.structured)
+
+
+@pytest.mark.parametrize(
+    ("response_format", "structured"),
+    [
+        pytest.param({"type": "text"}, None, id="text"),
+        pytest.param({"type": "json_object"}, {"json_object": True}, id="json_object"),
+        pytest.param(
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+            {"json": {"type": "object"}},
+            id="json_schema",
+        ),
+    ],
+)
+async def test_t1_response_formats_become_structured_outputs(
+    plain: VllmTextModel, response_format: dict[str, Any], structured: dict[str, Any] | None
+) -> None:
+    rendered = await plain.render_chat(chat(response_format=response_format))
+    assert rendered.structured == structured
+
+
+async def test_t3_a_model_without_a_template_names_the_other_route(model_path: str) -> None:
+    bare = VllmTextModel.load(
+        model_path, {"max_model_len": 2048, "chat_template": "{{ raise_exception('no') }}"}
+    )
+    with pytest.raises(InvalidRequestError) as refused:
+        await bare.render_chat(chat())
+    assert refused.value.param == "messages"
+
+
+async def test_s4_text_is_never_split_inside_a_character(plain: VllmTextModel) -> None:
+    text = "日本の首都は東京です。 🚀 e\u0301 \u0645\u0631\u062d\u0628\u0627"
+    detokenizer = plain.detokenizer([])
+    pieces = [detokenizer.push(token_id) for token_id in await plain.encode(text)]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+async def test_a_long_prompt_is_encoded_as_a_short_one(plain: VllmTextModel) -> None:
+    sentence = "The quick brown fox jumps.\n"
+    once = await plain.encode(sentence)
+    assert await plain.encode(sentence * 400) == once * 400  # over the inline bound

@@ -1,0 +1,259 @@
+"""Platforms as a user runs them: `tera serve` as a process, reached only from outside."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+TERA = Path(sys.executable).with_name("tera")
+DEMO_MODELS = Path(__file__).parents[2] / ".tera" / "models"
+
+# What a developer's shell may hold must not reach the platforms of these tests.
+_FOREIGN = (
+    "TERA_HOST",
+    "TERA_REDIS_URL",
+    "TERA_KEY_PEPPER",
+    "TERA_CLUSTER_SECRET",
+    "TERA_CHANNEL_HOST",
+    "RAY_ADDRESS",
+)
+
+START_DEADLINE_S = 240
+STOP_DEADLINE_S = 20
+"""Promised in `docs/architecture.md`: whatever it started is gone by then."""
+
+
+def until(
+    condition: Callable[[], object], *, timeout_s: float = 30, every_s: float = 0.05
+) -> None:
+    """Return once `condition` holds; another process's state comes without an event."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not so within {timeout_s} s"
+        time.sleep(every_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def command(home: Path, port: int, *arguments: str) -> list[str]:
+    """Return a `tera` command line; `env` becomes `tera`, so the process id is tera's."""
+    unset = [part for name in _FOREIGN for part in ("-u", name)]
+    return ["env", *unset, f"TERA_HOME={home}", f"TERA_PORT={port}", str(TERA), *arguments]
+
+
+def tera(
+    home: Path, *arguments: str, port: int = 0, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run a `tera` command to its end."""
+    return subprocess.run(  # noqa: S603  our own program
+        command(home, port or free_port(), *arguments),
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@dataclass
+class Platform:
+    """A `tera serve` and what a tenant and an operator know of it."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def launch(cls, home: Path, values: str) -> "Platform":
+        """Start it, in a session of its own, and do not wait."""
+        home.mkdir(parents=True, exist_ok=True)
+        file = home.parent / "values.yaml"
+        file.write_text(values)
+        port, log = free_port(), home.parent / "serve.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603  our own program
+                command(home, port, "serve", "-f", str(file)),
+                cwd=home.parent,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(home, port, process, log)
+
+    def wait_until_ready(self) -> "Platform":
+        file = self.home / "local.env"
+        until(
+            lambda: file.exists() or self.process.poll() is not None,
+            timeout_s=START_DEADLINE_S,
+        )
+        assert file.exists(), self.output
+        self.env = dict(line.split("=", 1) for line in file.read_text().splitlines())
+        return self
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def base_url(self) -> str:
+        return self.env["TERA_BASE_URL"]
+
+    @property
+    def api_key(self) -> str:
+        return self.env["TERA_API_KEY"]
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        """Return a plain client of `/v1`, with the platform's own key if none is given."""
+        return httpx.Client(
+            base_url=self.base_url,
+            headers={"authorization": f"Bearer {self.api_key if key is None else key}"},
+            timeout=120,
+        )
+
+    def tera(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return tera(self.home, *arguments, port=self.port)
+
+    def status(self) -> dict[str, Any]:
+        done = self.tera("status", "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def replicas(self, model: str) -> list[dict[str, Any]]:
+        """Return a model's replicas, by its short name."""
+        models = {each["name"]: each for each in self.status()["models"]}
+        found: list[dict[str, Any]] = models[model]["replicas"]
+        return found
+
+    def wait_until_idle(self, model: str, replicas: int) -> None:
+        """Return once that many replicas run, and none of them has work."""
+
+        def idle() -> bool:
+            found = self.replicas(model)
+            return len(found) == replicas and all(
+                (each["running"], each["waiting"]) == (0, 0) for each in found
+            )
+
+        until(idle, timeout_s=90)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.base_url}/metrics", timeout=30).raise_for_status().text
+
+    def sample(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples that carry these labels."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.metrics())
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Send the signal and return the exit code.
+
+        What outlives the deadline fails the test that asked, and is ended.
+        """
+        family = self.descendants() if self.process.poll() is None else []
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_DEADLINE_S)
+        finally:
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.kill()
+            self.process.wait()
+
+
+SIMULATED_VALUES = """\
+models:
+  small:
+    id: sim/small
+    aliases: [sim]
+    engine:
+      kind: simulated
+      args:
+        profile: {decode_step_s: 0.01, context_tokens: 2048}
+        faults: {only_prompts_with: FAULT, fail_after_tokens: 5}
+    replicas: {min: 2, max: 2}
+  slow:
+    id: sim/slow
+    engine:
+      kind: simulated
+      args:
+        # A prompt of a thousand tokens is half a minute without a token.
+        profile: {prefill_tokens_per_s: 33, context_tokens: 2048, max_running: 1}
+        faults: {only_prompts_with: FAULT, refuse: true}
+gateway: {requests: {maxBodyBytes: 1048576}}
+"""
+
+VLLM_VALUES = """\
+models:
+  smollm2:
+    id: HuggingFaceTB/SmolLM2-135M-Instruct
+    source: demo://smollm2-135m-instruct
+    engine:
+      kind: vllm
+      args: {dtype: float32, max_model_len: 2048, max_num_seqs: 16, enforce_eager: true}
+"""
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """Two simulated models: `sim/small` on two replicas, and `sim/slow`."""
+    platform = Platform.launch(tmp_path_factory.mktemp("simulated") / "home", SIMULATED_VALUES)
+    try:
+        yield platform.wait_until_ready()
+    finally:
+        platform.stop()
+
+
+@pytest.fixture(scope="session")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The demo model in float32, on one replica: greedy text does not depend on the batch."""
+    home = tmp_path_factory.mktemp("vllm") / "home"
+    home.mkdir()
+    if DEMO_MODELS.exists():
+        (home / "models").symlink_to(DEMO_MODELS)
+    platform = Platform.launch(home, VLLM_VALUES)
+    try:
+        yield platform.wait_until_ready()
+    finally:
+        platform.stop()
+
+
+@pytest.fixture
+def client(simulated: Platform) -> Iterator[OpenAI]:
+    """The official client, which tries nothing twice."""
+    with OpenAI(
+        base_url=f"{simulated.base_url}/v1", api_key=simulated.api_key, max_retries=0
+    ) as found:
+        yield found
