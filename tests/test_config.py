@@ -95,7 +95,9 @@ def test_all_faults_are_told_at_once() -> None:
     [
         pytest.param({"id": "x"}, {"id": "x"}, id="two ids"),
         pytest.param({"id": "x"}, {"id": "y", "aliases": ["x"]}, id="id and alias"),
-        pytest.param({"id": "x", "aliases": ["z"]}, {"id": "y", "aliases": ["z"]}, id="two aliases"),
+        pytest.param(
+            {"id": "x", "aliases": ["z"]}, {"id": "y", "aliases": ["z"]}, id="two aliases"
+        ),
     ],
 )
 def test_two_models_cannot_answer_to_one_name(
@@ -172,9 +174,13 @@ class TestFile:
         [
             pytest.param("redis: {}\nredis: {}\n", "'redis' is written twice", id="top"),
             pytest.param(
-                "gateway:\n  replicas:\n    min: 1\n    min: 2\n", "'min' is written twice", id="nested"
+                "gateway:\n  replicas:\n    min: 1\n    min: 2\n",
+                "'min' is written twice",
+                id="nested",
             ),
-            pytest.param("redis: {embedded: true, embedded: false}", "written twice", id="in one line"),
+            pytest.param(
+                "redis: {embedded: true, embedded: false}", "written twice", id="in one line"
+            ),
             pytest.param("models: [", "no valid YAML", id="syntax"),
             pytest.param("a: !!python/object:os.system {}", "no valid YAML", id="code"),
             pytest.param(b"\xff\xfe\xff", "cannot be read", id="not UTF-8"),

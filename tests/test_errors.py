@@ -69,7 +69,11 @@ def test_error_survives_pickling_whole(kind: type[TeraError]) -> None:
 @pytest.mark.parametrize("kind", ALL_ERRORS)
 def test_error_is_rebuilt_from_its_arguments_alone(kind: type[TeraError]) -> None:
     rebuilt = kind(*kind("What was wrong.").args)
-    assert (rebuilt.message, rebuilt.param, rebuilt.retry_after_s) == ("What was wrong.", None, None)
+    assert (rebuilt.message, rebuilt.param, rebuilt.retry_after_s) == (
+        "What was wrong.",
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("kind", ALL_ERRORS)

@@ -87,7 +87,9 @@ def test_infinite_logprob_crosses() -> None:
 
 def test_record_of_an_older_version_is_read_with_defaults() -> None:
     older = msgspec.msgpack.encode([7, "req_1", [1, 2], [16], ["127.0.0.1", 9]])
-    assert decode_generation(older) == Generation(7, "req_1", [1, 2], Sampling(16), ("127.0.0.1", 9))
+    assert decode_generation(older) == Generation(
+        7, "req_1", [1, 2], Sampling(16), ("127.0.0.1", 9)
+    )
 
 
 def test_record_of_a_newer_version_is_read_without_what_it_appends() -> None:

@@ -49,7 +49,9 @@ def test_only_the_gateway_has_a_route() -> None:
     "edit",
     [
         pytest.param({"replicas": {"min": 0, "max": 9}}, id="replicas"),
-        pytest.param({"scaling": {"maxOngoingRequests": 99, "upscaleDelaySeconds": 1}}, id="scaling"),
+        pytest.param(
+            {"scaling": {"maxOngoingRequests": 99, "upscaleDelaySeconds": 1}}, id="scaling"
+        ),
         pytest.param({"aliases": ["another"]}, id="aliases"),
         pytest.param({"id": "org/renamed"}, id="id"),
         pytest.param({"capabilities": ["completions"]}, id="capabilities"),

@@ -79,7 +79,9 @@ def test_families_that_only_one_replica_has_are_kept() -> None:
 )
 def test_label_values_survive_merging(value: str) -> None:
     registry = CollectorRegistry()
-    Counter("tera_things", "Things.", ["name", "other"], registry=registry).labels(value, "x").inc(5)
+    Counter("tera_things", "Things.", ["name", "other"], registry=registry).labels(value, "x").inc(
+        5
+    )
     text = merge_expositions([("a", generate_latest(registry).decode())])
     counted = [each for each in samples(text) if each.name == "tera_things_total"]
     assert [(each.labels, each.value) for each in counted] == [
@@ -101,8 +103,9 @@ def test_values_that_are_no_plain_numbers_survive_merging() -> None:
 
 def test_replica_without_metrics_changes_nothing() -> None:
     alone = merge_expositions([("a", replica_text(1))])
-    assert merge_expositions([("a", replica_text(1)), ("simulated", "")]).splitlines()[0] == (
-        alone.splitlines()[0]
+    assert (
+        merge_expositions([("a", replica_text(1)), ("simulated", "")]).splitlines()[0]
+        == (alone.splitlines()[0])
     )
     assert len(samples(merge_expositions([("simulated", "")]))) == 0
 

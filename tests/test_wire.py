@@ -8,7 +8,9 @@ PAYLOADS = st.lists(st.binary(max_size=300), max_size=6)
 
 
 @given(PAYLOADS, st.data())
-def test_frames_are_whole_however_the_bytes_are_cut(payloads: list[bytes], data: st.DataObject) -> None:
+def test_frames_are_whole_however_the_bytes_are_cut(
+    payloads: list[bytes], data: st.DataObject
+) -> None:
     stream = b"".join(map(wire.pack, payloads))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     buffer, taken = bytearray(), []

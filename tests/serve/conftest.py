@@ -36,9 +36,7 @@ STOP_DEADLINE_S = 20
 """Promised in `docs/architecture.md`: whatever it started is gone by then."""
 
 
-def until(
-    condition: Callable[[], object], *, timeout_s: float = 30, every_s: float = 0.05
-) -> None:
+def until(condition: Callable[[], object], *, timeout_s: float = 30, every_s: float = 0.05) -> None:
     """Return once `condition` holds; another process's state comes without an event."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -3,7 +3,15 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from tera.contract.common import (
     Integer,
@@ -20,10 +28,12 @@ from tera.contract.fields import (
     LogitBias,
     MaxTokens,
     MinP,
+    ModelId,
     Penalty,
     RepetitionPenalty,
     Seed,
     Stops,
+    Streamed,
     StreamOptions,
     Temperature,
     TopK,
@@ -59,6 +69,31 @@ def _content(value: Any) -> str:
     return "\n".join(texts)
 
 
+def _part(kind: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"type": {"type": "string", "const": kind}, kind: {"type": "string"}},
+        "required": ["type", kind],
+    }
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(_content),
+    WithJsonSchema(
+        {
+            "oneOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"oneOf": [_part("text"), _part("refusal")]}},
+            ],
+            "description": "Text, or parts that are joined by line breaks. Only an assistant's "
+            "message may have none.",
+            "examples": ["Hello!", [{"type": "text", "text": "Hello!"}]],
+        }
+    ),
+]
+
+
 class FunctionCall(Request):
     """A call that the assistant made; `arguments` is JSON as text."""
 
@@ -78,12 +113,14 @@ class Message(Request):
     """One message of the conversation."""
 
     role: Role
-    content: Annotated[str, BeforeValidator(_content)] | None = Field(
-        default=None, validate_default=True
-    )
+    content: Content | None = Field(default=None, validate_default=True)
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = Field(default=None, validate_default=True)
+    tool_call_id: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="The call that this answers; required with role `tool`.",
+    )
 
     @field_validator("content")
     @classmethod
@@ -165,10 +202,15 @@ class ResponseFormat(Request):
 class ChatRequest(Request):
     """A request; the order of the fields is the order of reported faults."""
 
-    model: NonEmpty
-    messages: Annotated[list[Message], Field(min_length=1)]
+    model: ModelId
+    messages: Annotated[
+        list[Message],
+        Field(min_length=1, examples=[[{"role": "user", "content": "Say hello."}]]),
+    ]
     max_completion_tokens: MaxTokens | None = None
-    max_tokens: MaxTokens | None = None
+    max_tokens: MaxTokens | None = Field(
+        default=None, description="Older name of `max_completion_tokens`."
+    )
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: TopK = -1
@@ -176,16 +218,34 @@ class ChatRequest(Request):
     repetition_penalty: RepetitionPenalty = 1.0
     stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
-    stream: bool = False
+    stream: Streamed = False
     stream_options: StreamOptions | None = None
     n: Choices = 1
-    logprobs: bool = False
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[bool, Field(description="Report the log-probability of each token.")] = (
+        False
+    )
+    top_logprobs: (
+        Annotated[
+            Integer,
+            Field(
+                ge=0,
+                le=20,
+                description="Likeliest tokens to report at each position; with `logprobs` only.",
+            ),
+        ]
+        | None
+    ) = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: (
+        Annotated[
+            list[Tool],
+            Field(max_length=128, description="Refused by models without a tool parser."),
+        ]
+        | None
+    ) = None
     tool_choice: (
         Annotated[
             Literal["none", "auto", "required"] | NamedToolChoice, BeforeValidator(_tool_choice)
@@ -193,13 +253,25 @@ class ChatRequest(Request):
         | None
     ) = None
     parallel_tool_calls: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    modalities: list[str] | None = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    web_search_options: Any = None
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], Field(description="Variables of the model's chat template.")]
+        | None
+    ) = None
+    reasoning_effort: (
+        Annotated[str, Field(description="Refused by models without a reasoning parser.")] | None
+    ) = None
+    modalities: (
+        Annotated[
+            list[str],
+            WithJsonSchema({"type": "array", "const": ["text"], "description": "Only text."}),
+        ]
+        | None
+    ) = None
+    # Refused whatever their value, so the OpenAPI document does not offer them.
+    functions: SkipJsonSchema[Any] = None
+    function_call: SkipJsonSchema[Any] = None
+    audio: SkipJsonSchema[Any] = None
+    web_search_options: SkipJsonSchema[Any] = None
     user: User | None = None
 
     @field_validator("max_tokens")

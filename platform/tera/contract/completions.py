@@ -3,11 +3,10 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from tera.contract.common import (
     Integer,
-    NonEmpty,
     Request,
     StreamUsage,
     Usage,
@@ -21,10 +20,12 @@ from tera.contract.fields import (
     LogitBias,
     MaxTokens,
     MinP,
+    ModelId,
     Penalty,
     RepetitionPenalty,
     Seed,
     Stops,
+    Streamed,
     StreamOptions,
     Temperature,
     TopK,
@@ -67,11 +68,32 @@ def _tokens(value: Any, at: str) -> list[int]:
     return [int(token) for token in value]
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+
+Prompts = Annotated[
+    list[Prompt],
+    BeforeValidator(_prompts),
+    WithJsonSchema(
+        {
+            "oneOf": [
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_CHOICES},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_CHOICES},
+            ],
+            "description": "One prompt or several of one kind: text, or ids of the model's tokens.",
+            "examples": ["Once upon a time", ["One", "Two"], [1, 2, 3], [[1, 2], [3]]],
+        }
+    ),
+]
+
+
 class CompletionRequest(Request):
     """A request; fields in the contract's order, which is the order of reported faults."""
 
-    model: NonEmpty
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    model: ModelId
+    prompt: Prompts
     max_tokens: MaxTokens = 16
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
@@ -80,16 +102,25 @@ class CompletionRequest(Request):
     repetition_penalty: RepetitionPenalty = 1.0
     stop: Stops = Field(default_factory=list)
     seed: Seed | None = None
-    stream: bool = False
+    stream: Streamed = False
     stream_options: StreamOptions | None = None
     n: Choices = 1
-    best_of: Integer | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
-    echo: bool = False
+    best_of: Annotated[Integer, Field(description="Only accepted when it equals `n`.")] | None = (
+        None
+    )
+    logprobs: (
+        Annotated[
+            Integer, Field(ge=0, le=5, description="Likeliest tokens to report at each position.")
+        ]
+        | None
+    ) = None
+    echo: Annotated[bool, Field(description="Begin the text with the prompt.")] = False
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias | None = None
-    suffix: str | None = None
+    suffix: (
+        Annotated[str, Field(description="Refused by models without fill-in-the-middle.")] | None
+    ) = None
     user: User | None = None
 
     @field_validator("stream_options")

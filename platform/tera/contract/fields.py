@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, WithJsonSchema
 
-from tera.contract.common import Integer, Number, Request, invalid, wrong_type
+from tera.contract.common import Integer, NonEmpty, Number, Request, invalid, wrong_type
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
@@ -51,24 +51,114 @@ def _biases(value: Any) -> dict[int, float]:
     return biases
 
 
-MaxTokens = Annotated[Integer, Field(ge=1)]
-Temperature = Annotated[Number, Field(ge=0, le=2)]
-TopP = Annotated[Number, Field(ge=0, le=1)]
-TopK = Annotated[Integer, Field(ge=-1, le=2**31 - 1)]
-MinP = Annotated[Number, Field(ge=0, le=1)]
-RepetitionPenalty = Annotated[Number, Field(gt=0, le=2)]
-Penalty = Annotated[Number, Field(ge=-2, le=2)]
-Choices = Annotated[Integer, Field(ge=1, le=MAX_CHOICES)]
-Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)]
-Stops = Annotated[list[str], BeforeValidator(_stops)]
-LogitBias = Annotated[dict[int, float], BeforeValidator(_biases)]
-User = Annotated[str, StringConstraints(max_length=512)]
+ModelId = Annotated[
+    NonEmpty,
+    Field(
+        description="Id or alias of a model, as in the model list. Upper and lower case differ.",
+        json_schema_extra={"minLength": 1},
+        examples=["Qwen/Qwen2.5-7B-Instruct"],
+    ),
+]
+MaxTokens = Annotated[
+    Integer,
+    Field(
+        ge=1,
+        description="Most tokens of one completion; with the prompt it must fit the context.",
+        examples=[64],
+    ),
+]
+Temperature = Annotated[
+    Number, Field(ge=0, le=2, description="0 always takes the most likely token.")
+]
+TopP = Annotated[
+    Number,
+    Field(
+        ge=0,
+        le=1,
+        description="Sample among the likeliest tokens of this total probability; 0 is the "
+        "single likeliest.",
+    ),
+]
+TopK = Annotated[
+    Integer,
+    Field(
+        ge=-1,
+        le=2**31 - 1,
+        description="Sample among this many likeliest tokens; -1 and 0 are all.",
+    ),
+]
+MinP = Annotated[
+    Number,
+    Field(ge=0, le=1, description="Leave out tokens less likely than this share of the likeliest."),
+]
+RepetitionPenalty = Annotated[
+    Number,
+    Field(gt=0, le=2, description="Above 1 holds back tokens of the prompt and of the text."),
+]
+Penalty = Annotated[
+    Number, Field(ge=-2, le=2, description="Above 0 holds back tokens that the text has already.")
+]
+Choices = Annotated[
+    Integer,
+    Field(
+        ge=1,
+        le=MAX_CHOICES,
+        description=f"Completions of each prompt; prompts × n is at most {MAX_CHOICES}.",
+    ),
+]
+Seed = Annotated[
+    Integer,
+    Field(
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="The same request with the same seed gives the same text.",
+    ),
+]
+Stops = Annotated[
+    list[str],
+    BeforeValidator(_stops),
+    WithJsonSchema(
+        {
+            "oneOf": [
+                {"type": "string", "minLength": 1},
+                {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1},
+                    "maxItems": MAX_STOP_STRINGS,
+                },
+            ],
+            "description": "The text ends before the first of these.",
+            "examples": ["\n\n", ["END", "###"]],
+        }
+    ),
+]
+LogitBias = Annotated[
+    dict[int, float],
+    BeforeValidator(_biases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "description": "Token ids to what is added to their log-probabilities.",
+            "examples": [{"50256": -100}],
+        }
+    ),
+]
+User = Annotated[
+    str,
+    StringConstraints(max_length=512),
+    Field(description="A name of the end user, for the usage records."),
+]
+Streamed = Annotated[bool, Field(description="Answer with server-sent events.")]
 
 
 class StreamOptions(Request):
     """What a stream holds beside the text."""
 
-    include_usage: bool = False
+    include_usage: Annotated[
+        bool, Field(description="One more event before the end, with `usage` and no choices.")
+    ] = False
 
 
 def only_with_stream(value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:

@@ -1,0 +1,59 @@
+"""`python -m benchmarks [--quick] [chain|vllm]`: run the benchmarks and print their tables."""
+
+import argparse
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import psutil
+from rich.console import Console
+
+from benchmarks import chain, vllm
+
+RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = {"chain": chain.run, "vllm": vllm.run}
+
+
+def main() -> None:
+    """Run what the command line names, or all, and keep the figures in `results`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="chain|vllm")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; keeps no results")
+    options = parser.parse_args()
+    console = Console(width=max(100, Console().width))
+    for name in options.names or BENCHMARKS:
+        began = time.monotonic()
+        table, figures = BENCHMARKS[name](options.quick)
+        console.print(table)
+        console.print(f"{name} took {time.monotonic() - began:.0f} s\n")
+        if not options.quick:
+            _keep(name, figures)
+
+
+def _keep(name: str, figures: dict[str, object]) -> None:
+    machine = {
+        "cores": psutil.cpu_count(),
+        "processor": _processor(),
+        "memory_gib": round(psutil.virtual_memory().total / 1024**3),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+    kept = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **figures}
+    RESULTS.mkdir(exist_ok=True)
+    text = msgspec.json.format(msgspec.json.encode(kept), indent=1)
+    (RESULTS / f"{name}.json").write_bytes(text + b"\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The systems under measurement: each starts in its own processes and ends with its block."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from signal import SIGINT
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from tera.local.cluster import free_port
+
+START_DEADLINE_S = 240.0
+STOP_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class System:
+    """A server that listens on loopback."""
+
+    name: str
+    process: psutil.Process
+    """The first of its processes; the others descend from it."""
+    port: int
+    model: str
+    api_key: str = "none"
+
+
+class StartError(Exception):
+    """A system did not start; the message holds its last lines."""
+
+
+@contextmanager
+def tera(values: str | None, models: Path | None = None) -> Iterator[System]:
+    """Run `tera serve` in a directory of its own.
+
+    Args:
+        values: text of a values file; None is the demo platform.
+        models: directory of demo models that are made already.
+    """
+    with _directory() as directory:
+        home = directory / "home"
+        home.mkdir()
+        if models is not None:
+            (home / "models").symlink_to(models)
+        port = free_port()
+        command = [str(Path(sys.executable).with_name("tera")), "serve", "--port", str(port)]
+        if values is not None:
+            (directory / "values.yaml").write_text(values)
+            command += ["-f", "values.yaml"]
+        with _process(command, {"TERA_HOME": str(home)}, directory) as process:
+            ready = home / "local.env"
+            _wait(process, directory, ready.exists)
+            found = dict(line.split("=", 1) for line in ready.read_text().splitlines())
+            yield System("Tera", process, port, found["TERA_MODEL"], found["TERA_API_KEY"])
+
+
+@contextmanager
+def bare_uvicorn(events: list[bytes], model: str) -> Iterator[System]:
+    """Run `benchmarks.bare` under uvicorn, one process, which streams `events` to everybody."""
+    with _directory() as directory:
+        (directory / "events").write_bytes(b"".join(events))
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.bare", str(directory / "events"), str(port)]
+        with _process(command, {}, Path.cwd(), directory) as process:
+            _wait(process, directory, lambda: _answers(port, "/healthz"))
+            yield System("bare uvicorn", process, port, model)
+
+
+@contextmanager
+def vllm_server(model_path: Path, model: str, arguments: list[str]) -> Iterator[System]:
+    """Run vLLM's own OpenAI server, as quiet about requests as Tera is."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    command += ["--model", str(model_path), "--served-model-name", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    with _directory() as directory, _process(command, environment, directory) as process:
+        _wait(process, directory, lambda: _answers(port, "/health"))
+        yield System("vLLM's server", process, port, model)
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="tera-bench-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextmanager
+def _process(
+    command: list[str], environment: Mapping[str, str], directory: Path, logs: Path | None = None
+) -> Iterator[psutil.Process]:
+    """Run a command with more variables than ours, and end it and all its children.
+
+    `env` adds the variables and then becomes the command, so the process id stays.
+    """
+    env = shutil.which("env")
+    assert env is not None
+    assignments = [f"{name}={value}" for name, value in environment.items()]
+    with ((logs or directory) / "log").open("wb") as log:
+        child = subprocess.Popen(  # noqa: S603  our own commands
+            [env, *assignments, *command],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C ends this program, which ends the child
+        )
+    process = psutil.Process(child.pid)
+    try:
+        yield process
+    finally:
+        processes = process.children(recursive=True) if child.poll() is None else []
+        child.send_signal(SIGINT)
+        try:
+            child.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        _, left = psutil.wait_procs(processes, timeout=5)
+        for orphan in left:
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
+
+
+def _wait(process: psutil.Process, logs: Path, is_ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_DEADLINE_S
+    while not is_ready():
+        gone = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        if gone or time.monotonic() > end:
+            log = (logs / "log").read_text(errors="replace")
+            raise StartError(f"{' '.join(process.cmdline() if not gone else [])}\n{log[-3000:]}")
+        time.sleep(0.2)
+
+
+def _answers(port: int, path: str) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
