@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a table reads best with a case a line
 from pathlib import Path
 from typing import Any
 

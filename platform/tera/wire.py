@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import secrets
 import struct
+from collections.abc import Iterator
 
 NONCE_BYTES = 32
 MAC_BYTES = 32
@@ -54,23 +55,21 @@ def pack(payload: bytes) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-def take_frames(buffer: bytearray) -> list[bytes]:
-    """Remove and return the payloads of all whole frames at the start of `buffer`.
+def take_frames(buffer: bytearray) -> Iterator[bytes]:
+    """Remove the whole frames at the start of `buffer`, yielding the payload of each.
 
     Raises:
-        ValueError: a length is over `MAX_FRAME_BYTES`.
+        ValueError: a length is over `MAX_FRAME_BYTES`; the frames before it were yielded.
     """
-    payloads: list[bytes] = []
     start, end = 0, len(buffer)
-    while end - start >= LENGTH_BYTES:
-        (length,) = _LENGTH.unpack_from(buffer, start)
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {length} bytes")
-        if end - start - LENGTH_BYTES < length:
-            break
-        start += LENGTH_BYTES
-        payloads.append(bytes(buffer[start : start + length]))
-        start += length
-    if start:
+    try:
+        while end - start >= LENGTH_BYTES:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes")
+            if end - start - LENGTH_BYTES < length:
+                break
+            start += LENGTH_BYTES + length
+            yield bytes(buffer[start - length : start])
+    finally:
         del buffer[:start]
-    return payloads

@@ -122,7 +122,7 @@ class _ReplicaLink(asyncio.Protocol):
         nonce_r = bytes(self._buffer[: wire.NONCE_BYTES])
         proof = bytes(self._buffer[wire.NONCE_BYTES : opening])
         rest = self._buffer[opening:]
-        names = wire.take_frames(rest)
+        names = list(wire.take_frames(rest))
         if not names:
             return False
         replica_id = names[0].decode(errors="replace")
