@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import SIMULATED_VALUES, Platform, tera
+from tests.serve.conftest import SIMULATED_VALUES, Platform, tera
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from conftest import Platform, until
 from openai import AsyncOpenAI, OpenAI
+from tests.serve.conftest import Platform, until
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,109 @@
+"""What a tenant notices when processes die: nothing but time."""
+
+import os
+import signal
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from tests.serve.conftest import Platform, until
+
+pytestmark = pytest.mark.slow
+
+STREAMS = 20
+
+
+def text_of(client: OpenAI, prompt: str) -> str:
+    with client.completions.create(
+        model="sim/small", prompt=prompt, temperature=0, max_tokens=200, stream=True
+    ) as chunks:
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+def test_b2_streams_survive_the_death_of_their_replica(simulated: Platform, client: OpenAI) -> None:
+    prompts = [f"Story number {number}" for number in range(STREAMS)]
+    undisturbed = [
+        client.completions.create(model="sim/small", prompt=prompt, temperature=0, max_tokens=200)
+        .choices[0]
+        .text
+        for prompt in prompts
+    ]
+    texts: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda at=at: texts.update({at: text_of(client, prompts[at])}))
+        for at in range(STREAMS)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: any(each["running"] for each in simulated.replicas("small")))
+    victim = max(simulated.replicas("small"), key=lambda each: each["running"] or 0)
+    os.kill(victim["pid"], signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+    assert [texts[at] for at in range(STREAMS)] == undisturbed
+    simulated.wait_until_idle("small", replicas=2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_s8_a_hang_up_frees_the_engine(simulated: Platform, stream: bool) -> None:
+    # Half a minute of prefill: nobody waits that long, and no token has come.
+    body = {"model": "sim/slow", "prompt": "word " * 1000, "max_tokens": 8, "stream": stream}
+    with simulated.http() as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=body, timeout=2)
+    simulated.wait_until_idle("slow", replicas=1)
+
+
+def test_s8_a_hang_up_in_mid_stream_frees_the_engine(simulated: Platform) -> None:
+    body = {"model": "sim/small", "prompt": "Story", "max_tokens": 1000, "stream": True}
+    with (
+        simulated.http() as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        assert next(answer.iter_lines()).startswith("data: {")
+    simulated.wait_until_idle("small", replicas=2)
+
+
+def test_s6_an_engine_that_fails_every_time_is_an_error_of_the_backend(client: OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as failed:
+        client.completions.create(model="sim/small", prompt="FAULT please", max_tokens=3)
+    assert failed.value.code == "backend_failure"
+
+
+def test_metrics_of_all_processes_are_one_text(simulated: Platform, client: OpenAI) -> None:
+    before = simulated.sample("tera_completion_tokens_total", model="small")
+    used = client.completions.create(model="sim/small", prompt="Count", max_tokens=7).usage
+    assert used is not None
+    after = simulated.sample("tera_completion_tokens_total", model="small")
+    assert after - before == used.completion_tokens
+    families = [line for line in simulated.metrics().splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families))
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        pytest.param(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b"404", id="unknown path"),
+        pytest.param(b"GET /-/routes HTTP/1.1\r\nHost: x\r\n\r\n", b"404", id="Ray's routes"),
+        pytest.param(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b"401", id="no key"),
+        pytest.param(b"PUT /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b"405", id="wrong method"),
+    ],
+)
+def test_h2_errors_are_the_envelope_on_the_wire(
+    simulated: Platform, request_bytes: bytes, status: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", simulated.port), timeout=10) as wire:
+        wire.sendall(request_bytes)
+        answer = wire.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b'"error":' in answer
+    assert b"x-request-id: req_" in answer
+    assert b"server:" not in answer.lower()
+
+
+def test_h2_what_is_no_http_gets_no_page(simulated: Platform) -> None:
+    with socket.create_connection(("127.0.0.1", simulated.port), timeout=10) as wire:
+        wire.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+        assert b"<html" not in wire.recv(65536).lower()

@@ -1,0 +1,61 @@
+"""Starting and stopping: clear words, and nothing left behind."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from tests.serve.conftest import SIMULATED_VALUES, Platform, listens, tera, until
+
+pytestmark = pytest.mark.slow
+
+ONE_MODEL = "models: {one: {id: sim/one, engine: {kind: simulated}}}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_that_was_started(tmp_path: Path, number: signal.Signals) -> None:
+    platform = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
+    family = platform.descendants()
+    assert family
+    platform.process.send_signal(number)
+    assert platform.process.wait(20) == 0
+    until(lambda: not any(process.is_running() for process in family))
+    assert not listens(platform.port)
+    assert not (platform.home / "local.env").exists()
+    assert not (platform.home / "state.json").exists()
+
+
+def test_a_signal_while_engines_load_stops_all(tmp_path: Path) -> None:
+    values = ONE_MODEL.replace("simulated}", "simulated, args: {profile: {startup_s: 600}}}")
+    platform = Platform.launch(tmp_path / "home", values)
+    until(lambda: "Engines and gateway" in platform.output, timeout_s=60)
+    family = platform.descendants()
+    platform.process.send_signal(signal.SIGINT)
+    platform.process.wait(20)
+    until(lambda: not any(process.is_running() for process in family))
+
+
+def test_a_port_in_use_is_said_in_one_line(simulated: Platform, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(ONE_MODEL)
+    refused = tera(
+        tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"), port=simulated.port
+    )
+    assert refused.returncode == 2
+    assert f"Port {simulated.port}" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_a_second_platform_in_one_directory_is_refused(simulated: Platform) -> None:
+    values = simulated.home.parent / "values.yaml"
+    assert values.read_text() == SIMULATED_VALUES
+    refused = tera(simulated.home, "serve", "-f", str(values))
+    assert refused.returncode == 2
+    assert "already runs" in refused.stderr
+
+
+def test_an_engine_that_does_not_start_ends_the_command(tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(
+        ONE_MODEL.replace("simulated}", "simulated, args: {faults: {fail_start: true}}}")
+    )
+    failed = tera(tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"), timeout_s=180)
+    assert failed.returncode == 2
+    assert "model-one failed to start" in failed.stderr

@@ -1,0 +1,85 @@
+"""Real vLLM behind the gateway, from the values of the demo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from openai import OpenAI
+from tests.serve.conftest import Platform
+
+pytestmark = pytest.mark.slow
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPTS = ["The capital of France is", "日本の首都は", "def fib(n):", "Write of 🚀 and 😀:"]
+
+BARE = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(model=sys.argv[1], dtype="float32", max_model_len=2048, max_num_seqs=16,
+          enforce_eager=True)
+outputs = llm.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=32))
+print("TEXTS" + json.dumps([output.outputs[0].text for output in outputs]))
+"""
+
+
+@pytest.fixture
+def client(vllm: Platform) -> OpenAI:
+    return OpenAI(base_url=f"{vllm.base_url}/v1", api_key=vllm.api_key, max_retries=0)
+
+
+def texts(client: OpenAI) -> list[str]:
+    answer = client.completions.create(model=MODEL, prompt=PROMPTS, temperature=0, max_tokens=32)
+    return [choice.text for choice in answer.choices]
+
+
+def test_greedy_text_is_that_of_bare_vllm(vllm: Platform, client: OpenAI) -> None:
+    directory = vllm.home / "models/smollm2-135m-instruct-float32"
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    done = subprocess.run(  # noqa: S603  our own interpreter
+        [sys.executable, "-c", BARE, str(directory), json.dumps(PROMPTS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TEXTS")]
+    ours = texts(client)
+    assert ours == json.loads(line.removeprefix("TEXTS"))
+    assert ours[0].startswith(" Paris")
+
+
+def test_chat_streams_what_it_answers(client: OpenAI) -> None:
+    messages = [{"role": "user", "content": "Say hello."}]
+    asked = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 16}
+    whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    with client.chat.completions.create(**asked, stream=True) as chunks:  # type: ignore[call-overload]
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == whole.choices[0].message.content
+    assert streamed
+
+
+def test_vllms_own_metrics_are_there(vllm: Platform, client: OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="One", max_tokens=2)
+    assert vllm.sample("vllm:generation_tokens_total") > 0
+
+
+def test_b2_a_stream_outlives_the_only_replica(vllm: Platform, client: OpenAI) -> None:
+    asked = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 200}
+    undisturbed = client.completions.create(**asked).choices[0].text  # type: ignore[call-overload]
+    (replica,) = vllm.replicas("smollm2")
+    with client.completions.create(**asked, stream=True) as chunks:  # type: ignore[call-overload]
+        text = ""
+        for number, chunk in enumerate(chunks):
+            text += chunk.choices[0].text
+            if number == 20:
+                os.kill(replica["pid"], signal.SIGKILL)
+    assert text == undisturbed
