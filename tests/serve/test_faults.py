@@ -15,6 +15,7 @@ from tests.serve.conftest import Platform
 pytestmark = pytest.mark.slow
 
 STREAMS = 20
+WORDS = "word " * 1000
 
 
 def test_b2_streams_survive_the_death_of_their_replica(simulated: Platform, client: OpenAI) -> None:
@@ -47,7 +48,7 @@ def test_b2_streams_survive_the_death_of_their_replica(simulated: Platform, clie
 @pytest.mark.parametrize("stream", [True, False])
 def test_s8_a_hang_up_frees_the_engine(simulated: Platform, stream: bool) -> None:
     # Half a minute of prefill: nobody waits that long, and no token has come.
-    body = {"model": "sim/slow", "prompt": "word " * 1000, "max_tokens": 8, "stream": stream}
+    body = {"model": "sim/slow", "prompt": f"{stream} {WORDS}", "max_tokens": 8, "stream": stream}
     with simulated.http() as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=body, timeout=2)
     simulated.wait_until_idle("slow", replicas=1)
