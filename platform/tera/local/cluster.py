@@ -1,11 +1,13 @@
 """Ray and Ray Serve on one machine: start, deploy, watch, and leave nothing behind."""
 
 import asyncio
+import atexit
 import logging
 import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -75,8 +77,11 @@ class LocalCluster:
     async def stop(self) -> None:
         """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`."""
         children = psutil.Process().children(recursive=True)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(_shut_down), STOP_DEADLINE_S)
+        # A daemon thread: Ray may wait for ever for what is ended below, and a thread of the
+        # loop's executor would hold this process as long.
+        shutting_down = threading.Thread(target=_shut_down, daemon=True)
+        shutting_down.start()
+        await asyncio.to_thread(shutting_down.join, STOP_DEADLINE_S)
         for process in children:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
@@ -85,6 +90,8 @@ class LocalCluster:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         await asyncio.to_thread(psutil.wait_procs, alive, KILL_GRACE_S)
+        if shutting_down.is_alive():
+            _forget_exit_hook()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -96,6 +103,13 @@ def _shut_down() -> None:
         with suppress(Exception):  # whatever is broken, the processes are ended next
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _forget_exit_hook() -> None:
+    """Keep Ray from shutting down once more at exit: nobody is left to answer it."""
+    import ray
+
+    atexit.unregister(ray.shutdown)
 
 
 def _reason(application: Any) -> str:
