@@ -231,7 +231,9 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     try:
         yield platform.wait_until_ready()
     finally:
-        platform.stop()
+        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
+        with suppress(subprocess.TimeoutExpired):
+            platform.stop()
 
 
 @pytest.fixture(scope="session")
@@ -245,7 +247,9 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     try:
         yield platform.wait_until_ready()
     finally:
-        platform.stop()
+        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
+        with suppress(subprocess.TimeoutExpired):
+            platform.stop()
 
 
 @pytest.fixture
