@@ -27,6 +27,8 @@ from tera.errors import ConfigError
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 """A short DNS label: it becomes part of an application's and a Kubernetes object's name."""
 
+TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+
 Capability = Literal["completions", "chat"]
 
 SOURCE_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "demo")
@@ -153,10 +155,43 @@ class CorsConfig(Section):
     """Such as https://chat.example.com; "*" is every page; none switches CORS off."""
 
 
+class Limits(Section):
+    """What may be used at most: 0 blocks, absent is unlimited."""
+
+    requests_per_minute: int | None = Field(default=None, ge=0)
+    tokens_per_minute: int | None = Field(default=None, ge=0)
+    """Prompt and completion tokens together."""
+    concurrent_requests: int | None = Field(default=None, ge=0)
+    token_budget: int | None = Field(default=None, ge=0)
+    """Prompt and completion tokens of one `budgetPeriod`."""
+    budget_period: Literal["day", "month"] | None = None
+    """A calendar day or month in UTC; a month unless said."""
+
+
+class TenantLimits(Limits):
+    """The limits of one tenant, over all of its keys."""
+
+    models: dict[ModelName, Limits] = Field(default_factory=dict)
+    """By a model's short name. A limit given here counts that model's requests alone, in the
+    place of the tenant's own."""
+
+
+class LimitsConfig(Section):
+    """Limits of tenants; editing them restarts nothing."""
+
+    default: TenantLimits = TenantLimits()
+    """Where neither `tenants` nor `tera tenants set` says anything of a tenant's limit."""
+    tenants: dict[TenantName, TenantLimits] = Field(default_factory=dict)
+    on_redis_error: Literal["local", "closed"] = "local"
+    """While Redis is away: `local` goes on with this gateway replica's share of each limit,
+    `closed` refuses every request."""
+
+
 class GatewayConfig(Section):
     """The replicas that speak HTTP."""
 
     replicas: ReplicaBounds = ReplicaBounds()
+    limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
     openapi: bool = True
     """Whether `/openapi.json` is served; it asks for a key."""
