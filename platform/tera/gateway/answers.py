@@ -42,7 +42,10 @@ class Answer(Protocol, Generic[D_contra]):
     """One request's answer in the making."""
 
     def events(self, deltas: "AsyncGenerator[D_contra]") -> AsyncGenerator[bytes]:
-        """Yield the events of a stream, without `[DONE]`; closes `deltas`."""
+        """Yield the event of each delta, without `[DONE]`; closes `deltas`.
+
+        A delta that says nothing gives no bytes, so that the reader knows of every step.
+        """
         ...
 
     async def whole(self, deltas: "AsyncGenerator[D_contra]") -> msgspec.Struct:
@@ -69,6 +72,9 @@ class CompletionAnswer:
         usage = None if self._request.include_usage else msgspec.UNSET
         async with aclosing(deltas):
             async for delta in deltas:
+                if not delta.says_something:
+                    yield b""
+                    continue
                 choice = CompletionChoice(
                     delta.text, delta.index, delta.finish_reason, self._logprobs(delta)
                 )
@@ -202,6 +208,9 @@ class ChatAnswer:
         began: set[int] = set()
         async with aclosing(deltas):
             async for delta in deltas:
+                if not delta.says_something:
+                    yield b""
+                    continue
                 piece = delta.piece
                 first = delta.index not in began
                 began.add(delta.index)

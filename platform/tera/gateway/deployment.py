@@ -32,7 +32,9 @@ GATEWAY_APPLICATION = "gateway"
 GATEWAY_DEPLOYMENT = "Gateway"
 ENGINE_DEPLOYMENT = "Engine"
 
-STATUS_INTERVAL_S = 1.0
+STATUS_INTERVAL_S, STEADY_STATUS_INTERVAL_S = 1.0, 5.0
+"""Between looks at Serve's status, which costs 30 ms of CPU; the longer one while every model is
+ready and the replicas that have sent tokens are connected."""
 REDIS_TIMEOUT_S = 1.0
 PEER_TIMEOUT_S = 2.0
 
@@ -67,6 +69,7 @@ class GatewayReplica:
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )
         self._statuses = StatusWatcher(self._catalog)
+        self._receiver.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
         self._pipeline = Pipeline(self._catalog, self._keys, self._statuses.status, self._metrics)
 
@@ -90,6 +93,7 @@ class GatewayReplica:
             )
         self._config = gateway
         self._catalog.replace(models)
+        self._statuses.look_soon()
 
     async def _text(self, name: str, config: ModelConfig) -> TextModel:
         old = self._catalog.models.get(name)
@@ -187,12 +191,17 @@ class StatusWatcher:
         self._catalog = catalog
         self._statuses: dict[str, ModelStatus] = {}
         self._task: asyncio.Task[None] | None = None
+        self._look = asyncio.Event()
         self.any_answered = False
         """A model has been ready at some time, so requests can be answered or held."""
 
     def status(self, name: str) -> ModelStatus:
-        """Return a model's status as of the last look, about a second ago."""
+        """Return a model's status as of the last look, some seconds ago at the most."""
         return self._statuses.get(name, "starting")
+
+    def look_soon(self) -> None:
+        """Look again within a second: something has changed."""
+        self._look.set()
 
     async def __aenter__(self) -> None:
         """Begin to look."""
@@ -208,6 +217,7 @@ class StatusWatcher:
     async def _watch(self) -> None:
         while True:
             began = time.monotonic()
+            self._look.clear()
             try:
                 applications = (await asyncio.to_thread(serve.status)).applications
             except Exception:
@@ -221,6 +231,10 @@ class StatusWatcher:
                     status in ("ready", "scaled_to_zero") for status in self._statuses.values()
                 )
             await asyncio.sleep(max(0.0, STATUS_INTERVAL_S - (time.monotonic() - began)))
+            if self._statuses and all(status == "ready" for status in self._statuses.values()):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(STEADY_STATUS_INTERVAL_S - STATUS_INTERVAL_S):
+                        await self._look.wait()
 
 
 def _status(application: Any, config: ModelConfig) -> ModelStatus:

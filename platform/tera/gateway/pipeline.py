@@ -142,7 +142,7 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What one choice of an answer gained."""
+    """What one choice of an answer gained by one delivery of tokens: maybe nothing to show."""
 
     index: int
     text: str
@@ -151,15 +151,26 @@ class ChoiceDelta:
     logprobs: list[PositionLogprobs] | None = None
     """One for each token that the delta stands for, when asked for."""
 
+    @property
+    def says_something(self) -> bool:
+        """Whether a client has to hear of it; inside of a character there is no text yet."""
+        return bool(self.text or self.logprobs) or self.finish_reason is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ChatDelta:
-    """What one choice of a chat answer gained."""
+    """What one choice of a chat answer gained by one delivery of tokens: maybe nothing."""
 
     index: int
     piece: AnswerPiece
     finish_reason: str | None = None
     logprobs: list[PositionLogprobs] | None = None
+
+    @property
+    def says_something(self) -> bool:
+        """Whether a client has to hear of it."""
+        said = self.piece.content or self.piece.reasoning or self.piece.tool_calls
+        return bool(said or self.logprobs) or self.finish_reason is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,9 +342,7 @@ class Pipeline:
                 chosen = called_tools and not isinstance(request.tool_choice, NamedToolChoice)
                 if finish == FinishReason.STOP and chosen:
                     finish = "tool_calls"
-                said = piece.content or piece.reasoning or piece.tool_calls
-                if said or finished or delta.logprobs:
-                    yield ChatDelta(choice.index, piece, finish, delta.logprobs)
+                yield ChatDelta(choice.index, piece, finish, delta.logprobs)
 
     async def _choice(
         self, model: ServedModel, call: Call, choice: _Choice
@@ -360,10 +369,9 @@ class Pipeline:
                 logprobs = None
                 if choice.sampling.logprobs is not None:
                     logprobs = _positions(model.text, choice, delta, used, with_prompt=first)
-                if text or echo or logprobs or finish is not None:
-                    yield ChoiceDelta(
-                        choice.index, echo + text, delta.token_ids[:used], finish, logprobs
-                    )
+                yield ChoiceDelta(
+                    choice.index, echo + text, delta.token_ids[:used], finish, logprobs
+                )
                 first, echo = False, ""
                 if finish is not None:
                     return

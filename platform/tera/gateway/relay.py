@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+MAX_WRITE_BYTES = 65_536
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -69,17 +70,26 @@ class EventStream(Response):
     Nothing is sent before the first event exists, so an early error keeps its own status; after
     `keep_alive_s` of silence the stream begins with a comment instead, and a later error becomes
     an event. `events` is closed before the response ends, however it ends.
+
+    Each event leaves at once; only while the next one is here already, as `next_is_here` tells,
+    do they leave together: then this process is behind, and the saved writes let it catch up.
+    They leave by the `send` given here, the one at the application's edge: each of the
+    framework's layers would wrap every event's message once more.
     """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes],
         *,
+        send: Send,
+        next_is_here: Callable[[], bool],
         keep_alive_s: float,
         on_error: Callable[[TeraError], None],
     ) -> None:
         super().__init__()
         self._events = events
+        self._send_message = send
+        self._next_is_here = next_is_here
         self._keep_alive_s = keep_alive_s
         self._on_error = on_error
         self._started = False
@@ -87,49 +97,55 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; see the class."""
-        pulse = asyncio.create_task(self._pulse(send))
+        pulse = asyncio.create_task(self._pulse())
         try:
             async with while_connected(receive), aclosing(self._events) as events:
-                await self._relay(events, send)
+                await self._relay(events)
         except ClientGoneError:
             pass
         finally:
             pulse.cancel()
 
-    async def _relay(self, events: AsyncGenerator[bytes], send: Send) -> None:
+    async def _relay(self, events: AsyncGenerator[bytes]) -> None:
+        held = b""
         try:
             async for event in events:
-                await self._send(event, send)
-            await self._send(DONE, send)
+                held += event
+                if held and (len(held) >= MAX_WRITE_BYTES or not self._next_is_here()):
+                    await self._send(held)
+                    held = b""
+            held += DONE
         except TeraError as error:
-            if not self._started:
+            if not self._started and not held:
                 raise
-            self._on_error(error)
-            await self._send(b"data: " + error_envelope(error) + b"\n\n", send)
+            held += self._failed(error)
         except Exception:
-            if not self._started:
+            if not self._started and not held:
                 raise
             log.exception("A stream failed after its first event.")
-            failure = InternalError("The server failed on this request.")
-            self._on_error(failure)
-            await self._send(b"data: " + error_envelope(failure) + b"\n\n", send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            held += self._failed(InternalError("The server failed on this request."))
+        await self._send(held, more_body=False)
 
-    async def _send(self, data: bytes, send: Send) -> None:
+    def _failed(self, error: TeraError) -> bytes:
+        self._on_error(error)
+        return b"data: " + error_envelope(error) + b"\n\n"
+
+    async def _send(self, data: bytes, *, more_body: bool = True) -> None:
         self._sent_at = asyncio.get_running_loop().time()
+        send = self._send_message
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": data, "more_body": more_body})
 
-    async def _pulse(self, send: Send) -> None:
+    async def _pulse(self) -> None:
         """Break every silence of `keep_alive_s`; one task costs less than a time-out per token."""
         loop = asyncio.get_running_loop()
         self._sent_at = loop.time()
         while True:
             silence_s = loop.time() - self._sent_at
             if silence_s >= self._keep_alive_s:
-                await self._send(KEEP_ALIVE, send)
+                await self._send(KEEP_ALIVE)
                 silence_s = 0.0
             await asyncio.sleep(self._keep_alive_s - silence_s)
 

@@ -50,6 +50,11 @@ class Inbox:
                 self._waiter = None
         return self._deltas.popleft()
 
+    @property
+    def next_is_here(self) -> bool:
+        """Whether what follows is here already: a delta, an error, or nothing at all."""
+        return bool(self._deltas) or self.finished or self._error is not None
+
     def put(self, delta: TokenDelta) -> None:
         """Deliver a delta."""
         self.finished = delta.finish_reason is not None
@@ -155,6 +160,8 @@ class TokenReceiver:
         self.secret = secret
         self.links: set[_ReplicaLink] = set()
         self.loads: dict[str, ReplicaLoad] = {}
+        self.on_lost: Callable[[], None] | None = None
+        """Called after a replica's connection has broken."""
 
     async def __aenter__(self) -> Self:
         """Start listening."""
@@ -203,6 +210,8 @@ class TokenReceiver:
         for inbox in list(self._inboxes.values()):
             if inbox.replica_id == replica_id:
                 inbox.fail(ReplicaLostError("The engine replica was lost."))
+        if self.on_lost is not None:
+            self.on_lost()
 
     def _forget(self, generation_id: int) -> None:
         self._inboxes.pop(generation_id, None)

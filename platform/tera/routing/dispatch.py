@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -54,9 +54,20 @@ class DispatchLimits:
 
 @dataclass(slots=True)
 class Attempts:
-    """What happened to one generation, for the ledger and metrics."""
+    """What happens to the generations of one request."""
 
     replica_switches: int = 0
+    """Times that another replica went on, for the ledger and metrics."""
+    inboxes: set[Inbox] = field(default_factory=set)
+    """Of the attempts that are under way."""
+
+    def next_is_here(self) -> bool:
+        """Return whether the request's next tokens, or its end, need no waiting for.
+
+        To be asked when a delta has just been taken, while its attempt is under way.
+        """
+        waited_for = [inbox for inbox in self.inboxes if not inbox.finished]
+        return not waited_for or any(inbox.next_is_here for inbox in waited_for)
 
 
 class Dispatcher:
@@ -76,7 +87,7 @@ class Dispatcher:
         request_id: str,
         prompt_token_ids: list[int],
         sampling: Sampling,
-        attempts: Attempts | None = None,
+        attempts: Attempts,
     ) -> AsyncGenerator[TokenDelta]:
         """Yield the generation's deltas, whatever happens to replicas on the way.
 
@@ -97,6 +108,7 @@ class Dispatcher:
                 yield TokenDelta(0, [], FinishReason.LENGTH)
                 return
             inbox = self._receiver.open()
+            attempts.inboxes.add(inbox)
             generation = _resumed(
                 inbox.generation_id,
                 request_id,
@@ -121,9 +133,9 @@ class Dispatcher:
                     raise BackendFailureError(
                         "The model's engines failed repeatedly on this request."
                     ) from error
-                if attempts is not None:
-                    attempts.replica_switches += taken
+                attempts.replica_switches += taken
             finally:
+                attempts.inboxes.discard(inbox)
                 inbox.close()
             if loop.time() - started + backoff_s > self._limits.deadline_s:
                 raise _too_late()
