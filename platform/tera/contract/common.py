@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -85,7 +86,9 @@ def _not_empty(text: str) -> str:
     return text
 
 
-NonEmpty = Annotated[str, AfterValidator(_not_empty)]
+NonEmpty = Annotated[
+    str, AfterValidator(_not_empty), WithJsonSchema({"type": "string", "minLength": 1})
+]
 
 T = TypeVar("T", bound=Request)
 

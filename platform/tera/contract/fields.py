@@ -55,7 +55,6 @@ ModelId = Annotated[
     NonEmpty,
     Field(
         description="Id or alias of a model, as in the model list. Upper and lower case differ.",
-        json_schema_extra={"minLength": 1},
         examples=["Qwen/Qwen2.5-7B-Instruct"],
     ),
 ]

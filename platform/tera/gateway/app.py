@@ -3,12 +3,13 @@
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tera.config import CorsConfig, GatewayConfig
@@ -20,6 +21,7 @@ from tera.contract.common import (
     parse_request,
 )
 from tera.contract.completions import CompletionRequest
+from tera.contract.openapi import openapi_json
 from tera.errors import (
     InternalError,
     InvalidJsonError,
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 D = TypeVar("D")
 
 KEYLESS_ROUTES = ("/healthz", "/readyz", "/metrics")
+DOCUMENT_PATH = "/openapi.json"
 
 
 class Health(Protocol):
@@ -70,12 +73,26 @@ def build_app(
     app.add_route("/v1/models", endpoints.models, methods=["GET"])
     # Ids hold slashes; an encoded one arrives decoded.
     app.add_route("/v1/models/{model_id:path}", endpoints.model, methods=["GET"])
+    app.router.routes.append(_DocumentRoute(endpoints.document, lambda: config().openapi))
     app.add_route("/healthz", endpoints.healthz, methods=["GET"])
     app.add_route("/readyz", endpoints.readyz, methods=["GET"])
     app.add_route("/metrics", endpoints.metrics, methods=["GET"])
     app.add_exception_handler(TeraError, _answer_tera_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     return _Edge(app, metrics, config)
+
+
+class _DocumentRoute(Route):
+    """The OpenAPI document's route; while it is off, its path is as unknown as any other."""
+
+    def __init__(
+        self, endpoint: Callable[[Request], Awaitable[Response]], enabled: Callable[[], bool]
+    ) -> None:
+        super().__init__(DOCUMENT_PATH, endpoint, methods=["GET"])
+        self._enabled = enabled
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches(scope) if self._enabled() else (Match.NONE, {})
 
 
 async def _whole(answer: Answer[D], deltas: AsyncGenerator[D]) -> Response:
@@ -94,6 +111,7 @@ class _Endpoints:
         self._pipeline = pipeline
         self._health = health
         self._config = config
+        self._document = openapi_json()
 
     async def healthz(self, request: Request) -> Response:
         return _json_response({"status": "ok"})
@@ -116,6 +134,10 @@ class _Endpoints:
             raise _unknown_url(request)
         caller = self._authenticate(request)
         return _json_response(self._pipeline.model_card(caller, model_id))
+
+    async def document(self, request: Request) -> Response:
+        self._authenticate(request)
+        return Response(self._document, media_type="application/json")
 
     async def completions(self, request: Request) -> Response:
         caller = self._authenticate(request)
@@ -247,10 +269,12 @@ class _Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call = Call(f"req_{secrets.token_hex(16)}", _route(scope["path"]), time.monotonic())
+        config = self._config()
+        route = _route(scope["path"], config)
+        call = Call(f"req_{secrets.token_hex(16)}", route, time.monotonic())
         status, code = 0, ""
 
-        shared = _cors_headers(scope, self._config().cors)
+        shared = _cors_headers(scope, config.cors)
 
         def fail(error: TeraError) -> None:
             nonlocal code
@@ -339,8 +363,10 @@ def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def _route(path: str) -> str:
+def _route(path: str, config: GatewayConfig) -> str:
     """Return a label of few values for a path that may be anything."""
     if path in (*KEYLESS_ROUTES, "/v1/completions", "/v1/chat/completions", "/v1/models"):
+        return path
+    if path == DOCUMENT_PATH and config.openapi:
         return path
     return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
