@@ -149,3 +149,15 @@ async def test_a_long_prompt_is_encoded_as_a_short_one(plain: VllmTextModel) -> 
     sentence = "The quick brown fox jumps.\n"
     once = await plain.encode(sentence)
     assert await plain.encode(sentence * 400) == once * 400  # over the inline bound
+
+
+async def test_prompts_are_those_of_the_tokenizers_own_template(plain: VllmTextModel) -> None:
+    words = "naïve <|im_end|> 日本語 🚀🏽 don't\n\n  code()  "
+    messages = [{"role": "user", "content": f"{words} {turn}"} for turn in range(4)]
+    wanted = plain._tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    for _ in range(2):  # the second time from the encoder's memory
+        assert (await plain.render_chat(chat(messages=messages))).token_ids == wanted
+    assert plain._encoder is not None
+    assert await plain.encode(words) == plain._tokenizer.encode(words)

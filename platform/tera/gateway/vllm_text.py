@@ -1,7 +1,7 @@
 """Text of models that vLLM runs, by vLLM's own renderer, detokeniser and parsers, engine-less."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,11 +10,8 @@ from pydantic import JsonValue
 from tera.config import FRONTEND_ARGS, engine_args
 from tera.contract.chat import ChatRequest, FunctionCallDelta, ToolCallDelta
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
+from tera.gateway.encode import TextEncoder
 from tera.gateway.render import AnswerParser, AnswerPiece, PlainAnswer, RenderedChat
-
-INLINE_CHARACTERS = 4096
-"""Longer prompts are tokenised in a thread (the tokeniser releases the GIL), so that one long
-prompt does not hold up the tokens of every other stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +98,9 @@ class VllmTextModel:
         self._model_config = model_config
         self._online = online
         self._tokenizer = online.renderer.get_tokenizer()
+        self._encoder = TextEncoder.of(self._tokenizer)
+        if self._encoder is not None:
+            online.renderer.tokenize_prompts_async = _tokenizing(online.renderer, self._encoder)
         self._has_tools = online.parser is not None and online.parser.tool_parser_cls is not None
         self._has_reasoning = (
             online.parser is not None and online.parser.reasoning_parser_cls is not None
@@ -141,12 +141,9 @@ class VllmTextModel:
 
     async def encode(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt."""
-        if len(text) <= INLINE_CHARACTERS:
-            return self._encode(text)
-        return await asyncio.to_thread(self._encode, text)
-
-    def _encode(self, text: str) -> list[int]:
-        token_ids: list[int] = self._tokenizer.encode(text)
+        if self._encoder is not None:
+            return await self._encoder.encode(text, add_special_tokens=True)
+        token_ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, text)
         return token_ids
 
     async def render_chat(self, request: ChatRequest) -> RenderedChat:
@@ -211,6 +208,30 @@ class VllmTextModel:
 
         texts: list[str] = convert_ids_list_to_tokens(self._tokenizer, token_ids)
         return texts
+
+
+def _tokenizing(
+    renderer: Any, encoder: TextEncoder
+) -> Callable[[Sequence[Any], Any], Awaitable[list[Any]]]:
+    """Return the renderer's own step from texts to ids, by `encoder` where it can do it."""
+    otherwise: Callable[[Sequence[Any], Any], Awaitable[list[Any]]]
+    otherwise = renderer.tokenize_prompts_async
+
+    async def tokenize(prompts: Sequence[Any], params: Any) -> list[Any]:
+        if not all(set(prompt) == {"prompt"} for prompt in prompts):
+            return await otherwise(prompts, params)
+        add_special_tokens: bool = params.add_special_tokens
+        return [
+            {
+                **prompt,
+                "prompt_token_ids": await encoder.encode(
+                    prompt["prompt"], add_special_tokens=add_special_tokens
+                ),
+            }
+            for prompt in prompts
+        ]
+
+    return tokenize
 
 
 def _vllm_fields(request: ChatRequest) -> dict[str, Any]:
