@@ -224,34 +224,6 @@ models:
 """
 
 
-@pytest.fixture(scope="session")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """Two simulated models: `sim/small` on two replicas, and `sim/slow`."""
-    platform = Platform.launch(tmp_path_factory.mktemp("simulated") / "home", SIMULATED_VALUES)
-    try:
-        yield platform.wait_until_ready()
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            platform.stop()
-
-
-@pytest.fixture(scope="session")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """The demo model in float32, on one replica: greedy text does not depend on the batch."""
-    home = tmp_path_factory.mktemp("vllm") / "home"
-    home.mkdir()
-    if DEMO_MODELS.exists():
-        (home / "models").symlink_to(DEMO_MODELS)
-    platform = Platform.launch(home, VLLM_VALUES)
-    try:
-        yield platform.wait_until_ready()
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            platform.stop()
-
-
 @pytest.fixture
 def client(simulated: Platform) -> Iterator[OpenAI]:
     """The official client, which tries nothing twice."""
