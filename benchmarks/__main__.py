@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [chain|vllm]`: run the benchmarks and print their tables."""
+"""`python -m benchmarks [--quick] [name …]`: run the benchmarks and print their tables."""
 
 import argparse
 import platform
@@ -10,16 +10,16 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from benchmarks import chain, vllm
+from benchmarks import chain, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {"chain": chain.run, "vllm": vllm.run}
+BENCHMARKS = {"chain": chain.run, "text": text.run, "vllm": vllm.run}
 
 
 def main() -> None:
     """Run what the command line names, or all, and keep the figures in `results`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="chain|vllm")
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="name")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; keeps no results")
     options = parser.parse_args()
     console = Console(width=max(100, Console().width))
