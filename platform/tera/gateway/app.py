@@ -71,15 +71,29 @@ def build_app(
     app.add_route("/v1/completions", endpoints.completions, methods=["POST"])
     app.add_route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"])
     app.add_route("/v1/models", endpoints.models, methods=["GET"])
-    # Ids hold slashes; an encoded one arrives decoded.
-    app.add_route("/v1/models/{model_id:path}", endpoints.model, methods=["GET"])
+    app.router.routes.append(_ModelRoute(endpoints.model))
     app.router.routes.append(_DocumentRoute(endpoints.document, lambda: config().openapi))
     app.add_route("/healthz", endpoints.healthz, methods=["GET"])
     app.add_route("/readyz", endpoints.readyz, methods=["GET"])
     app.add_route("/metrics", endpoints.metrics, methods=["GET"])
     app.add_exception_handler(TeraError, _answer_tera_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(Exception, _answer_defect)
     return _Edge(app, metrics, config)
+
+
+class _ModelRoute(Route):
+    """A model's route; without an id its path is as unknown as any other."""
+
+    def __init__(self, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+        # Ids hold slashes; an encoded one arrives decoded.
+        super().__init__("/v1/models/{model_id:path}", endpoint, methods=["GET"])
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        if match is not Match.NONE and not child["path_params"]["model_id"]:
+            return Match.NONE, {}
+        return match, child
 
 
 class _DocumentRoute(Route):
@@ -129,11 +143,8 @@ class _Endpoints:
         return _json_response(ModelList(self._pipeline.model_cards(caller)))
 
     async def model(self, request: Request) -> Response:
-        model_id: str = request.path_params["model_id"]
-        if not model_id:
-            raise _unknown_url(request)
         caller = self._authenticate(request)
-        return _json_response(self._pipeline.model_card(caller, model_id))
+        return _json_response(self._pipeline.model_card(caller, request.path_params["model_id"]))
 
     async def document(self, request: Request) -> Response:
         self._authenticate(request)
@@ -253,6 +264,20 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return await _answer_tera_error(request, InternalError("The server failed on this request."))
 
 
+class _Nothing(Response):
+    """No answer at all."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send nothing."""
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    """Answer in Starlette's place, whose page is plain text; it raises the error again."""
+    if isinstance(error, ClientGoneError):
+        return _Nothing()
+    return _error_response(InternalError("The server failed on this request."))
+
+
 def _unknown_url(request: Request) -> UnknownUrlError:
     return UnknownUrlError(f"Unknown URL: {request.method} {request.url.path[:256]}.")
 
@@ -369,4 +394,5 @@ def _route(path: str, config: GatewayConfig) -> str:
         return path
     if path == DOCUMENT_PATH and config.openapi:
         return path
-    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+    prefix = "/v1/models/"
+    return "/v1/models/{id}" if path.startswith(prefix) and path != prefix else "other"
