@@ -57,16 +57,22 @@ class FakeReplica:
     ) -> "FakeReplica":
         reader, writer = await asyncio.open_connection(*address)
         replica = cls(name, reader, writer)
-        nonce_g = await reader.readexactly(wire.NONCE_BYTES)
-        nonce_r = wire.new_nonce()
-        await replica.write(cls.opening(nonce_g, nonce_r, name, secret))
         try:
-            answer = await reader.readexactly(wire.MAC_BYTES)
+            await replica._shake_hands(secret)
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         except (asyncio.IncompleteReadError, ConnectionError):
             await replica.close()
             raise ReplicaLostError("The gateway refused.") from None
-        assert wire.proofs_match(answer, wire.gateway_proof(secret, nonce_r, nonce_g))
         return replica
+
+    async def _shake_hands(self, secret: str) -> None:
+        nonce_g = await self.reader.readexactly(wire.NONCE_BYTES)
+        nonce_r = wire.new_nonce()
+        await self.write(self.opening(nonce_g, nonce_r, self.name, secret))
+        answer = await self.reader.readexactly(wire.MAC_BYTES)
+        assert wire.proofs_match(answer, wire.gateway_proof(secret, nonce_r, nonce_g))
 
     @staticmethod
     def opening(nonce_g: bytes, nonce_r: bytes, name: str, secret: str) -> bytes:

@@ -41,13 +41,14 @@ class ModelHandle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
-    """How long and how often one generation is tried. Times are seconds from its start."""
+    """How long and how often one generation is tried."""
 
     deadline_s: float
+    """Counted from its start."""
     first_token_deadline_s: float
     """Counted from when a replica has taken the generation."""
     cold_start_deadline_s: float
-    """Until a replica takes it."""
+    """Until a replica takes it; counted from its start, or the loss of the replica that had it."""
     retries: int
     """Further replicas after one that had taken the generation has failed."""
 
@@ -99,7 +100,8 @@ class Dispatcher:
             InvalidRequestError: the engine refuses the parameters.
         """
         loop = asyncio.get_running_loop()
-        started = loop.time()
+        end = loop.time() + self._limits.deadline_s
+        take_by = self._take_by(end)
         generated: list[int] = []
         failures, backoff_s = 0, FIRST_BACKOFF_S
         while True:
@@ -118,7 +120,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                async with aclosing(self._attempt(inbox, generation, started)) as deltas:
+                async with aclosing(self._attempt(inbox, generation, take_by, end)) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
                         backoff_s = FIRST_BACKOFF_S
@@ -137,26 +139,30 @@ class Dispatcher:
             finally:
                 attempts.inboxes.discard(inbox)
                 inbox.close()
-            if loop.time() - started + backoff_s > self._limits.deadline_s:
+            if taken:
+                take_by = self._take_by(end)
+                continue
+            if loop.time() + backoff_s > take_by:
                 raise _too_late()
-            if not taken:
-                await asyncio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    def _take_by(self, end: float) -> float:
+        """Return the loop time until which a replica has to take what waits from now on."""
+        return min(asyncio.get_running_loop().time() + self._limits.cold_start_deadline_s, end)
 
     async def _attempt(
-        self, inbox: Inbox, generation: Generation, started: float
+        self, inbox: Inbox, generation: Generation, take_by: float, end: float
     ) -> AsyncGenerator[TokenDelta]:
         """Yield what one replica generates."""
         loop = asyncio.get_running_loop()
         call = asyncio.create_task(self._watch(inbox, generation))
-        limits = self._limits
-        timer = _fail_at(inbox, started + min(limits.cold_start_deadline_s, limits.deadline_s))
+        timer = _fail_at(inbox, take_by)
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
             timer.cancel()
-            end = started + limits.deadline_s
             if generation.resumed_tokens == 0 and not delta.token_ids:
-                first = loop.time() + limits.first_token_deadline_s
+                first = loop.time() + self._limits.first_token_deadline_s
                 timer = _fail_at(inbox, min(first, end))
                 delta = await inbox.get()
                 timer.cancel()
@@ -179,6 +185,10 @@ class Dispatcher:
         """Tell the inbox how the dispatch call ended."""
         try:
             decode_end(await self._handle.generate(encode(generation)))
+        except asyncio.CancelledError:
+            # Not only by us: Serve cancels the calls to a replica that it ends.
+            inbox.fail(ReplicaLostError("The engine replica gave the generation up."))
+            raise
         except TeraError as error:
             inbox.fail(error)
             return
