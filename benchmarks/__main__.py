@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import signal
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="name")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; keeps no results")
     options = parser.parse_args()
+    # Ended as by Ctrl-C, so that the systems under measurement end as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=max(100, Console().width))
     for name in options.names or BENCHMARKS:
         began = time.monotonic()
