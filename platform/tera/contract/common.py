@@ -153,7 +153,8 @@ def _bounds(kind: str, context: dict[str, Any]) -> str:
     }
     if kind in words:
         word, key = words[kind]
-        return f"{word} {context[key]:g}" if abs(context[key]) < 1e15 else f"{word} {context[key]}"
+        bound = context[key]
+        return f"{word} {int(bound) if bound == int(bound) else bound}"
     if kind == "string_too_long":
         return f"at most {context['max_length']} characters"
     if kind == "too_long":

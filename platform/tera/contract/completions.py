@@ -3,7 +3,14 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SkipValidation,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from tera.contract.common import (
     Integer,
@@ -40,6 +47,10 @@ Prompt = str | list[int]
 """Text, or token ids of the model's vocabulary."""
 
 
+class PromptArray(list[Prompt]):
+    """Prompts that came in an array, so that each has a place in it."""
+
+
 def _prompts(value: Any) -> list[Prompt]:
     """Return the four forms of `prompt` as one: a list of prompts."""
     if isinstance(value, str):
@@ -53,7 +64,7 @@ def _prompts(value: Any) -> list[Prompt]:
     if len(value) > MAX_CHOICES:
         invalid(f"must have at most {MAX_CHOICES} prompts, but has {len(value)}")
     one = text_at if isinstance(value[0], str) else _tokens
-    return [one(prompt, f"[{position}]") for position, prompt in enumerate(value)]
+    return PromptArray(one(prompt, f"[{position}]") for position, prompt in enumerate(value))
 
 
 def _tokens(value: Any, at: str) -> list[int]:
@@ -73,6 +84,7 @@ _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItem
 
 Prompts = Annotated[
     list[Prompt],
+    SkipValidation,  # a copy would be no `PromptArray`, and there is nothing left to check
     BeforeValidator(_prompts),
     WithJsonSchema(
         {

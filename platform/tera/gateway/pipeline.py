@@ -15,7 +15,7 @@ import msgspec
 from tera.config import Capability, ModelConfig
 from tera.contract.chat import ChatRequest, NamedToolChoice
 from tera.contract.common import ModelCard, ModelStatus, Usage, usage_of
-from tera.contract.completions import CompletionRequest, Prompt
+from tera.contract.completions import CompletionRequest, Prompt, PromptArray
 from tera.errors import (
     ContextLengthError,
     InvalidValueError,
@@ -453,7 +453,7 @@ def _require(model: ServedModel, capability: Capability) -> None:
 
 def _located(request: CompletionRequest) -> list[tuple[Prompt, str]]:
     """Return the prompts with the path of each in the request."""
-    if len(request.prompt) == 1:
+    if not isinstance(request.prompt, PromptArray):
         return [(request.prompt[0], "prompt")]
     return [(prompt, f"prompt[{at}]") for at, prompt in enumerate(request.prompt)]
 

@@ -1,0 +1,562 @@
+"""Rules C: `POST /v1/completions`."""
+
+import json
+import math
+import re
+import time
+from typing import Any
+
+import pytest
+from tests.conformance.answers import accepted, assert_refused
+from tests.conformance.gateways import ABSENT, Gateway, InProcessGateway
+
+MODEL_MEMBERS = {"id", "object", "created", "model", "choices", "usage"}
+STREAM = {"stream": True}
+
+
+def shown(name: str, value: Any) -> str:
+    """Return a field as a test's id."""
+    return f"{name}={json.dumps(value)[:40]}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"max_tokens": 3.0}, id="whole-float-as-integer"),
+        pytest.param({"n": 1.0, "top_k": -1.0, "seed": 5.0}, id="whole-floats"),
+        pytest.param({"prompt": [65.0, 66]}, id="whole-float-as-token"),
+        pytest.param({"temperature": 0, "top_p": 1}, id="integer-as-number"),
+        pytest.param({"unknown": 1, "engine": {"x": [1]}, "ignore_eos": True}, id="unknown-fields"),
+        pytest.param({"": 1, "MODEL": 5, "Prompt": ""}, id="names-of-other-case"),
+        pytest.param({"extra_body": {"top_k": "x"}, "guided_json": {}}, id="vllms-own"),
+        pytest.param({"stream_options": {"include_usage": True, "x": 1}, **STREAM}, id="inside"),
+        pytest.param({"functions": 5, "tools": "x"}, id="fields-of-chat"),
+    ],
+)
+def test_c1_accepts(gateway: Gateway, fields: dict[str, Any]) -> None:
+    answer = gateway.complete(**fields)
+    assert answer.status_code == 200, answer.text
+
+
+OPTIONAL = [
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed"),
+    *("stream", "stream_options", "n", "best_of", "logprobs", "echo", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "suffix", "user"),
+]
+
+
+def test_c1_null_is_absent(gateway: Gateway) -> None:
+    nothing: dict[str, Any] = dict.fromkeys(OPTIONAL)
+    answer = accepted(gateway.complete(**{**nothing, "seed": 7}))
+    bare = {**dict.fromkeys(OPTIONAL, ABSENT), "seed": 7}
+    assert answer["choices"] == accepted(gateway.complete(**bare))["choices"]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_c1_each_field_may_be_null(gateway: Gateway, name: str) -> None:
+    accepted(gateway.complete(**{name: None}))
+
+
+def test_c1_null_inside_stream_options_is_absent(gateway: Gateway) -> None:
+    answer = gateway.complete(stream=True, stream_options={"include_usage": None})
+    assert answer.status_code == 200
+    assert b'"usage"' not in answer.content
+
+
+UNKNOWN_TO_THE_ENGINE = {
+    "ignore_eos": True,
+    "min_tokens": 50,
+    "stop_token_ids": [32],
+    "prompt_logprobs": 3,
+    "add_special_tokens": False,
+    "truncate_prompt_tokens": 1,
+    "use_beam_search": True,
+    "priority": 5,
+    "return_token_ids": True,
+    "cache_salt": "x",
+}
+
+
+def test_c1_unknown_fields_reach_no_engine(text_gateway: Gateway) -> None:
+    plain, extended = (
+        accepted(text_gateway.complete(max_tokens=20, **fields))
+        for fields in ({}, UNKNOWN_TO_THE_ENGINE)
+    )
+    assert plain["choices"] == extended["choices"]
+
+
+ACCEPTED: list[tuple[str, list[Any]]] = [
+    ("prompt", ["One", ["One"], ["One", "Two"], [65], [65, 66], [[65]], [[65, 66], [67]]]),
+    ("prompt", ["é", "日本語", "🚀", "e\u0301", "مرحبا", "\u0000", " ", "\n", "\ufeff", "\uffff"]),
+    ("prompt", [[65] * 200, ["x"] * 128, [[65]] * 128, [0], [256]]),
+    ("max_tokens", [1, 2, 1.0]),
+    ("temperature", [0, 2, 0.0, 2.0, 1, 0.5, 1e-300]),
+    ("top_p", [0, 1, 0.0, 1.0, 0.5, 1e-300]),
+    ("top_k", [-1, 0, 1, 40, 2**31 - 1]),
+    ("min_p", [0, 1, 0.5]),
+    ("repetition_penalty", [1e-9, 0.5, 1, 2, 2.0]),
+    ("stop", ["x", " ", "\n", "🚀", ["x"], ["a", "b", "c", "d"], ["x", "x"], []]),
+    ("seed", [0, 1, -1, 2**63 - 1, -(2**63), 42.0]),
+    ("stream", [False, True]),
+    ("n", [1, 2, 128]),
+    ("best_of", [1, 1.0]),
+    ("logprobs", [0, 1, 5]),
+    ("echo", [False, True]),
+    ("presence_penalty", [-2, 2, 0, 0.5]),
+    ("frequency_penalty", [-2, 2, 0, 0.5]),
+    ("logit_bias", [{}, {"65": -100}, {"65": 100, "66": -100.0}, {"65": 0}]),
+    ("user", ["", "x" * 512, "🚀" * 512]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param(name, value, id=shown(name, value))
+        for name, values in ACCEPTED
+        for value in values
+    ],
+)
+def test_c2_accepts(gateway: Gateway, name: str, value: Any) -> None:
+    answer = gateway.complete(**{"max_tokens": 1, name: value})
+    assert answer.status_code == 200, answer.text
+
+
+TYPE, VALUE = "invalid_type", "invalid_value"
+
+REFUSED: list[tuple[str, Any, str, str]] = [
+    ("model", "", VALUE, "model"),
+    *(("model", value, TYPE, "model") for value in (5, True, ["sim/small"], {})),
+    *(("prompt", value, VALUE, "prompt") for value in ("", [])),
+    *(("prompt", value, TYPE, "prompt") for value in (5, True, 1.5, {"text": "x"})),
+    ("prompt", [""], VALUE, "prompt[0]"),
+    ("prompt", ["a", "b", ""], VALUE, "prompt[2]"),
+    ("prompt", [[]], VALUE, "prompt[0]"),
+    ("prompt", [[65], []], VALUE, "prompt[1]"),
+    ("prompt", ["a", 5], TYPE, "prompt[1]"),
+    ("prompt", ["a", [5]], TYPE, "prompt[1]"),
+    ("prompt", ["a", None], TYPE, "prompt[1]"),
+    ("prompt", [65, "a"], TYPE, "prompt[1]"),
+    ("prompt", [65, [66]], TYPE, "prompt[1]"),
+    ("prompt", [65, True], TYPE, "prompt[1]"),
+    ("prompt", [65, 66.5], TYPE, "prompt[1]"),
+    ("prompt", [65, None], TYPE, "prompt[1]"),
+    ("prompt", [[65], "a"], TYPE, "prompt[1]"),
+    ("prompt", [[65], 66], TYPE, "prompt[1]"),
+    ("prompt", [[65], [66, "a"]], TYPE, "prompt[1][1]"),
+    ("prompt", [None], TYPE, "prompt[0]"),
+    ("prompt", [True], TYPE, "prompt[0]"),
+    ("prompt", [{}], TYPE, "prompt[0]"),
+    ("prompt", [0.5], TYPE, "prompt[0]"),
+    ("prompt", ["x"] * 129, VALUE, "prompt"),
+    ("prompt", [[65]] * 129, VALUE, "prompt"),
+    ("prompt", [-1], VALUE, "prompt[0]"),
+    ("prompt", [65, 10**9], VALUE, "prompt[1]"),
+    ("prompt", [65, 10**30], VALUE, "prompt[1]"),
+    ("prompt", [[65], [66, -5]], VALUE, "prompt[1][1]"),
+    *(("max_tokens", value, VALUE, "max_tokens") for value in (0, -1, -(2**70))),
+    *(("max_tokens", value, TYPE, "max_tokens") for value in ("5", True, 1.5, [5], {})),
+    *(("temperature", value, VALUE, "temperature") for value in (-0.01, 2.01, -1, 3, 1e308)),
+    *(("temperature", value, TYPE, "temperature") for value in ("1", True, [1], {})),
+    *(("top_p", value, VALUE, "top_p") for value in (-0.01, 1.01, 2, -(10**300))),
+    *(("top_p", value, TYPE, "top_p") for value in ("1", False, [])),
+    *(("top_k", value, VALUE, "top_k") for value in (-2, 2**31, 2**70)),
+    *(("top_k", value, TYPE, "top_k") for value in ("1", True, 1.5)),
+    *(("min_p", value, VALUE, "min_p") for value in (-0.01, 1.01)),
+    *(("min_p", value, TYPE, "min_p") for value in ("0", True)),
+    *(("repetition_penalty", value, VALUE, "repetition_penalty") for value in (0, -1, 2.01, 0.0)),
+    *(("repetition_penalty", value, TYPE, "repetition_penalty") for value in ("1", True)),
+    ("stop", "", VALUE, "stop"),
+    ("stop", ["a", "b", "c", "d", "e"], VALUE, "stop"),
+    ("stop", ["a", ""], VALUE, "stop[1]"),
+    ("stop", [""], VALUE, "stop[0]"),
+    ("stop", [5], TYPE, "stop[0]"),
+    ("stop", ["a", None], TYPE, "stop[1]"),
+    ("stop", ["a", ["b"]], TYPE, "stop[1]"),
+    *(("stop", value, TYPE, "stop") for value in (5, True, {})),
+    *(("seed", value, VALUE, "seed") for value in (2**63, -(2**63) - 1, 10**30)),
+    *(("seed", value, TYPE, "seed") for value in ("1", True, 1.5)),
+    *(("stream", value, TYPE, "stream") for value in ("true", 1, 0, [])),
+    *(("n", value, VALUE, "n") for value in (0, -1, 129)),
+    *(("n", value, TYPE, "n") for value in ("1", True, 1.5)),
+    *(("best_of", value, "unsupported_parameter", "best_of") for value in (2, 20)),
+    *(("best_of", value, TYPE, "best_of") for value in ("1", True, 1.5)),
+    *(("logprobs", value, VALUE, "logprobs") for value in (-1, 6)),
+    *(("logprobs", value, TYPE, "logprobs") for value in (True, False, "1", 1.5)),
+    *(("echo", value, TYPE, "echo") for value in (1, "true", [])),
+    *(
+        (name, value, VALUE, name)
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (-2.01, 2.01)
+    ),
+    *(
+        (name, value, TYPE, name)
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in ("0", True)
+    ),
+    *(("logit_bias", value, TYPE, "logit_bias") for value in ([], "x", 5)),
+    *(
+        ("logit_bias", {key: 1}, VALUE, "logit_bias")
+        for key in ("", "word", "-1", "1.0", " 65", "+65", "٦٥", "999999999", "9" * 30)
+    ),
+    ("logit_bias", {"65": 100.01}, VALUE, "logit_bias.65"),
+    ("logit_bias", {"65": -101}, VALUE, "logit_bias.65"),
+    *(("logit_bias", {"65": value}, TYPE, "logit_bias.65") for value in ("1", True, [])),
+    ("suffix", "end", "unsupported_parameter", "suffix"),
+    *(("suffix", value, TYPE, "suffix") for value in (5, True)),
+    ("user", "x" * 513, VALUE, "user"),
+    *(("user", value, TYPE, "user") for value in (5, True, [])),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code", "param"),
+    REFUSED,
+    ids=[shown(name, value) for name, value, _, _ in REFUSED],
+)
+def test_c2_refuses(gateway: Gateway, name: str, value: Any, code: str, param: str) -> None:
+    error = assert_refused(gateway.complete(**{name: value}), code, param)
+    assert param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bounds"),
+    [
+        ("max_tokens", 0, ["1", "0"]),
+        ("temperature", 2.5, ["2", "2.5"]),
+        ("temperature", -0.5, ["0", "-0.5"]),
+        ("top_k", 2**31, [str(2**31 - 1), str(2**31)]),
+        ("seed", 2**63, [str(2**63 - 1), str(2**63)]),
+        ("n", 129, ["128", "129"]),
+        ("logprobs", 6, ["5", "6"]),
+        ("presence_penalty", -3, ["-2", "-3"]),
+        ("prompt", ["x"] * 129, ["128", "129"]),
+    ],
+    ids=lambda it: it if isinstance(it, str) else "",
+)
+def test_c2_a_value_out_of_range_is_told_with_range_and_value(
+    gateway: Gateway, name: str, value: Any, bounds: list[str]
+) -> None:
+    error = assert_refused(gateway.complete(**{name: value}), "invalid_value", name)
+    for bound in bounds:
+        assert re.search(rf"(?<![\d.-]){re.escape(bound)}(?![\d])", error["message"]), error
+
+
+def test_c2_one_prompt_in_an_array_is_named_by_its_place(gateway: Gateway) -> None:
+    assert_refused(gateway.complete(prompt=[[65, 10**9]]), "invalid_value", "prompt[0][1]")
+
+
+def test_c2_the_last_token_of_the_vocabulary_is_accepted(text_gateway: Gateway) -> None:
+    last = text_gateway.vocab_size - 1
+    accepted(text_gateway.complete(prompt=[65, last], max_tokens=1))
+    answer = text_gateway.complete(prompt=[65, last + 1], max_tokens=1)
+    assert_refused(answer, "invalid_value", "prompt[1]")
+    accepted(text_gateway.complete(logit_bias={str(last): -1}))
+    answer = text_gateway.complete(logit_bias={str(last + 1): -1})
+    assert_refused(answer, "invalid_value", "logit_bias")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_c2_prompt_and_max_tokens_may_fill_the_context_and_no_more(
+    gateway: Gateway, stream: bool
+) -> None:
+    prompt = [65] * (gateway.context_tokens - 10)
+    answer = gateway.complete(prompt=prompt, max_tokens=10, stream=stream)
+    assert answer.status_code == 200
+    for over in (11, 2**31, 2**63, 2**64, 10**30):
+        answer = gateway.complete(prompt=prompt, max_tokens=over, stream=stream)
+        assert_refused(answer, "context_length_exceeded", "max_tokens")
+
+
+def test_c2_a_prompt_longer_than_the_context_is_refused(text_gateway: Gateway) -> None:
+    for tokens in (text_gateway.context_tokens, 3 * text_gateway.context_tokens):
+        answer = text_gateway.complete(prompt=[65] * tokens, max_tokens=1)
+        error = assert_refused(answer, "context_length_exceeded", "prompt")
+        assert str(tokens) in error["message"]
+
+
+def test_c2_one_of_many_prompts_is_too_long(gateway: Gateway) -> None:
+    prompts = [[65], [65] * (gateway.context_tokens + 1)]
+    answer = gateway.complete(prompt=prompts, max_tokens=1)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_c2_sixteen_tokens_are_made_by_default(text_gateway: Gateway) -> None:
+    answer = accepted(text_gateway.complete(prompt="Once upon a time", max_tokens=ABSENT))
+    assert answer["usage"]["completion_tokens"] <= 16
+    if answer["choices"][0]["finish_reason"] == "length":
+        assert answer["usage"]["completion_tokens"] == 16
+
+
+def test_c2_exactly_max_tokens_are_made_and_no_more(text_gateway: Gateway) -> None:
+    for max_tokens in (1, 2, 17):
+        answer = accepted(text_gateway.complete(prompt="Once upon a time", max_tokens=max_tokens))
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == max_tokens
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0}, {"top_k": 1}, {"temperature": 0}], ids=str)
+def test_c2_the_likeliest_token_can_be_asked_for_in_three_ways(
+    text_gateway: Gateway, fields: dict[str, Any]
+) -> None:
+    greedy = accepted(text_gateway.complete(max_tokens=20))
+    asked = {"temperature": 1, **fields, "max_tokens": 20}
+    for _ in range(2):
+        assert accepted(text_gateway.complete(**asked))["choices"] == greedy["choices"]
+
+
+def test_c2_a_seed_repeats_a_text(text_gateway: Gateway) -> None:
+    def sampled(seed: int) -> Any:
+        answer = text_gateway.complete(temperature=1, seed=seed, n=3, max_tokens=20)
+        return accepted(answer)["choices"]
+
+    assert sampled(5) == sampled(5)
+    assert sampled(5) != sampled(6)
+    assert len({choice["text"] for choice in sampled(5)}) > 1
+
+
+def test_c2_samples_at_temperature_zero_are_all_the_greedy_one(text_gateway: Gateway) -> None:
+    [one] = accepted(text_gateway.complete(max_tokens=10))["choices"]
+    answer = accepted(text_gateway.complete(max_tokens=10, n=3))
+    assert [choice["text"] for choice in answer["choices"]] == [one["text"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "allowed"),
+    [
+        (1, 128, True),
+        (2, 64, True),
+        (128, 1, True),
+        (2, 65, False),
+        (128, 2, False),
+        (64, 3, False),
+    ],
+)
+def test_c2_prompts_times_samples_are_bounded(
+    in_process: InProcessGateway, prompts: int, n: int, allowed: bool
+) -> None:
+    answer = in_process.complete(prompt=["x"] * prompts, n=n, max_tokens=1)
+    if allowed:
+        assert len(accepted(answer)["choices"]) == 128
+    else:
+        assert_refused(answer, "invalid_value", "n")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_c2_best_of_is_n_only(gateway: Gateway, n: int) -> None:
+    accepted(gateway.complete(n=n, best_of=n))
+    for best_of in (n + 1, n - 1, 0):
+        if best_of != n:
+            answer = gateway.complete(n=n, best_of=best_of)
+            assert_refused(answer, "unsupported_parameter", "best_of")
+
+
+@pytest.mark.parametrize("stream", [False, None, ABSENT], ids=["false", "null", "absent"])
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_c2_stream_options_without_a_stream_are_refused(
+    gateway: Gateway, stream: Any, include_usage: bool
+) -> None:
+    options = {"include_usage": include_usage}
+    for ask in (gateway.complete, gateway.chat):
+        answer = ask(stream=stream, stream_options=options)
+        assert_refused(answer, "invalid_value", "stream_options")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"include_usage": 1}, "stream_options.include_usage"),
+        ({"include_usage": "true"}, "stream_options.include_usage"),
+        ([], "stream_options"),
+        (True, "stream_options"),
+    ],
+    ids=str,
+)
+def test_c2_stream_options_have_their_types(gateway: Gateway, options: Any, param: str) -> None:
+    for ask in (gateway.complete, gateway.chat):
+        answer = ask(stream=True, stream_options=options)
+        assert_refused(answer, "invalid_type", param)
+
+
+def test_c2_the_text_ends_before_a_stop_string(text_gateway: Gateway) -> None:
+    asked = {"prompt": "Once upon a time", "max_tokens": 40}
+    [choice] = accepted(text_gateway.complete(**asked))["choices"]
+    text = choice["text"]
+    for at in (0, len(text) // 2, len(text) - 3):
+        for length in (1, 3):
+            stop = text[at : at + length]
+            answer = accepted(text_gateway.complete(**asked, stop=["never to be seen", stop]))
+            assert answer["choices"][0]["text"] == text[: text.index(stop)]
+            assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_c2_of_two_stop_strings_the_one_that_is_complete_first_ends_the_text(
+    text_gateway: Gateway,
+) -> None:
+    asked = {"prompt": "Once upon a time", "max_tokens": 40}
+    text = accepted(text_gateway.complete(**asked))["choices"][0]["text"]
+    later, sooner = text[20:24], text[10:13]
+    answer = accepted(text_gateway.complete(**asked, stop=[later, sooner]))
+    assert answer["choices"][0]["text"] == text[: min(text.index(later), text.index(sooner))]
+
+
+def test_c2_tokens_after_a_stop_string_are_not_counted(text_gateway: Gateway) -> None:
+    asked = {"prompt": "Once upon a time", "max_tokens": 40}
+    text = accepted(text_gateway.complete(**asked))["choices"][0]["text"]
+    answer = accepted(text_gateway.complete(**asked, stop=text[len(text) // 2 :][:5]))
+    assert 0 < answer["usage"]["completion_tokens"] < 40
+
+
+def test_c2_echo_begins_the_text_with_the_prompt(text_gateway: Gateway) -> None:
+    [choice] = accepted(text_gateway.complete(prompt="Once upon", max_tokens=5))["choices"]
+    answer = accepted(text_gateway.complete(prompt="Once upon", max_tokens=5, echo=True))
+    assert answer["choices"][0]["text"] == "Once upon" + choice["text"]
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("prompt", ["é日本🚀e\u0301 مرحبا", "  two  spaces \n\n"])
+def test_c2_echo_repeats_any_prompt(text_gateway: Gateway, prompt: str) -> None:
+    answer = accepted(text_gateway.complete(prompt=[prompt, "x"], echo=True, n=2))
+    found = [choice["text"].startswith(prompt) for choice in answer["choices"]]
+    assert found == [True, True, False, False]
+
+
+def test_c2_echo_repeats_token_ids_as_text(gateway: Gateway) -> None:
+    answer = accepted(gateway.complete(prompt=list("é🚀x".encode()), echo=True))
+    assert answer["choices"][0]["text"].startswith("é🚀x")
+
+
+def test_c2_stop_strings_are_not_looked_for_in_an_echoed_prompt(text_gateway: Gateway) -> None:
+    answer = accepted(
+        text_gateway.complete(prompt="Once QXZ upon", echo=True, stop="QXZ", max_tokens=5)
+    )
+    assert answer["choices"][0]["text"].startswith("Once QXZ upon")
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_c2_a_bias_forces_and_forbids_a_token(text_gateway: Gateway) -> None:
+    forced = accepted(text_gateway.complete(logit_bias={"65": 100}, max_tokens=4, echo=False))
+    assert forced["usage"]["completion_tokens"] == 4
+    twice = accepted(text_gateway.complete(logit_bias={"65": 100}, max_tokens=2))
+    text = forced["choices"][0]["text"]
+    assert text == text[: len(text) // 4] * 4
+    assert twice["choices"][0]["text"] * 2 == text
+    free = accepted(text_gateway.complete(max_tokens=1))["choices"]
+    assert free[0]["text"] != text[: len(text) // 4]
+
+
+@pytest.mark.parametrize("logprobs", [0, 1, 5])
+@pytest.mark.parametrize("echo", [False, True])
+def test_c4_logprobs_have_openais_legacy_form(
+    text_gateway: Gateway, logprobs: int, echo: bool
+) -> None:
+    answer = accepted(
+        text_gateway.complete(prompt="Once upon a time", max_tokens=8, logprobs=logprobs, echo=echo)
+    )
+    [choice] = answer["choices"]
+    found = choice["logprobs"]
+    assert set(found) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    prompt_tokens = answer["usage"]["prompt_tokens"] if echo else 0
+    assert {len(found[name]) for name in found} == {prompt_tokens + 8}
+    assert "".join(found["tokens"]) == choice["text"]
+    assert found["text_offset"][0] == 0
+    starts = [sum(map(len, found["tokens"][:at])) for at in range(len(found["tokens"]))]
+    assert found["text_offset"] == starts
+    if echo:
+        assert found["token_logprobs"][0] is None
+        assert found["top_logprobs"][0] is None
+    for token, logprob, top in list(
+        zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    )[1 if echo else 0 :]:
+        assert math.isfinite(logprob)
+        assert logprob <= 0
+        assert top[token] == logprob
+        assert logprobs <= len(top) + 1
+        assert len(top) <= logprobs + 1
+
+
+def test_c3_the_response_has_exactly_these_members(text_gateway: Gateway) -> None:
+    answer = accepted(text_gateway.complete(user="somebody", seed=1, unknown=1))
+    assert set(answer) == MODEL_MEMBERS
+    assert re.fullmatch(r"cmpl-[0-9a-f]{32}", answer["id"])
+    assert answer["object"] == "text_completion"
+    assert type(answer["created"]) is int
+    assert abs(answer["created"] - time.time()) < 60
+    assert answer["model"] == text_gateway.model
+    [choice] = answer["choices"]
+    assert set(choice) == {"text", "index", "logprobs", "finish_reason"}
+    assert (type(choice["text"]), choice["index"], choice["logprobs"]) == (str, 0, None)
+    assert choice["finish_reason"] in ("stop", "length")
+    usage = answer["usage"]
+    assert set(usage) == {
+        *("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details")
+    }
+    assert set(usage["prompt_tokens_details"]) == {"cached_tokens"}
+
+
+def test_c3_ids_are_new_each_time(gateway: Gateway) -> None:
+    assert len({accepted(gateway.complete())["id"] for _ in range(5)}) == 5
+
+
+def test_c4_sample_j_of_prompt_i_is_at_j_plus_n_times_i(text_gateway: Gateway) -> None:
+    prompts, n = ["One", "Once upon a time", "1, 2, 3,"], 2
+    answer = accepted(text_gateway.complete(prompt=prompts, n=n, max_tokens=8))
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    for i, prompt in enumerate(prompts):
+        [alone] = accepted(text_gateway.complete(prompt=prompt, max_tokens=8))["choices"]
+        for j in range(n):
+            assert choices[j + n * i]["text"] == alone["text"]
+
+
+def test_c4_a_finished_text_says_stop_and_a_cut_one_length(gateway: Gateway) -> None:
+    # The end of sequence is forced, or forbidden: it is this vocabulary's token 256.
+    for bias, reason, tokens in ((100, "stop", 1), (-100, "length", 5)):
+        answer = accepted(gateway.complete(logit_bias={"256": bias}, max_tokens=5))
+        [choice] = answer["choices"]
+        assert choice["finish_reason"] == reason
+        assert answer["usage"]["completion_tokens"] == tokens
+        assert bool(choice["text"]) == (reason == "length")
+
+
+def test_c5_usage_counts_each_prompt_once_and_all_choices(text_gateway: Gateway) -> None:
+    prompts = [[65, 66, 67], [68], [69] * 40]
+    answer = accepted(text_gateway.complete(prompt=prompts, n=2, max_tokens=4))
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == 44
+    assert all(choice["finish_reason"] == "length" for choice in answer["choices"])
+    assert usage["completion_tokens"] == 3 * 2 * 4
+    assert usage["total_tokens"] == 44 + 24
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] <= 44
+
+
+def test_c5_a_repeated_prompt_is_found_in_the_cache(in_process: InProcessGateway) -> None:
+    prompt = [70] * 100
+    first, second = (accepted(in_process.complete(prompt=prompt))["usage"] for _ in range(2))
+    assert second["prompt_tokens_details"]["cached_tokens"] >= 64
+    assert (first["prompt_tokens"], second["prompt_tokens"]) == (100, 100)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_c6_one_prompt_that_fails_cancels_the_rest(
+    in_process: InProcessGateway, stream: bool
+) -> None:
+    answer = in_process.complete(
+        prompt=["One", "FAULT", "Two"], max_tokens=400, logit_bias={"256": -100}, stream=stream
+    )
+    assert b"backend_failure" in answer.content
+    in_process.wait_until_idle()
+
+
+def test_c6_many_prompts_run_in_parallel(in_process: InProcessGateway) -> None:
+    answer = in_process.complete(prompt=["x"] * 16, max_tokens=20, stream=True)
+    order = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["index"]
+        for line in answer.text.split("\n\n")
+        if line.startswith("data: {")
+    ]
+    assert order != sorted(order)
+
+
+def test_c2_an_alias_is_a_model(gateway: Gateway) -> None:
+    assert accepted(gateway.complete(model="sim"))["model"] == "sim"
