@@ -2,6 +2,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncGenerator
+from dataclasses import fields
 
 import psutil
 import pytest
@@ -9,7 +10,7 @@ import pytest_asyncio
 from pydantic import JsonValue
 from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, until
 
-from tera.engine.vllm import VllmEngine
+from tera.engine.vllm import VllmEngine, argument_names
 from tera.errors import (
     BackendFailureError,
     ConfigError,
@@ -65,6 +66,12 @@ async def test_wrong_arguments_are_named(
     with pytest.raises(ConfigError) as raised:
         await VllmEngine.start(model_path, args, stall_s=5)
     assert raised.value.message == message
+
+
+async def test_arguments_are_known_without_importing_vllm() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert argument_names() == {field.name for field in fields(AsyncEngineArgs)}
 
 
 async def test_wrong_values_are_refused(model_path: str, vllm_environment: None) -> None:

@@ -59,3 +59,17 @@ def test_an_engine_that_does_not_start_ends_the_command(tmp_path: Path) -> None:
     failed = tera(tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"), timeout_s=180)
     assert failed.returncode == 2
     assert "model-one failed to start" in failed.stderr
+
+
+def test_an_argument_that_vllm_does_not_have_is_said_in_one_line(tmp_path: Path) -> None:
+    engine = "{kind: vllm, args: {dtype: float32, max_model_length: 2048}}"
+    values = (
+        f"models: {{demo: {{id: demo, source: demo://smollm2-135m-instruct, engine: {engine}}}}}"
+    )
+    (tmp_path / "values.yaml").write_text(values)
+    refused = tera(tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"))
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    assert "models.demo.engine.args.max_model_length" in line
+    assert "max_model_len is nearest" in line
+    assert refused.stdout == ""  # so nothing was started

@@ -1,13 +1,16 @@
 """vLLM behind the engine protocol: token ids in, token ids out, no text."""
 
+import ast
 import asyncio
 import contextlib
 import difflib
+import importlib.util
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
@@ -128,7 +131,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        _check_args(args, {field.name for field in fields(AsyncEngineArgs)})
+        _check_args(args, {field.name for field in fields(AsyncEngineArgs)}, "engine.args")
         figures = _StepFigures(clock)
         try:
             engine_args = _engine_args(
@@ -232,14 +235,44 @@ class _VllmFamilies(Collector):
         return [family for family in REGISTRY.collect() if family.name.startswith("vllm:")]
 
 
-def _check_args(args: Mapping[str, JsonValue], known: set[str]) -> None:
+def check_args(args: Mapping[str, JsonValue], path: str) -> None:
+    """Refuse arguments that vLLM does not have, without the seconds that importing it takes.
+
+    Args:
+        args: vLLM's `AsyncEngineArgs` by name.
+        path: where they stand in the values.
+
+    Raises:
+        ConfigError: one line for each argument, with the nearest name that there is.
+    """
+    known = argument_names()
+    if known:
+        _check_args(args, known, path)
+
+
+def argument_names() -> set[str]:
+    """Return the names of vLLM's engine arguments from its source; none if there is no vLLM."""
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        return set()
+    source = Path(vllm.submodule_search_locations[0]) / "engine" / "arg_utils.py"
+    return {
+        statement.target.id
+        for block in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(block, ast.ClassDef) and block.name in ("EngineArgs", "AsyncEngineArgs")
+        for statement in block.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
+def _check_args(args: Mapping[str, JsonValue], known: set[str], path: str) -> None:
     faults = []
     for name in args:
         if name in _SET_ELSEWHERE:
-            faults.append(f"engine.args.{name}: set {_SET_ELSEWHERE[name]} instead")
+            faults.append(f"{path}.{name}: set {_SET_ELSEWHERE[name]} instead")
         elif name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            faults.append(f"engine.args.{name}: vLLM has no such argument; {nearest} is nearest")
+            faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
     if faults:
         raise ConfigError("\n".join(faults))
 

@@ -15,7 +15,8 @@ from typing import Protocol, TypeVar, cast, get_args
 
 import psutil
 
-from tera.config import PlatformConfig, Runtime, set_environment
+from tera.config import PlatformConfig, Runtime, engine_args, set_environment
+from tera.engine.vllm import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
@@ -109,6 +110,7 @@ async def running(
         ConfigError: it cannot run here; the message says what to do.
     """
     began = time.monotonic()
+    _check_engines(platform)
     _check_machine(platform, host, port)
     async with AsyncExitStack() as stack:
         stack.enter_context(_lock(home))
@@ -167,6 +169,13 @@ async def _uninterrupted(work: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
+
+
+def _check_engines(platform: PlatformConfig) -> None:
+    """Refuse arguments that an engine would refuse, after minutes of Serve starting it again."""
+    for name, model in platform.deployed_models().items():
+        if model.engine.kind == "vllm":
+            check_args(engine_args(model.engine.args), f"models.{name}.engine.args")
 
 
 def _check_machine(platform: PlatformConfig, host: str, port: int) -> None:
