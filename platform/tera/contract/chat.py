@@ -242,7 +242,11 @@ class ChatRequest(Request):
     tools: (
         Annotated[
             list[Tool],
-            Field(max_length=128, description="Refused by models without a tool parser."),
+            Field(
+                min_length=1,
+                max_length=128,
+                description="Refused by models without a tool parser.",
+            ),
         ]
         | None
     ) = None
@@ -258,7 +262,11 @@ class ChatRequest(Request):
         | None
     ) = None
     reasoning_effort: (
-        Annotated[str, Field(description="Refused by models without a reasoning parser.")] | None
+        Annotated[
+            Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+            Field(description="Refused by models without a reasoning parser."),
+        ]
+        | None
     ) = None
     modalities: (
         Annotated[

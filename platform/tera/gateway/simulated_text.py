@@ -49,6 +49,11 @@ class SimulatedTextModel:
                 "'response_format' is not supported by a simulated model.",
                 param="response_format",
             )
+        if request.reasoning_effort is not None:
+            raise UnsupportedParameterError(
+                "'reasoning_effort' is not supported: the model has no reasoning parser.",
+                param="reasoning_effort",
+            )
         turns = [f"<{turn.role}> {turn.content or ''}\n" for turn in request.messages]
         return RenderedChat(await self.encode("".join([*turns, "<assistant>"])))
 
