@@ -111,6 +111,8 @@ def parse_request(kind: type[T], body: dict[str, Any]) -> T:
 
 def _field_error(fault: ErrorDetails) -> InvalidRequestError:
     kind, context = fault["type"], fault.get("ctx") or {}
+    if kind == "literal_error" and not isinstance(fault["input"], str):
+        kind, context = "string_type", {}  # all that can be chosen among are strings
     param = path_of(fault["loc"]) + context.get("at", "")
     if kind == "missing":
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
