@@ -1,21 +1,30 @@
 """What a tenant notices when processes die: nothing but time."""
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
-from tests.serve.conftest import Platform
+from tests.serve.conftest import Platform, until
 
 pytestmark = pytest.mark.slow
 
 STREAMS = 20
 WORDS = "word " * 1000
+
+TWO_GATEWAYS = """\
+models: {one: {id: sim/one, engine: {kind: simulated}}}
+gateway: {replicas: {min: 2, max: 2}}
+"""
 
 
 def test_b2_streams_survive_the_death_of_their_replica(simulated: Platform, client: OpenAI) -> None:
@@ -43,6 +52,36 @@ def test_b2_streams_survive_the_death_of_their_replica(simulated: Platform, clie
         os.kill(victim, signal.SIGKILL)
         assert [text.result(60) for text in texts] == undisturbed
     simulated.wait_until_idle("small", replicas=2)
+
+
+def test_a_gateway_replicas_death_costs_clients_no_more_than_their_own_retries(
+    tmp_path: Path,
+) -> None:
+    platform = Platform.launch(tmp_path / "home", TWO_GATEWAYS)
+    try:
+        platform.wait_until_ready()
+        victim, _ = [replica["pid"] for replica in platform.status()["gateway"]]
+        asked = {"model": "sim/one", "prompt": "Once", "temperature": 0, "max_tokens": 20}
+        with OpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.api_key) as client:
+
+            def text() -> str:
+                answer: str = client.completions.create(**asked).choices[0].text  # type: ignore[call-overload]
+                return answer
+
+            undisturbed = text()
+            os.kill(victim, signal.SIGKILL)
+            assert [text() for _ in range(20)] == [undisturbed] * 20
+
+            def replaced() -> bool:
+                pids = {replica["pid"] for replica in platform.status()["gateway"]}
+                return len(pids - {victim}) == 2
+
+            until(replaced, timeout_s=90)
+            assert [text() for _ in range(20)] == [undisturbed] * 20
+        assert not psutil.pid_exists(victim)
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            platform.stop()
 
 
 @pytest.mark.parametrize("stream", [True, False])

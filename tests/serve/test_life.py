@@ -52,6 +52,36 @@ def test_a_second_platform_in_one_directory_is_refused(simulated: Platform) -> N
     assert "already runs" in refused.stderr
 
 
+def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path) -> None:
+    other = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
+    family = other.descendants()
+    sockets = {
+        Path(process.environ()["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        for process in family
+        if "RAY_SERVE_HAPROXY_SOCKET_PATH" in process.environ()
+    }
+    with simulated.http() as here, other.http() as there:
+        assert [model["id"] for model in there.get("/v1/models").json()["data"]] == ["sim/one"]
+        assert len(here.get("/v1/models").json()["data"]) == 2
+        assert there.get("/v1/models", headers=_bearer(simulated)).status_code == 401
+        assert here.get("/v1/models", headers=_bearer(other)).status_code == 401
+        (scratch,) = sockets
+        assert scratch.exists()
+
+        assert other.stop() == 0
+        until(lambda: not any(process.is_running() for process in family))
+        assert not listens(other.port)
+        assert not scratch.exists()
+        asked = {"model": "sim/small", "prompt": "Once", "max_tokens": 5}
+        answer = here.post("/v1/completions", json=asked)
+        assert answer.status_code == 200
+    assert all(process.is_running() for process in simulated.descendants())
+
+
+def _bearer(platform: Platform) -> dict[str, str]:
+    return {"authorization": f"Bearer {platform.api_key}"}
+
+
 def test_an_engine_that_does_not_start_ends_the_command(tmp_path: Path) -> None:
     (tmp_path / "values.yaml").write_text(
         ONE_MODEL.replace("simulated}", "simulated, args: {faults: {fail_start: true}}}")
