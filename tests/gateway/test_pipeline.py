@@ -76,9 +76,6 @@ async def chatted(gateway: Gateway, request: ChatRequest) -> tuple[Told, list[Ch
     return told, found
 
 
-# The catalog.
-
-
 @pytest.fixture
 def catalog(gateway: Gateway) -> Catalog:
     catalog = Catalog()
@@ -151,9 +148,6 @@ def test_a_catalog_is_replaced_whole(catalog: Catalog, gateway: Gateway) -> None
     for gone in ("sim/one", "latest", "Sim/Two"):
         with pytest.raises(ModelNotFoundError):
             catalog.find(CALLER, gone)
-
-
-# Completions.
 
 
 async def test_c4_choices_stand_in_the_order_of_prompts_and_samples(gateway: Gateway) -> None:
@@ -246,8 +240,6 @@ async def test_b2_a_death_at_any_token_leaves_text_and_usage_as_they_were(
         assert not any("\ufffd" in piece for piece in told.pieces), cut
 
 
-# Chat.
-
 CALLS = [ToolCallDelta(index=index, id=f"call_{index}") for index in range(2)]
 
 
@@ -296,9 +288,6 @@ async def test_t4_a_chat_answer_survives_a_death_too(gateway: Gateway) -> None:
     assert told.usage.completion_tokens == 2 * 30
 
 
-# Streams as a client sees them, from the body to the engine.
-
-
 async def test_s8_a_client_that_goes_away_stops_the_engine() -> None:
     body = {
         "model": MODEL,
@@ -333,9 +322,6 @@ async def test_s8_a_client_that_goes_away_before_the_first_token_stops_the_engin
         lost = gateway.metrics.exposition()
     assert client.sent == []
     assert 'status="499"' in lost
-
-
-# Several generators as one.
 
 
 class Numbers:

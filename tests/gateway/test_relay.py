@@ -93,9 +93,6 @@ def envelope_of(event: bytes) -> Any:
     return json.loads(event.removeprefix(b"data: "))
 
 
-# Streams that end by themselves.
-
-
 async def test_s5_nothing_is_sent_before_the_first_event_and_then_each_at_once() -> None:
     relay = Relay(Events())
     await turns()
@@ -135,9 +132,6 @@ async def test_s9_a_write_is_bounded() -> None:
     assert relay.client.body == event * 200 + DONE
     assert len(relay.client.writes) > 1
     assert max(map(len, relay.client.writes)) < MAX_WRITE_BYTES + len(event) + len(DONE)
-
-
-# Errors.
 
 
 @pytest.mark.parametrize(
@@ -185,9 +179,6 @@ async def test_s6_an_error_after_it_is_one_event_and_no_done(
     assert b"a defect" not in event
     assert [error.code for error in relay.errors] == [code]
     assert relay.events.closed
-
-
-# Keep-alive.
 
 
 async def test_s7_silence_before_the_first_event_is_broken() -> None:
@@ -245,9 +236,6 @@ async def test_s1_nothing_follows_the_last_write() -> None:
     assert client.ended
 
 
-# Clients that go away.
-
-
 @pytest.mark.parametrize("events", [[], [b"data: 1\n\n"]], ids=["before", "after the first event"])
 async def test_s8_a_hang_up_closes_the_events(events: list[bytes]) -> None:
     relay = Relay(Events(*events))
@@ -294,9 +282,6 @@ async def test_a_stream_leaves_no_task_behind() -> None:
     relay.client.hang_up()
     await relay.ended()
     await until(lambda: asyncio.all_tasks() <= before)
-
-
-# Answers that are one piece.
 
 
 async def test_an_answer_is_what_the_work_makes() -> None:

@@ -184,9 +184,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "LAST_FRAME_GRACE_S", 0.01)
 
 
-# One replica.
-
-
 async def test_deltas_arrive_as_the_replica_sends_them(stage: Stage, scripted: Scripted) -> None:
     async def script(attempt: Attempt) -> bytes:
         await stage.took(attempt, 1, 2)
@@ -248,9 +245,6 @@ async def test_a_call_whose_tokens_have_all_come_is_not_cancelled(
     assert not handle.attempts[0].cancelled
 
 
-# B-1: before the first token.
-
-
 @pytest.mark.parametrize("retries", [0, 1, 2])
 @pytest.mark.parametrize("tokens", [pytest.param([], id="before"), pytest.param([1], id="after")])
 async def test_b1_a_generation_is_tried_on_so_many_replicas_more_and_then_fails(
@@ -295,9 +289,6 @@ async def test_b1_a_replica_that_never_took_the_generation_is_no_failure_to_coun
     await stage.read(handle, limits=limits(retries=0))
     assert stage.token_ids == [1]
     assert stage.attempts.replica_switches == 0
-
-
-# B-2: after tokens were sent.
 
 
 async def test_b2_the_next_replica_goes_on_from_prompt_and_tokens(
@@ -369,9 +360,6 @@ async def test_b2_a_stream_older_than_the_cold_start_deadline_still_moves(
     assert stage.token_ids == [1, 2]
 
 
-# B-5: what is not tried again.
-
-
 @pytest.mark.parametrize("tokens", [pytest.param([], id="before"), pytest.param([1], id="after")])
 async def test_b5_a_refusal_is_not_tried_again(
     stage: Stage, scripted: Scripted, tokens: list[int]
@@ -395,9 +383,6 @@ async def test_b5_a_refusal_without_taking_the_generation_is_not_tried_again(
     with pytest.raises(InvalidRequestError):
         await stage.read(handle)
     assert len(handle.attempts) == 1
-
-
-# S-8: nobody waits for it any more.
 
 
 async def test_s8_closing_stops_the_replica(stage: Stage, scripted: Scripted) -> None:
@@ -435,9 +420,6 @@ async def test_s8_cancelling_who_waits_stops_the_replica(
     await until(lambda: handle.attempts[0].cancelled)
     assert len(handle.attempts) == 1
     assert not stage.attempts.inboxes
-
-
-# B-7 and B-3: deadlines.
 
 
 @pytest.mark.parametrize(
@@ -493,8 +475,6 @@ async def test_b7_the_first_token_is_waited_for_from_when_a_replica_took_it(
     await stage.read(scripted(starts_cold), limits=limits(first_token_deadline_s=first_token_s))
     assert stage.token_ids == [1]
 
-
-# With an engine whose next token depends on all before it.
 
 SAMPLINGS = [
     pytest.param(Sampling(max_tokens=40, temperature=0, logprobs=2), id="greedy"),
@@ -564,9 +544,6 @@ async def test_b2_the_end_of_the_text_is_where_it_was(
         stage, _ = await told(receiver, engine, sampling, [cut])
         assert stage.token_ids == whole.token_ids, cut
         assert stage.finish_reasons == [FinishReason.STOP]
-
-
-# What the relay asks, to let events leave together.
 
 
 async def test_s5_the_next_tokens_are_here_only_when_nothing_has_to_be_waited_for(
