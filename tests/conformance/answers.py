@@ -29,7 +29,7 @@ ERRORS: dict[str, tuple[int, str]] = {
 
 # Rule H-9, as far as a pattern can tell: traces, files of ours, addresses, replicas.
 _INSIDES = re.compile(
-    r"Traceback|site-packages|\.py\b|/opt/|/usr/|/home/|/tmp/|127\.0\.0\.1|\.internal|#", re.ASCII
+    r"Traceback|site-packages|\.py\b|/opt/|/usr/|/home/|/tmp/|127\.0\.0\.1|\.internal", re.ASCII
 )
 
 
