@@ -1,3 +1,5 @@
+import json
+import logging
 import math
 
 import pytest
@@ -5,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from tera.observability import Metrics, merge_expositions
+from tera.observability import JsonLines, Metrics, merge_expositions
 
 
 def samples(text: str) -> list[Sample]:
@@ -114,3 +116,11 @@ def test_exposition_holds_every_metric_of_the_process() -> None:
     families = {family.name for family in text_string_to_metric_families(Metrics().exposition())}
     assert "tera_requests" in families
     assert all(name.startswith("tera_") for name in families)
+
+
+def test_a_log_line_is_one_json_object() -> None:
+    record = logging.LogRecord("tera.x", logging.ERROR, "", 1, "two\nlines of %r", ("é",), None)
+    line = json.loads(JsonLines().format(record))
+    assert line.pop("at").endswith("Z")
+    assert line == {"level": "error", "logger": "tera.x", "message": "two\nlines of 'é'"}
+    assert "\n" not in JsonLines().format(record)

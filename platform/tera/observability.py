@@ -1,4 +1,4 @@
-"""Metrics: every name, label and bucket on one screen.
+"""Metrics: every name, label and bucket on one screen; and the form of log lines.
 
 Each process keeps its own registry. `GET /metrics` on any gateway replica asks all gateway and
 engine replicas for theirs and puts them together with `merge_expositions`, which adds the label
@@ -6,6 +6,10 @@ engine replicas for theirs and puts them together with `merge_expositions`, whic
 rates over `replica` are right when replicas come and go.
 """
 
+import json
+import logging
+import sys
+import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -142,3 +146,31 @@ def _labelled(sample: str, replica: str) -> str:
         separator = "" if sample[name_end + 1] == "}" else ","
         return f"{sample[:name_end]}{{{label}{separator}{sample[name_end + 1 :]}"
     return f"{sample[:name_end]}{{{label}}}{sample[name_end:]}"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time in UTC, level, logger, message, and a traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        whole_s = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "at": f"{whole_s}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_json_lines() -> None:
+    """Write what this process's Tera logs to standard error, which Ray keeps in a file."""
+    logger = logging.getLogger("tera")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonLines())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

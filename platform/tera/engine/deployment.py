@@ -15,6 +15,7 @@ from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
 from tera.errors import InvalidRequestError, ReplicaLostError, TeraError
 from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode
+from tera.observability import log_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class EngineReplica:
     """
 
     async def __init__(self, start_engine: EngineFactory) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_json_lines()
         # Read here and not when the application is built: Serve stores what it is built with.
         cluster_secret = Runtime.from_environment().cluster_secret
         self._engine = await start_engine()
