@@ -4,19 +4,22 @@
 (snake_case). This is the only module that reads the environment or configuration files.
 """
 
+import datetime
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -187,11 +190,22 @@ class LimitsConfig(Section):
     `closed` refuses every request."""
 
 
+class UsageConfig(Section):
+    """The ledger of requests; editing it restarts nothing."""
+
+    export_directory: str = ""
+    """Where every gateway replica finds the same files, one for each hour, to which the ledger is
+    copied as JSON Lines; empty keeps it in Redis alone."""
+    retention_days: int = Field(default=35, ge=1)
+    """How long Redis keeps a request's record. With an export, not before it is exported."""
+
+
 class GatewayConfig(Section):
     """The replicas that speak HTTP."""
 
     replicas: ReplicaBounds = ReplicaBounds()
     limits: LimitsConfig = LimitsConfig()
+    usage: UsageConfig = UsageConfig()
     cors: CorsConfig = CorsConfig()
     openapi: bool = True
     """Whether `/openapi.json` is served; it asks for a key."""
@@ -296,15 +310,19 @@ def load_platform(path: Path) -> PlatformConfig:
     Raises:
         ConfigError: one line for each fault, each beginning with the path of the value.
     """
+    values = _read_yaml(path)
+    return parse_platform({} if values is None else values)
+
+
+def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: no valid YAML: {error}") from error
-    return parse_platform({} if values is None else values)
 
 
 def parse_platform(values: Any) -> PlatformConfig:
@@ -320,7 +338,7 @@ def parse_platform(values: Any) -> PlatformConfig:
         raise ConfigError("\n".join(faults)) from error
 
 
-def _fault(location: tuple[int | str, ...], detail: Any) -> str:
+def _fault(location: tuple[int | str, ...], detail: Any, *, show: bool = True) -> str:
     path = ".".join(str(part) for part in location if part != "[key]") or "values"
     kind = detail["type"]
     if kind == "extra_forbidden":
@@ -330,7 +348,77 @@ def _fault(location: tuple[int | str, ...], detail: Any) -> str:
     message = re.sub(r"^Value error, ", "", detail["msg"])
     if kind == "value_error":
         return f"{path}: {message}"
-    return f"{path}: {message} (got {detail['input']!r})"
+    return f"{path}: {message} (got {detail['input']!r})" if show else f"{path}: {message}"
+
+
+def _moment(value: Any) -> Any:
+    """Return YAML's dates and ISO texts as a moment, in UTC unless they say otherwise."""
+    if isinstance(value, str):
+        try:
+            value = datetime.datetime.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError("give a date such as 2027-01-31 or 2027-01-31T12:00:00Z") from error
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime.combine(value, datetime.time())
+    if isinstance(value, datetime.datetime) and value.tzinfo is None:
+        value = value.replace(tzinfo=datetime.UTC)
+    return value
+
+
+class KeyEntry(Section):
+    """One API key that is made elsewhere, in a keys file."""
+
+    tenant: TenantName
+    key: str | None = Field(default=None, repr=False)
+    """The key itself; or else `keyHash`."""
+    key_hash: str | None = Field(default=None, repr=False)
+    """Its HMAC-SHA-256 under the platform's pepper, in hex."""
+    models: tuple[str, ...] | None = Field(default=None, strict=False)
+    """The ids that clients may send as `model`; absent allows all."""
+    expires: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
+    """The moment from which it is refused; absent never."""
+    limits: Limits | None = None
+    """Of this key alone, beside its tenant's."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.key is None) == (self.key_hash is None):
+            raise ValueError("give one of key and keyHash")
+        return self
+
+
+_KEYS_FILE: Final = TypeAdapter(list[KeyEntry])
+
+
+def load_keys_file(path: Path) -> tuple[KeyEntry, ...]:
+    """Read a keys file: a list of `KeyEntry` in YAML.
+
+    Raises:
+        ConfigError: one line for each fault, each with the path of the value, and never with a
+            value: it may be a key.
+    """
+    try:
+        values = _read_yaml(path)
+    except ConfigError as error:
+        cause = error.__cause__
+        if not isinstance(cause, yaml.MarkedYAMLError) or cause.problem_mark is None:
+            raise
+        # The parser's own words quote the line.
+        line = cause.problem_mark.line + 1
+        raise ConfigError(f"{path}: no valid YAML in line {line}") from None
+    try:
+        entries = _KEYS_FILE.validate_python(
+            [] if values is None else values, by_alias=True, by_name=False
+        )
+    except ValidationError as error:
+        faults = [_fault(detail["loc"], detail, show=False) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults)) from None
+    first: dict[str | None, int] = {}
+    for position, entry in enumerate(entries):
+        known = first.setdefault(entry.key or entry.key_hash, position)
+        if known != position:
+            raise ConfigError(f"{path}: {position}: the same key as {known}")
+    return tuple(entries)
 
 
 def model_directory(model: ModelConfig, home: Path) -> str:
@@ -397,6 +485,8 @@ class Runtime(Section):
     """Shared by gateway and engine replicas; authenticates the token channel."""
     channel_host: str = ""
     """Address that engine replicas reach this process at; empty is the node's own."""
+    keys_file: Path | None = None
+    """API keys that are made elsewhere, read when a gateway replica starts; see `KeyEntry`."""
     home: Path = Path(".tera")
     """State of one machine: models, embedded Redis, logs, secrets."""
 
@@ -405,8 +495,10 @@ class Runtime(Section):
         """Return the settings of this process."""
         names = {"redis_url", "key_pepper", "cluster_secret", "channel_host"}
         found = {name: os.environ.get(f"TERA_{name.upper()}") for name in names}
+        keys_file = os.environ.get("TERA_KEYS_FILE")
         return cls(
             **{name: value for name, value in found.items() if value is not None},
+            keys_file=Path(keys_file) if keys_file else None,
             home=Path(os.environ.get("TERA_HOME", ".tera")).absolute(),
         )
 
@@ -417,5 +509,6 @@ class Runtime(Section):
             "TERA_KEY_PEPPER": self.key_pepper,
             "TERA_CLUSTER_SECRET": self.cluster_secret,
             "TERA_CHANNEL_HOST": self.channel_host,
+            "TERA_KEYS_FILE": "" if self.keys_file is None else str(self.keys_file),
             "TERA_HOME": str(self.home),
         }

@@ -30,7 +30,8 @@ from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode
 from tera.observability import Metrics
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
-from tera.tenancy.keys import ApiKey, KeySnapshot, generate_key, hash_key
+from tera.tenancy.keys import ApiKey, generate_key, hash_key
+from tera.tenancy.snapshot import KeySnapshot
 
 REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 ABSENT: Any = object()

@@ -23,8 +23,8 @@ from tera.observability import Metrics, merge_expositions
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
 from tera.routing.serve_handle import ServeModelHandle
-from tera.tenancy.keys import KeySnapshot
 from tera.tenancy.redis import connect
+from tera.tenancy.snapshot import KeySnapshot
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from tera.local.demo_model import Dtype, ensure_demo_model
 from tera.local.redis_server import EmbeddedRedis
 from tera.local.state import LocalSecrets, LocalState, write_private
 from tera.manifest import serve_config
-from tera.tenancy.keys import KeyStore
+from tera.tenancy.key_store import KeyStore
 from tera.tenancy.redis import connect
 
 LOCAL_TENANT = "local"
@@ -134,6 +134,7 @@ async def running(
             ray_address=cluster.ray_address,
             redis_url=redis_url,
             redis_pid=redis_pid,
+            limits=platform.gateway.limits,
         )
         stack.callback((home / "state.json").unlink, missing_ok=True)
         state.write(home)

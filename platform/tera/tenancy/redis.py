@@ -1,10 +1,14 @@
 """How Tera connects to Redis: bounded waits, and no hidden second tries."""
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
-from tera.errors import ConfigError
+from tera.errors import ConfigError, InternalError
 
 _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
@@ -53,3 +57,16 @@ def connect(url: str, *, timeout_s: float) -> Redis:
             "rediss://host:port/0 or unix:///path."
         ) from None
     return Redis.from_pool(pool)
+
+
+@asynccontextmanager
+async def reaching(what: str) -> AsyncGenerator[None]:
+    """Make an error of ours of any of Redis's in the block; `what` begins the sentence.
+
+    Raises:
+        InternalError: Redis cannot be reached, or does not do what it is told.
+    """
+    try:
+        yield
+    except RedisError as error:
+        raise InternalError(f"{what} cannot be reached.") from error

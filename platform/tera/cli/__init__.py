@@ -1,0 +1,21 @@
+"""The `tera` command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+"""
+
+import typer
+
+from tera.cli import config, keys, platform, tenants, usage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Run and operate a Tera platform.",
+    pretty_exceptions_enable=False,  # they print local variables, secrets among them
+)
+app.command()(platform.serve)
+app.command()(platform.status)
+app.add_typer(keys.group, name="keys")
+app.add_typer(tenants.group, name="tenants")
+app.add_typer(usage.group, name="usage")
+app.add_typer(config.group, name="config")

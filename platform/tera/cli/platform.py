@@ -1,0 +1,56 @@
+"""`tera serve` and `tera status`: a platform on this machine."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tera.cli.console import Json, ValuesFile, out, print_json, reported
+from tera.config import Runtime, ServeOptions, default_values_file, load_platform
+from tera.local.state import LocalSecrets, LocalState
+
+_REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting", "draining")
+
+
+def serve(
+    file: ValuesFile = None,
+    port: Annotated[int | None, typer.Option(help="8000, or TERA_PORT.")] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1, or TERA_HOST.")] = None,
+) -> None:
+    """Run a platform on this machine, in the foreground."""
+    from tera.local.console import StageConsole
+    from tera.local.serve import serve as run
+
+    with reported():
+        options = ServeOptions.from_environment()
+        platform = load_platform(file or default_values_file())
+        home = Runtime.from_environment().home
+        asyncio.run(
+            run(platform, home, host or options.host, port or options.port, StageConsole(out))
+        )
+
+
+def status(as_json: Json = False) -> None:
+    """Show the models, their replicas and what they are doing."""
+    from tera.local.status import read_status
+
+    with reported():
+        home = Runtime.from_environment().home
+        found = read_status(LocalState.read(home), LocalSecrets.of(home))
+    if as_json:
+        print_json(found)
+        return
+    table = Table("model", "status", "replica", "pid", "running", "waiting", "draining")
+    for model in found["models"]:
+        for replica in model["replicas"] or [{}]:
+            table.add_row(
+                model["id"],
+                model["status"],
+                *(str(replica.get(name, "–")) for name in _REPLICA_COLUMNS),
+            )
+    for replica in found["gateway"]:
+        table.add_row("(gateway)", "ready", replica["replica_id"], str(replica["pid"]))
+    out.print(table)
+    redis = found["redis"]
+    out.print(f"redis {redis['state']} at {redis['address']}")

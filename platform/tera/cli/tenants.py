@@ -1,0 +1,139 @@
+"""`tera tenants`: limits of tenants, over those of the values file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tera.cli.console import Json, err, out, print_json, reported
+from tera.cli.limits import HEADINGS, Changed, ChangedPeriod, cells, changes, file_form
+from tera.cli.store import with_tenants
+from tera.config import Limits, LimitsConfig, Runtime, TenantLimits, load_platform
+from tera.errors import ConfigError
+from tera.local.state import LocalState
+from tera.tenancy.keys import require_tenant
+from tera.tenancy.tenants import effective_limits
+
+group = typer.Typer(no_args_is_help=True, help="Set, show and remove limits of tenants.")
+
+
+@group.command("set")
+def set_limits(
+    tenant: str,
+    requests_per_minute: Changed = None,
+    tokens_per_minute: Changed = None,
+    concurrent_requests: Changed = None,
+    token_budget: Changed = None,
+    budget_period: ChangedPeriod = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's short name: limits of its requests alone.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Set limits; those not given stay, `none` leaves one to the values file again."""
+    with reported():
+        changed = changes(
+            {
+                "requests_per_minute": requests_per_minute,
+                "tokens_per_minute": tokens_per_minute,
+                "concurrent_requests": concurrent_requests,
+                "token_budget": token_budget,
+                "budget_period": budget_period,
+            }
+        )
+
+        def change(known: TenantLimits) -> TenantLimits:
+            if model is None:
+                return known.model_copy(update=changed)
+            limits = known.models.get(model, Limits()).model_copy(update=changed)
+            models = {**known.models, model: limits}
+            kept = {name: one for name, one in models.items() if one != Limits()}
+            return known.model_copy(update={"models": kept})
+
+        stored = with_tenants(lambda store: store.edit(tenant, change))
+    if as_json:
+        print_json({"tenant": tenant, "stored": file_form(stored)})
+        return
+    out.print(_table({tenant: stored}))
+
+
+@group.command("list")
+def list_tenants(as_json: Json = False) -> None:
+    """List the tenants whose limits were set here, with these limits."""
+    with reported():
+        stored = with_tenants(lambda store: store.list())
+    if as_json:
+        print_json(
+            [{"tenant": tenant, "stored": file_form(limits)} for tenant, limits in stored.items()]
+        )
+        return
+    out.print(_table(stored))
+
+
+@group.command()
+def show(
+    tenant: str,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="The platform's values.yaml.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a tenant's limits: set here, in the values, and which ones hold.
+
+    The values are those of the file, or of the platform that runs here.
+    """
+    with reported():
+        require_tenant(tenant)
+        values = _values(file)
+        stored = with_tenants(lambda store: store.get(tenant))
+    in_values = default = effective = None
+    if values is not None:
+        in_values, default = values.tenants.get(tenant), values.default
+        effective = effective_limits(default, in_values, stored)
+    if as_json:
+        print_json(
+            {
+                "tenant": tenant,
+                "stored": file_form(stored),
+                "values": file_form(in_values),
+                "default": file_form(default),
+                "effective": file_form(effective),
+            }
+        )
+        return
+    rows = {"set here": stored, "values": in_values, "default": default, "in force": effective}
+    out.print(
+        _table({name: limits for name, limits in rows.items() if limits is not None}, first="where")
+    )
+    if values is None:
+        err.print("The values are not known here; name them with -f to see what is in force.")
+
+
+@group.command()
+def remove(tenant: str) -> None:
+    """Forget the limits that were set here; the values decide again."""
+    with reported():
+        with_tenants(lambda store: store.remove(tenant))
+    out.print(f"limits of tenant {tenant} are removed")
+
+
+def _values(file: Path | None) -> LimitsConfig | None:
+    if file is not None:
+        return load_platform(file).gateway.limits
+    runtime = Runtime.from_environment()
+    if runtime.key_pepper:
+        return None  # The environment names a platform, which need not be the one that runs here.
+    try:
+        return LocalState.read(runtime.home).limits
+    except ConfigError:
+        return None
+
+
+def _table(rows: dict[str, TenantLimits], first: str = "tenant") -> Table:
+    table = Table(first, "model", *HEADINGS)
+    for name, limits in rows.items():
+        table.add_row(name, "", *cells(limits))
+        for model, own in limits.models.items():
+            table.add_row("", model, *cells(own))
+    return table

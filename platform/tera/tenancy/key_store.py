@@ -1,0 +1,383 @@
+"""Makes, lists, rotates and revokes API keys in Redis; `keys.py` has the layout."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from redis.asyncio import Redis
+
+from tera.config import KeyEntry, Limits
+from tera.errors import ConfigError, TeraError
+from tera.tenancy.keys import (
+    CHANGED,
+    KEYS,
+    LAST_USED,
+    REVOKED,
+    VERSION,
+    ApiKey,
+    NewKey,
+    decode_keys,
+    encode_key,
+    generate_key,
+    hash_key,
+    hint_of,
+    id_of,
+    is_well_formed,
+    require_pepper,
+    require_tenant,
+    with_last_used,
+)
+from tera.tenancy.redis import reaching
+
+logger = logging.getLogger(__name__)
+
+GRACE_S: Final = 24 * 3600.0
+"""How long a rotated key goes on working unless said."""
+
+_KEY_ID = re.compile(r"key_[0-9a-f]{24}")
+_KEY_HASH = re.compile(r"[0-9a-f]{64}")
+_STORE: Final = "The API keys' store"
+
+# The former record as it was read, or '' for none: what happened meanwhile is never undone.
+_PUT_SCRIPT: Final = """
+if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 1 then return 'revoked' end
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 'changed' end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]))
+return 'done'
+"""
+
+_REVOKE_SCRIPT: Final = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[3], redis.call('INCR', KEYS[2]))
+return 1
+"""
+
+# ARGV: old id, its record as it was read, its new record or '' to revoke it, new id, its record,
+# seconds, channel.
+_ROTATE_SCRIPT: Final = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if ARGV[3] ~= '' then
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+else
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  redis.call('HDEL', KEYS[3], ARGV[1])
+  redis.call('HSET', KEYS[4], ARGV[1], ARGV[6])
+end
+redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
+redis.call('PUBLISH', ARGV[7], redis.call('INCR', KEYS[2]))
+return 1
+"""
+
+
+class KeyNotFoundError(TeraError):
+    """There is no key with this id: it never was, or it has been revoked."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "key_not_found"
+
+
+class KeyRevokedError(TeraError):
+    """The key to import was revoked, and stays so."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "key_revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A key in the place of another."""
+
+    new: NewKey
+    old_key_id: str
+    old_expires_s: float
+    """Unix seconds at which the old one ends, or ended."""
+
+
+class KeyStore:
+    """Makes, lists, rotates and revokes keys.
+
+    Every method raises InternalError when Redis cannot be reached.
+    """
+
+    def __init__(self, redis: Redis, pepper: str, clock: Callable[[], float]) -> None:
+        """`redis` stays the caller's to close; `clock` gives Unix seconds."""
+        require_pepper(pepper)
+        self._redis = redis
+        self._pepper = pepper
+        self._clock = clock
+
+    async def create(
+        self,
+        tenant: str,
+        *,
+        models: Iterable[str] | None = None,
+        limits: Limits | None = None,
+        expires_in_s: float | None = None,
+    ) -> NewKey:
+        """Make a key for `tenant`; gateway replicas accept it within a second.
+
+        Raises:
+            ConfigError: the tenant's name, the models or the lifetime are not possible.
+        """
+        key = generate_key()
+        record = await self.import_key(
+            tenant, key=key, models=models, limits=limits, expires_s=self._end(expires_in_s)
+        )
+        return NewKey(key, record)
+
+    async def import_key(
+        self,
+        tenant: str,
+        *,
+        key: str | None = None,
+        key_hash: str | None = None,
+        models: Iterable[str] | None = None,
+        limits: Limits | None = None,
+        expires_s: float | None = None,
+    ) -> ApiKey:
+        """Make sure that a key from elsewhere exists with these settings; return its record.
+
+        Importing it again changes nothing, or only the settings that differ. A key that was
+        rotated here keeps its end, and one that was revoked here stays revoked: what brings keys
+        is read again and again, and knows nothing of either.
+
+        Args:
+            tenant: whom the key belongs to.
+            key: the key itself; either this or `key_hash`.
+            key_hash: its `hash_key` under this platform's pepper.
+            models: the ids that clients may send; None allows all.
+            limits: of this key alone, beside its tenant's.
+            expires_s: Unix seconds; None never expires.
+
+        Raises:
+            ConfigError: not one well-formed key or hash, or a setting is not possible.
+            KeyRevokedError: it was revoked.
+        """
+        require_tenant(tenant)
+        if (key is None) == (key_hash is None):
+            raise ConfigError("Import a key by itself or by its hash: give one of both.")
+        hint = ""
+        if key is not None:
+            if not is_well_formed(key):
+                raise ConfigError("The key to import is no Tera key; its checksum may be mistyped.")
+            key_hash, hint = hash_key(key, self._pepper), hint_of(key)
+        if key_hash is None or not _KEY_HASH.fullmatch(key_hash):
+            raise ConfigError("A key's hash must be 64 hexadecimal digits in lower case.")
+        imported = ApiKey(
+            key_id=id_of(key_hash),
+            tenant=tenant,
+            key_hash=key_hash,
+            hint=hint,
+            models=_model_ids(models),
+            created_s=self._clock(),
+            expires_s=expires_s,
+            limits=_limits(limits),
+        )
+        while True:
+            stored, known = await self._find(imported.key_id)
+            wanted = imported if known is None else _merged(imported, known)
+            if known == wanted or await self._put(wanted, stored):
+                return wanted
+
+    async def list(self) -> list[ApiKey]:
+        """Return all keys that are not revoked, expired ones too, the oldest first."""
+        async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hgetall(KEYS)
+            pipeline.hgetall(LAST_USED)
+            stored, last_used = await pipeline.execute()
+        return sorted(
+            (
+                with_last_used(record, last_used.get(record.key_id.encode()))
+                for record in decode_keys(stored)
+            ),
+            key=lambda record: (record.created_s, record.key_id),
+        )
+
+    async def get(self, key_id: str) -> ApiKey:
+        """Return one key.
+
+        Raises:
+            KeyNotFoundError: there is none with this id.
+        """
+        _, known = await self._find(key_id)
+        if known is None:
+            raise _not_found(key_id)
+        return known
+
+    async def revoke(self, key_id: str) -> None:
+        """End a key: gateway replicas refuse it within seconds, and it cannot come back.
+
+        Raises:
+            KeyNotFoundError: there is none with this id.
+        """
+        keys = (KEYS, VERSION, LAST_USED, REVOKED)
+        async with reaching(_STORE):
+            revoked = await self._redis.eval(
+                _REVOKE_SCRIPT, 4, *keys, key_id, repr(self._clock()), CHANGED
+            )
+        if not revoked:
+            raise _not_found(key_id)
+
+    async def rotate(
+        self, key_id: str, *, grace_s: float = GRACE_S, expires_in_s: float | None = None
+    ) -> Rotation:
+        """Make a key with the same tenant, models and limits, and let the old one end.
+
+        Both happen at once. The new key expires when the old one would have, unless a lifetime
+        is given.
+
+        Args:
+            key_id: the old key.
+            grace_s: how long it still works; 0 revokes it.
+            expires_in_s: the new key's lifetime.
+
+        Raises:
+            KeyNotFoundError: there is no key with this id.
+            ConfigError: the old key was rotated before or has expired, or a time is not possible.
+        """
+        if not 0 <= grace_s < math.inf:
+            raise ConfigError("The old key must expire after a number of seconds that is not < 0.")
+        while True:
+            stored, old = await self._find(key_id)
+            if old is None:
+                raise _not_found(key_id)
+            now_s = self._clock()
+            new = self._successor(old, now_s, expires_in_s)
+            ends_s = now_s + grace_s
+            if old.expires_s is not None:
+                ends_s = min(ends_s, old.expires_s)
+            ended = replace(old, expires_s=ends_s, replaced_by=new.record.key_id)
+            if await self._replace(old, stored, ended if grace_s else None, new.record):
+                return Rotation(new, key_id, ends_s)
+
+    def _successor(self, old: ApiKey, now_s: float, expires_in_s: float | None) -> NewKey:
+        if old.replaced_by is not None:
+            raise ConfigError(f"{old.key_id} was rotated already: {old.replaced_by} replaced it.")
+        expires_s = self._end(expires_in_s) or old.expires_s
+        if expires_s is not None and expires_s <= now_s:
+            raise ConfigError(f"{old.key_id} has expired; give the new key a lifetime.")
+        key = generate_key()
+        key_hash = hash_key(key, self._pepper)
+        record = replace(
+            old,
+            key_id=id_of(key_hash),
+            key_hash=key_hash,
+            hint=hint_of(key),
+            created_s=now_s,
+            expires_s=expires_s,
+            last_used_s=None,
+        )
+        return NewKey(key, record)
+
+    def _end(self, expires_in_s: float | None) -> float | None:
+        if expires_in_s is None:
+            return None
+        if not 0 < expires_in_s < math.inf:
+            raise ConfigError("A key must expire after a positive number of seconds, or never.")
+        return self._clock() + expires_in_s
+
+    async def _find(self, key_id: str) -> tuple[bytes, ApiKey | None]:
+        """Return what is stored, empty for nothing, and the record if it can be read."""
+        async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hget(KEYS, key_id)
+            pipeline.hget(LAST_USED, key_id)
+            stored, last_used = await pipeline.execute()
+        if stored is None:
+            return b"", None
+        records = decode_keys({key_id.encode(): stored})
+        return stored, with_last_used(records[0], last_used) if records else None
+
+    async def _put(self, record: ApiKey, stored: bytes) -> bool:
+        """Write a record in the place of `stored`; return whether that was still there."""
+        async with reaching(_STORE):
+            outcome = await self._redis.eval(
+                _PUT_SCRIPT,
+                3,
+                *(KEYS, VERSION, REVOKED),
+                *(record.key_id, encode_key(record), stored, CHANGED),
+            )
+        if outcome == b"revoked":
+            raise KeyRevokedError(f"{record.key_id} was revoked; make a new key.")
+        return bool(outcome == b"done")
+
+    async def _replace(self, old: ApiKey, stored: bytes, ended: ApiKey | None, new: ApiKey) -> bool:
+        async with reaching(_STORE):
+            done = await self._redis.eval(
+                _ROTATE_SCRIPT,
+                4,
+                *(KEYS, VERSION, LAST_USED, REVOKED),
+                *(old.key_id, stored, b"" if ended is None else encode_key(ended)),
+                *(new.key_id, encode_key(new), repr(new.created_s), CHANGED),
+            )
+        return bool(done)
+
+
+async def import_keys(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
+    """Make sure that the keys of a keys file exist, as `KeyStore.import_key` does for one.
+
+    A key that was revoked is left out, with a warning in the log.
+
+    Raises:
+        ConfigError: an entry is not possible; the message begins with its path. Entries before
+            it are imported.
+        InternalError: Redis cannot be reached.
+    """
+    records = []
+    for position, entry in enumerate(entries):
+        try:
+            record = await store.import_key(
+                entry.tenant,
+                key=entry.key,
+                key_hash=entry.key_hash,
+                models=entry.models,
+                limits=entry.limits,
+                expires_s=None if entry.expires is None else entry.expires.timestamp(),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{position}: {error.message}") from error
+        except KeyRevokedError as error:
+            logger.warning("The keys file has a key that is not imported: %s", error.message)
+        else:
+            records.append(record)
+    return records
+
+
+def _merged(imported: ApiKey, known: ApiKey) -> ApiKey:
+    ends = [imported.expires_s]
+    if known.replaced_by is not None:
+        ends.append(known.expires_s)
+    return replace(
+        imported,
+        hint=imported.hint or known.hint,
+        created_s=known.created_s,
+        expires_s=min((end_s for end_s in ends if end_s is not None), default=None),
+        last_used_s=known.last_used_s,
+        replaced_by=known.replaced_by,
+    )
+
+
+def _limits(limits: Limits | None) -> Limits | None:
+    return None if limits == Limits() else limits
+
+
+def _model_ids(models: Iterable[str] | None) -> tuple[str, ...] | None:
+    if models is None:
+        return None
+    names = (models,) if isinstance(models, str) else tuple(dict.fromkeys(models))
+    if not names or not all(names):
+        raise ConfigError("Name at least one model id, none of them empty, or allow all models.")
+    return names
+
+
+def _not_found(key_id: str) -> KeyNotFoundError:
+    # Only an id is repeated: someone may well paste the key itself here.
+    named = key_id if _KEY_ID.fullmatch(key_id) else "with this id; ids look like key_0123…"
+    return KeyNotFoundError(f"There is no API key {named}.")

@@ -1,0 +1,185 @@
+"""Tenants' limits: those that were set in Redis, and how they go together with the values'.
+
+The hash is in `keys.py`: tenants share the keys' version and channel, so `KeySnapshot` has both.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from pydantic import ValidationError
+from redis.asyncio import Redis
+
+from tera.config import Limits, TenantLimits
+from tera.errors import ConfigError, TeraError
+from tera.tenancy.keys import CHANGED, TENANTS, VERSION, require_tenant
+from tera.tenancy.redis import reaching
+
+logger = logging.getLogger(__name__)
+
+BLOCKED: Final = TenantLimits(requests_per_minute=0)
+"""In force for a tenant whose record cannot be read."""
+
+# The former record as it was read, or '' for none: two editors never undo each other.
+_SET_SCRIPT: Final = """
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]))
+return 1
+"""
+
+_REMOVE_SCRIPT: Final = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('PUBLISH', ARGV[2], redis.call('INCR', KEYS[2]))
+return 1
+"""
+
+
+class TenantNotFoundError(TeraError):
+    """Nothing is stored of this tenant; the values may still say something of it."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "tenant_not_found"
+
+
+class TenantStore:
+    """Sets and removes the limits of tenants; gateway replicas follow within seconds.
+
+    Every method raises InternalError when Redis cannot be reached.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        """`redis` stays the caller's to close."""
+        self._redis = redis
+
+    async def get(self, name: str) -> TenantLimits | None:
+        """Return what is stored of a tenant; None when nothing is.
+
+        Raises:
+            ConfigError: what is stored cannot be read.
+        """
+        return _readable(name, await self._stored(name))
+
+    async def list(self) -> dict[str, TenantLimits]:
+        """Return all that is stored, by tenant; what cannot be read is logged and `BLOCKED`."""
+        async with reaching("The tenants' store"):
+            stored: Any = await self._redis.hgetall(TENANTS)
+        found = {
+            name.decode(errors="replace"): decode_tenant(name, data) or BLOCKED
+            for name, data in stored.items()
+        }
+        return dict(sorted(found.items()))
+
+    async def set(self, name: str, limits: TenantLimits) -> None:
+        """Store these limits in the place of what is stored.
+
+        Raises:
+            ConfigError: the name or the limits are not possible.
+        """
+        require_tenant(name)
+        data = _encode(limits)
+        while not await self._replace(name, await self._stored(name), data):
+            pass
+
+    async def edit(self, name: str, change: Callable[[TenantLimits], TenantLimits]) -> TenantLimits:
+        """Store what `change` makes of what is stored; return it.
+
+        `change` gets limits that say nothing where nothing is stored. It runs again when
+        somebody else wrote meanwhile.
+
+        Raises:
+            ConfigError: the name or the limits are not possible, or what is stored cannot be read.
+        """
+        require_tenant(name)
+        while True:
+            stored = await self._stored(name)
+            limits = change(_readable(name, stored) or TenantLimits())
+            if await self._replace(name, stored, _encode(limits)):
+                return limits
+
+    async def remove(self, name: str) -> None:
+        """Forget what is stored; the values decide from now on.
+
+        Raises:
+            TenantNotFoundError: nothing is stored.
+        """
+        async with reaching("The tenants' store"):
+            removed = await self._redis.eval(_REMOVE_SCRIPT, 2, TENANTS, VERSION, name, CHANGED)
+        if not removed:
+            raise TenantNotFoundError(f"No limits are stored of tenant {name!r}.")
+
+    async def _stored(self, name: str) -> bytes:
+        async with reaching("The tenants' store"):
+            stored: Any = await self._redis.hget(TENANTS, name)
+        return stored or b""
+
+    async def _replace(self, name: str, stored: bytes, data: bytes) -> bool:
+        async with reaching("The tenants' store"):
+            done = await self._redis.eval(
+                _SET_SCRIPT, 2, TENANTS, VERSION, name, data, stored, CHANGED
+            )
+        return bool(done)
+
+
+def effective_limits(
+    default: TenantLimits, from_values: TenantLimits | None, stored: TenantLimits | None
+) -> TenantLimits:
+    """Return a tenant's limits: each one from the first place that says it.
+
+    What is stored goes before `gateway.limits.tenants.<name>`, and that before
+    `gateway.limits.default`; a model's limits likewise, model by model and limit by limit.
+    """
+    layers = [layer for layer in (stored, from_values, default) if layer is not None]
+    names = dict.fromkeys(name for layer in layers for name in layer.models)
+    models = {
+        name: Limits(**_first(layer.models[name] for layer in layers if name in layer.models))
+        for name in names
+    }
+    return TenantLimits(**_first(layers), models=models)
+
+
+def _first(layers: Iterable[Limits]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for name in Limits.model_fields:
+            if found.get(name) is None:
+                found[name] = getattr(layer, name)
+    return found
+
+
+def decode_tenant(name: bytes, data: bytes) -> TenantLimits | None:
+    """Return a tenant's limits from their record; None, with an error in the log, if damaged."""
+    try:
+        return TenantLimits.model_validate_json(data, by_alias=True, by_name=False)
+    except ValidationError:
+        logger.error("The record of tenant %r cannot be read; the tenant is blocked.", name)
+        return None
+
+
+def _readable(name: str, stored: bytes) -> TenantLimits | None:
+    if not stored:
+        return None
+    limits = decode_tenant(name.encode(), stored)
+    if limits is None:
+        raise ConfigError(
+            f"The record of tenant {name!r} cannot be read, so it is blocked; "
+            "`tera tenants remove` removes it."
+        )
+    return limits
+
+
+def _encode(limits: TenantLimits) -> bytes:
+    data = limits.model_dump_json(by_alias=True, exclude_none=True).encode()
+    try:
+        TenantLimits.model_validate_json(data, by_alias=True, by_name=False)
+    except ValidationError as error:
+        # `model_copy` checks nothing; what readers would refuse is not to be stored.
+        faults = [(detail["loc"], detail["msg"]) for detail in error.errors()]
+        raise ConfigError(
+            "\n".join(
+                f"{'.'.join(str(part) for part in path if part != '[key]')}: {message}"
+                for path, message in faults
+            )
+        ) from error
+    return data

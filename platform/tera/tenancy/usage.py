@@ -1,0 +1,265 @@
+"""The ledger of requests: one record for each, and its sums.
+
+A record is appended when its request ends (`limits.lua`), to a stream for each tenant:
+
+    tera:{<tenant>}:usage     stream   entries of two fields: `id` of the request, `r`, its JSON
+    tera:{<tenant>}:exported  string   the last entry that `usage_export.py` has in a file
+
+It is written at least once. Of several entries of one request the last one is right: a request
+may be counted as lost while its gateway replica is frozen, and end well later.
+"""
+
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+
+import msgspec
+from redis.asyncio import Redis
+
+from tera.tenancy.redis import reaching
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["finished", "failed", "cancelled", "lost"]
+
+STREAMS: Final = "tera:{*}:usage"
+"""Matches the streams of all tenants; braces mean nothing to Redis's patterns."""
+_STREAM = re.compile(rb"tera:\{([a-z0-9._-]+)\}:usage")
+
+PAGE_ENTRIES: Final = 1000
+PASS_ENTRIES: Final = 1_000_000
+"""Request ids remembered at a time: about 100 MB."""
+CLOCK_SKEW_S: Final = 300.0
+"""How far a gateway replica's clock may be ahead of Redis's."""
+STORE: Final = "The usage ledger"
+_YEAR_10000_S: Final = 253_402_300_800
+
+
+class UsageRecord(msgspec.Struct, frozen=True, gc=False):
+    """What one request used. Nothing of the prompt or the answer is in it.
+
+    The record that is kept while a request runs has the status `lost`: that is what becomes of
+    it when nobody writes another.
+    """
+
+    request_id: str
+    tenant: str
+    key_id: str
+    model: str
+    """Short name; empty when the request failed before it was known."""
+    route: str
+    status: Status
+    started_s: float
+    """Unix seconds on the gateway replica's clock, to the millisecond."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    code: str = ""
+    """The error's, as the client saw it."""
+    first_token_s: float | None = None
+    """Seconds from the start."""
+    duration_s: float = 0.0
+    replica_switches: int = 0
+    user: str = ""
+    """As the client named it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.started_s < _YEAR_10000_S:
+            raise ValueError("started_s is no time")
+        # Lua writes 14 digits: with more, a request that was first counted as lost would appear
+        # to have begun at another time, maybe in another hour's file.
+        msgspec.structs.force_setattr(self, "started_s", round(self.started_s, 3))
+
+
+_encoder: Final = msgspec.json.Encoder()
+_decoder: Final = msgspec.json.Decoder(UsageRecord)
+
+
+def encode_record(record: UsageRecord) -> bytes:
+    """Return the record as JSON."""
+    return _encoder.encode(record)
+
+
+def decode_record(data: bytes) -> UsageRecord:
+    """Return the record; members that a later version added are ignored.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return _decoder.decode(data)
+
+
+def stream_of(tenant: str) -> str:
+    """Return the name of a tenant's stream."""
+    return f"tera:{{{tenant}}}:usage"
+
+
+def position_of(tenant: str) -> str:
+    """Return the name of the key that has the last exported entry of a tenant."""
+    return f"tera:{{{tenant}}}:exported"
+
+
+def day_of(record: UsageRecord) -> str:
+    """Return the day in UTC on which the request began, such as 2027-01-31."""
+    return time.strftime("%Y-%m-%d", time.gmtime(record.started_s))
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Sums of a tenant's requests to one model that began on one day in UTC."""
+
+    tenant: str
+    model: str
+    day: str
+    requests: int = 0
+    """All of them, whatever became of them."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    lost: int = 0
+
+
+class UsageLedger:
+    """Reads the ledger in Redis: what has not been trimmed yet.
+
+    Every method raises InternalError when Redis cannot be reached.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        """`redis` stays the caller's to close."""
+        self._redis = redis
+
+    async def tenants(self) -> list[str]:
+        """Return the tenants that have records, sorted."""
+        async with reaching(STORE):
+            return sorted([tenant async for tenant in tenants_with_records(self._redis)])
+
+    async def records(
+        self,
+        tenant: str | None = None,
+        *,
+        since_s: float = 0.0,
+        until_s: float | None = None,
+    ) -> AsyncGenerator[UsageRecord]:
+        """Yield each request that began in the time once, as its last entry has it.
+
+        They come tenant by tenant, mostly the newest first; what is appended while this runs is
+        left out. Memory is bounded: a longer stream is read in several passes.
+
+        Args:
+            tenant: None has all.
+            since_s: Unix seconds.
+            until_s: Unix seconds, exclusive; None is now.
+        """
+        for name in [tenant] if tenant is not None else await self.tenants():
+            async with reaching(STORE):
+                entries: int = await self._redis.xlen(stream_of(name))
+                newest: Any = await self._redis.xrevrange(stream_of(name), count=1)
+            if not newest:
+                continue
+            passes = 1 + entries // PASS_ENTRIES
+            for number in range(passes):
+                seen: set[str] = set()
+                async for record in self._backwards(name, newest[0][0], since_s):
+                    request_id = record.request_id
+                    if hash(request_id) % passes != number or request_id in seen:
+                        continue
+                    seen.add(request_id)
+                    if began_in(record, since_s, until_s):
+                        yield record
+
+    async def summary(
+        self,
+        tenant: str | None = None,
+        *,
+        since_s: float = 0.0,
+        until_s: float | None = None,
+    ) -> list[UsageRow]:
+        """Return the sums, sorted by tenant, model and day; see `records`."""
+        sums = Sums()
+        async for record in self.records(tenant, since_s=since_s, until_s=until_s):
+            sums.add(record)
+        return sums.rows()
+
+    async def _backwards(
+        self, tenant: str, newest: bytes, since_s: float
+    ) -> AsyncGenerator[UsageRecord]:
+        """Yield all entries from the last one back to those that are too old.
+
+        An entry is written when its request ends, so none of interest is before the start.
+        """
+        oldest = str(max(0, int((since_s - CLOCK_SKEW_S) * 1000)))
+        until = newest
+        while True:
+            async with reaching(STORE):
+                page: Any = await self._redis.xrevrange(
+                    stream_of(tenant), max=until, min=oldest, count=PAGE_ENTRIES
+                )
+            for _, entry in page:
+                record = readable(tenant, entry.get(b"r", b""))
+                if record is not None:
+                    yield record
+            if len(page) < PAGE_ENTRIES:
+                return
+            until = b"(" + page[-1][0]
+
+
+class Sums:
+    """Adds records up by tenant, model and day."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, str, str], list[int]] = {}
+
+    def add(self, record: UsageRecord) -> None:
+        """Count one request."""
+        counts = (
+            1,
+            record.prompt_tokens,
+            record.cached_tokens,
+            record.completion_tokens,
+            record.status == "failed",
+            record.status == "cancelled",
+            record.status == "lost",
+        )
+        group = (record.tenant, record.model, day_of(record))
+        sums = self._sums.setdefault(group, [0] * len(counts))
+        for place, count in enumerate(counts):
+            sums[place] += count
+
+    def rows(self) -> list[UsageRow]:
+        """Return the sums, sorted by tenant, model and day."""
+        return [UsageRow(*group, *sums) for group, sums in sorted(self._sums.items())]
+
+
+def total_of(rows: Iterable[UsageRow]) -> UsageRow:
+    """Return the sum of all rows, under no name."""
+    kept = list(rows)
+    counts = [field.name for field in fields(UsageRow) if field.type is int]
+    return UsageRow("", "", "", *(sum(getattr(row, name) for row in kept) for name in counts))
+
+
+async def tenants_with_records(redis: Redis) -> AsyncGenerator[str]:
+    """Yield each tenant that has a stream; one may come twice, as SCAN has it."""
+    async for name in redis.scan_iter(match=STREAMS, count=PAGE_ENTRIES, _type="STREAM"):
+        found = _STREAM.fullmatch(name)
+        if found is not None:
+            yield found[1].decode()
+
+
+def readable(tenant: str, data: bytes) -> UsageRecord | None:
+    """Return the record of an entry; None, with an error in the log, if it is damaged."""
+    try:
+        return decode_record(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        logger.error("An entry of the usage ledger of tenant %r cannot be read.", tenant)
+        return None
+
+
+def began_in(record: UsageRecord, since_s: float, until_s: float | None) -> bool:
+    """Tell whether the request began in the time, the end exclusive and None for ever."""
+    return since_s <= record.started_s and (until_s is None or record.started_s < until_s)
