@@ -19,7 +19,7 @@ from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.gateway.vllm_text import VllmTextModel
-from tera.observability import Metrics, merge_expositions
+from tera.observability import Metrics, log_json_lines, merge_expositions
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
 from tera.routing.serve_handle import ServeModelHandle
@@ -53,6 +53,7 @@ class GatewayReplica:
     """
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_json_lines()
         # Read here and not when the application is built: Serve stores what it is built with.
         self._runtime = runtime = Runtime.from_environment()
         self._config = GatewayConfig()
