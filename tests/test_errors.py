@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from tera import errors
-from tera.errors import TeraError
+from tera.errors import RateLimitError, TeraError
 
 ALL_ERRORS = [
     kind
@@ -27,6 +27,10 @@ TABLE = {
     "UnknownUrlError": (404, "invalid_request_error", "unknown_url"),
     "MethodNotAllowedError": (405, "invalid_request_error", "method_not_allowed"),
     "RequestTooLargeError": (413, "invalid_request_error", "request_too_large"),
+    "RequestRateLimitError": (429, "requests", "rate_limit_exceeded"),
+    "TokenRateLimitError": (429, "tokens", "rate_limit_exceeded"),
+    "ConcurrencyLimitError": (429, "requests", "concurrency_limit_exceeded"),
+    "QuotaError": (429, "insufficient_quota", "insufficient_quota"),
     "BackendFailureError": (500, "server_error", "backend_failure"),
     "InternalError": (500, "server_error", "internal_error"),
 }
@@ -97,3 +101,12 @@ def test_e2_no_error_is_outside_the_table(kind: type[TeraError]) -> None:
 @pytest.mark.parametrize("kind", ALL_ERRORS)
 def test_only_a_failure_of_the_platform_is_retryable(kind: type[TeraError]) -> None:
     assert not kind.retryable or kind.status == 500
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL_ERRORS if issubclass(kind, RateLimitError)])
+def test_l6_a_limit_that_knows_no_wait_tells_clients_not_to_retry(
+    kind: type[RateLimitError],
+) -> None:
+    assert kind("Wait.", retry_after_s=0.5).should_retry
+    assert not kind("Never.").should_retry
+    assert not kind(*kind("Wait.", retry_after_s=0.5).args).should_retry

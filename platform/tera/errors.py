@@ -16,6 +16,11 @@ TeraError
 ├── UnknownUrlError                     404
 ├── MethodNotAllowedError               405
 ├── RequestTooLargeError                413
+├── RateLimitError                      429  a limit of the tenant or the key
+│   ├── RequestRateLimitError                requests per minute
+│   ├── TokenRateLimitError                  tokens per minute
+│   ├── ConcurrencyLimitError                requests in flight
+│   └── QuotaError                           tokens of a day or month
 └── ServerError                         500
     ├── InternalError                        a defect or a broken part of ours
     ├── BackendFailureError                  the engines failed and retries were used up
@@ -154,6 +159,45 @@ class RequestTooLargeError(TeraError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class RateLimitError(TeraError):
+    """A limit refuses the request, which has spent nothing of any.
+
+    `retry_after_s` is the wait after which it passes if it is alone; None says that none helps.
+    """
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    @property
+    def should_retry(self) -> bool:
+        """What `x-should-retry` tells the client: whether waiting helps."""
+        return self.retry_after_s is not None
+
+
+class RequestRateLimitError(RateLimitError):
+    """Too many requests in a minute."""
+
+
+class TokenRateLimitError(RateLimitError):
+    """Too many tokens in a minute, or more in one request than a minute has."""
+
+    type = "tokens"
+
+
+class ConcurrencyLimitError(RateLimitError):
+    """Too many requests in flight."""
+
+    code = "concurrency_limit_exceeded"
+
+
+class QuotaError(RateLimitError):
+    """The tokens of a day or month are spent."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class ServerError(TeraError):
