@@ -69,6 +69,7 @@ def tera(
     return subprocess.run(  # noqa: S603  our own program
         command(home, port or free_port(), *arguments),
         cwd=home.parent,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout_s,
