@@ -108,6 +108,16 @@ class Metrics:
             "1 while this gateway replica cannot reach Redis.",
             registry=registry,
         )
+        self.usage_unsettled = Gauge(
+            "tera_usage_unsettled",
+            "Ended requests whose record is not in the ledger yet.",
+            registry=registry,
+        )
+        self.usage_given_up = Gauge(
+            "tera_usage_given_up",
+            "Records given up since the start, because Redis was away for too long.",
+            registry=registry,
+        )
 
     def exposition(self) -> str:
         """Return this process's metrics as Prometheus text."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
+from tests.admitters import LocalAdmitter
 from tests.serve.conftest import Platform
 
 from tera.config import CorsConfig, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
@@ -205,7 +206,8 @@ class InProcessGateway(Gateway):
         # It is never entered, so it never asks Redis: these tests put the keys in themselves.
         self._keys = KeySnapshot(cast(Redis, None), _PEPPER, lambda: self.now_s)
         self.metrics = Metrics()
-        pipeline = Pipeline(self._catalog, self._keys, self._status, self.metrics)
+        self.admitter = LocalAdmitter()
+        pipeline = Pipeline(self._catalog, self._keys, self.admitter, self._status, self.metrics)
         self.app = build_app(pipeline, self, self.metrics, lambda: self.config)
         self.key = self.make_key()
         self._runner.run(self._start())

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
+from tests.admitters import LocalAdmitter
 from tests.routing.conftest import HOST, SECRET, EngineHandle
 
 from tera.config import Capability, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
@@ -51,11 +52,12 @@ class Gateway:
         self.config = GatewayConfig(requests=RequestLimits(max_body_bytes=65536))
         self.ready = True
         self.metrics = Metrics()
+        self.admitter = LocalAdmitter()
         self._runner = asyncio.Runner()
         self._catalog = Catalog()
         self._receiver = TokenReceiver(HOST, SECRET)
         self._engines: list[tuple[SimulatedEngine, EngineHandle]] = []
-        pipeline = Pipeline(self._catalog, OneKey(), self._status, self.metrics)
+        pipeline = Pipeline(self._catalog, OneKey(), self.admitter, self._status, self.metrics)
         self._app: Any = build_app(pipeline, self, self.metrics, lambda: self.config)
         self._runner.run(self._start())
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import pytest_asyncio
 from pydantic import JsonValue
 from starlette.types import ASGIApp, Message
+from tests.admitters import LocalAdmitter
 from tests.routing.conftest import HOST, SECRET, EngineHandle, until
 
 from tera.config import EngineConfig, GatewayConfig, ModelConfig
@@ -58,8 +59,11 @@ class Gateway:
         self._receiver = TokenReceiver(HOST, SECRET)
         self.config = GatewayConfig()
         self.metrics = Metrics()
+        self.admitter = LocalAdmitter()
         self.catalog = Catalog()
-        self.pipeline = Pipeline(self.catalog, EveryKey(), self._status, self.metrics)
+        self.pipeline = Pipeline(
+            self.catalog, EveryKey(), self.admitter, self._status, self.metrics
+        )
         self.app: ASGIApp = build_app(self.pipeline, self, self.metrics, lambda: self.config)
 
     async def __aenter__(self) -> Self:
@@ -92,7 +96,7 @@ class Gateway:
         return ServedModel(name, config, text, Dispatcher(self.handle, self._receiver, limits))
 
     def call(self) -> Call:
-        return Call("request", "/v1/completions", 0.0)
+        return Call("request", "/v1/completions", 0.0, 0.0)
 
     @property
     def load(self) -> ReplicaLoad:

@@ -32,6 +32,7 @@ from tera.errors import (
     UnsupportedContentTypeError,
 )
 from tera.gateway.answers import Answer, ChatAnswer, CompletionAnswer
+from tera.gateway.limit_headers import LIMIT_HEADERS, limit_headers, retry_headers
 from tera.gateway.pipeline import Call, Pipeline
 from tera.gateway.relay import ClientGoneError, EventStream, answered
 from tera.observability import EXPOSITION_TYPE, Metrics
@@ -42,6 +43,11 @@ log = logging.getLogger(__name__)
 D = TypeVar("D")
 
 KEYLESS_ROUTES = ("/healthz", "/readyz", "/metrics")
+EXPOSED_HEADERS = (
+    *(b"x-request-id", b"retry-after", b"retry-after-ms", b"x-should-retry"),
+    *LIMIT_HEADERS,
+)
+"""What a page of an allowed origin may read of an answer."""
 DOCUMENT_PATH = "/openapi.json"
 
 
@@ -237,6 +243,8 @@ def _error_response(error: TeraError) -> Response:
     headers = {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.status == 429:
+        headers = retry_headers(error)
     return Response(error_envelope(error), error.status, headers, "application/json")
 
 
@@ -296,7 +304,8 @@ class _Edge:
             return
         config = self._config()
         route = _route(scope["path"], config)
-        call = Call(f"req_{secrets.token_hex(16)}", route, time.monotonic())
+        request_id = f"req_{secrets.token_hex(16)}"
+        call = Call(request_id, route, time.monotonic(), time.time())
         status, code = 0, ""
 
         shared = _cors_headers(scope, config.cors)
@@ -312,6 +321,7 @@ class _Edge:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", call.request_id.encode()),
+                    *limit_headers(call.admission),
                     *shared,
                 ]
             await send(message)
@@ -375,7 +385,7 @@ def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
         # Never "*": with the origin named, a page of another one cannot use a cached answer.
         (b"access-control-allow-origin", origin.encode("latin-1")),
         (b"vary", b"origin"),
-        (b"access-control-expose-headers", b"x-request-id, retry-after, retry-after-ms"),
+        (b"access-control-expose-headers", b", ".join(EXPOSED_HEADERS)),
     ]
     if scope["method"] == "OPTIONS":
         requested = _header(scope, b"access-control-request-headers") or "authorization"

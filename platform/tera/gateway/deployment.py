@@ -12,7 +12,15 @@ from ray import serve
 from ray.util import get_node_ip_address
 from starlette.types import ASGIApp
 
-from tera.config import GatewayConfig, ModelConfig, RequestLimits, Runtime, Section, model_directory
+from tera.config import (
+    GatewayConfig,
+    ModelConfig,
+    RequestLimits,
+    Runtime,
+    Section,
+    load_keys_file,
+    model_directory,
+)
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
 from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
@@ -23,8 +31,11 @@ from tera.observability import Metrics, log_json_lines, merge_expositions
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
 from tera.routing.serve_handle import ServeModelHandle
+from tera.tenancy.admission import Admissions
+from tera.tenancy.key_store import KeyStore, import_keys
 from tera.tenancy.redis import connect
 from tera.tenancy.snapshot import KeySnapshot
+from tera.tenancy.usage_export import UsageExporter
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +77,22 @@ class GatewayReplica:
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
+        if runtime.keys_file is not None:
+            entries = load_keys_file(runtime.keys_file)
+            await import_keys(KeyStore(redis, runtime.key_pepper, time.time), entries)
         self._keys = await self._stack.enter_async_context(
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )
+        self._admissions = await self._stack.enter_async_context(
+            Admissions(redis, self._keys, lambda: self._config.limits, self._replica_id)
+        )
+        await self._stack.enter_async_context(UsageExporter(redis, lambda: self._config.usage))
         self._statuses = StatusWatcher(self._catalog)
         self._receiver.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
-        self._pipeline = Pipeline(self._catalog, self._keys, self._statuses.status, self._metrics)
+        self._pipeline = Pipeline(
+            self._catalog, self._keys, self._admissions, self._statuses.status, self._metrics
+        )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application that Serve puts behind HTTP."""
@@ -126,8 +146,11 @@ class GatewayReplica:
             for name, model in self._catalog.models.items()
         }
         ready = self._keys.ready and (self._statuses.any_answered or not statuses)
-        redis = "away" if self._keys.degraded else "ok"
-        return ready, {"models": statuses, "redis": redis}
+        return ready, {"models": statuses, "redis": "away" if self._degraded else "ok"}
+
+    @property
+    def _degraded(self) -> bool:
+        return self._keys.degraded or self._admissions.degraded
 
     async def exposition(self) -> str:
         """Return the metrics of all gateway and engine replicas as one text."""
@@ -150,7 +173,9 @@ class GatewayReplica:
             metrics.engine_running.labels(engine).set(load.running)
             metrics.engine_waiting.labels(engine).set(load.waiting)
             metrics.engine_kv_usage.labels(engine).set(load.kv_usage_ratio)
-        metrics.redis_degraded.set(self._keys.degraded)
+        metrics.redis_degraded.set(self._degraded)
+        metrics.usage_unsettled.set(self._admissions.unsettled)
+        metrics.usage_given_up.set(self._admissions.given_up)
         return self._replica_id, metrics.exposition()
 
     async def status(self) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""A request's way through the gateway: authenticate → render → dispatch → derender.
+"""A request's way through the gateway: authenticate → render → admit → dispatch → derender.
 
 The file to read first. `app.py` is HTTP around it, `relay.py` turns what it yields into bytes.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -18,8 +18,10 @@ from tera.contract.common import ModelCard, ModelStatus, Usage, usage_of
 from tera.contract.completions import CompletionRequest, Prompt, PromptArray
 from tera.errors import (
     ContextLengthError,
+    InternalError,
     InvalidValueError,
     ModelNotFoundError,
+    TeraError,
     UnsupportedParameterError,
 )
 from tera.gateway.render import (
@@ -33,6 +35,8 @@ from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
 from tera.observability import Metrics
 from tera.routing.dispatch import Attempts, Dispatcher
 from tera.tenancy.keys import ApiKey
+from tera.tenancy.limits import Admission, Progress
+from tera.tenancy.usage import Status, UsageRecord
 
 CREATED = 1_767_225_600
 """`created` of every model: one number on all gateway replicas, the day of the first release."""
@@ -110,6 +114,34 @@ class Authenticator(Protocol):
         ...
 
 
+class Held(Protocol):
+    """What a running request holds of its caller's limits."""
+
+    def settle(self, record: UsageRecord) -> None:
+        """Give it back and charge what `record` says; returns at once."""
+        ...
+
+
+class Admitter(Protocol):
+    """Who decides whether a request may start now."""
+
+    async def admit(
+        self,
+        key: ApiKey,
+        opening: UsageRecord,
+        tokens: int,
+        *,
+        progress: Callable[[], Progress],
+        told: Callable[[Admission], None],
+    ) -> Held:
+        """Return what the request holds until it is settled; see `Admissions.admit`."""
+        ...
+
+    def most_tokens(self, key: ApiKey, model: str) -> int | None:
+        """Return how many tokens a request can ever be admitted with; None is any number."""
+        ...
+
+
 @dataclass(slots=True)
 class Call:
     """One request's facts, filled in on its way; the ledger and the metrics read them."""
@@ -118,16 +150,31 @@ class Call:
     route: str
     arrived: float
     """Monotonic, in seconds."""
+    started_s: float
+    """The same moment in Unix seconds."""
     model: str = ""
     """Short name of the model, once it is known to exist."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    first_token_s: float | None = None
+    """Seconds from arrival."""
+    admission: Admission | None = None
+    """What is left of the limits, once they were asked."""
     attempts: Attempts = field(default_factory=Attempts)
 
     def usage(self) -> Usage:
         """Return the counts so far as the client sees them."""
         return usage_of(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+
+    def progress(self) -> Progress:
+        """Return what is charged if the request ends now: before its first token, nothing."""
+        prompt_tokens = 0 if self.first_token_s is None else self.prompt_tokens
+        return Progress(prompt_tokens, self.completion_tokens)
+
+    def tell(self, admission: Admission) -> None:
+        """Take note of what is left of the limits."""
+        self.admission = admission
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +242,14 @@ class Pipeline:
         self,
         catalog: Catalog,
         keys: Authenticator,
+        admitter: Admitter,
         status: Callable[[str], ModelStatus],
         metrics: Metrics,
         clock: Clock = time.monotonic,
     ) -> None:
         self._catalog = catalog
         self._keys = keys
+        self._admitter = admitter
         self._status = status
         self._metrics = metrics
         self._clock = clock
@@ -236,6 +285,7 @@ class Pipeline:
         Raises:
             InvalidRequestError: the request does not fit the model.
             ModelNotFoundError: the model is not there, or not for this caller.
+            RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
         model = self._catalog.find(caller, request.model)
@@ -265,10 +315,12 @@ class Pipeline:
             for position, prompt in enumerate(prompts)
             for sample in range(request.n)
         ]
-        self._dispatched(call)
-        async with aclosing(merged([self._choice(model, call, it) for it in choices])) as deltas:
-            async for delta in deltas:
-                yield delta
+        most_tokens = call.prompt_tokens + request.max_tokens * len(choices)
+        async with self._admitted(caller, call, most_tokens, request.user):
+            deltas = merged([self._choice(model, call, choice) for choice in choices])
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
 
     async def chat(
         self, caller: ApiKey, request: ChatRequest, call: Call
@@ -278,6 +330,7 @@ class Pipeline:
         Raises:
             InvalidRequestError: the request does not fit the model.
             ModelNotFoundError: the model is not there, or not for this caller.
+            RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
         model = self._catalog.find(caller, request.model)
@@ -286,8 +339,7 @@ class Pipeline:
         text = model.text
         rendered = await text.render_chat(request)
         prompt_tokens = len(rendered.token_ids)
-        # At least one token, so that a prompt which fills the context is refused as such.
-        max_tokens = request.completion_bound or max(1, text.context_length - prompt_tokens)
+        max_tokens = request.completion_bound or self._rest(caller, model, request, prompt_tokens)
         _check_context(text.context_length, prompt_tokens, max_tokens)
         _check_biases(text, request.logit_bias)
         call.prompt_tokens = prompt_tokens
@@ -307,17 +359,80 @@ class Pipeline:
             )
             for sample in range(request.n)
         ]
-        self._dispatched(call)
-        answers = [
-            self._answer(model, call, choice, request, text.answer_parser(request, rendered))
-            for choice in choices
-        ]
-        async with aclosing(merged(answers)) as deltas:
-            async for delta in deltas:
-                yield delta
+        most_tokens = prompt_tokens + max_tokens * len(choices)
+        async with self._admitted(caller, call, most_tokens, request.user):
+            answers = [
+                self._answer(model, call, choice, request, text.answer_parser(request, rendered))
+                for choice in choices
+            ]
+            async with aclosing(merged(answers)) as deltas:
+                async for delta in deltas:
+                    yield delta
 
-    def _dispatched(self, call: Call) -> None:
+    def _rest(
+        self, caller: ApiKey, model: ServedModel, request: ChatRequest, prompt_tokens: int
+    ) -> int:
+        """Return the bound of an answer without one: what the context leaves.
+
+        It is no more than the caller's limits could ever admit, or else no request without a
+        bound would pass a limit that is lower than the context.
+        """
+        rest = model.text.context_length - prompt_tokens
+        most_tokens = self._admitter.most_tokens(caller, model.name)
+        if most_tokens is not None:
+            rest = min(rest, (most_tokens - prompt_tokens) // request.n)
+        # At least one token, so that a prompt which fills the context is refused as such.
+        return max(1, rest)
+
+    @asynccontextmanager
+    async def _admitted(
+        self, caller: ApiKey, call: Call, most_tokens: int, user: str | None
+    ) -> AsyncIterator[None]:
+        """Run the block if the caller's limits admit it, and settle what it used.
+
+        Raises:
+            RateLimitError: they do not; nothing has been spent.
+        """
+        opening = UsageRecord(
+            request_id=call.request_id,
+            tenant=caller.tenant,
+            key_id=caller.key_id,
+            model=call.model,
+            route=call.route,
+            status="lost",
+            started_s=call.started_s,
+            prompt_tokens=call.prompt_tokens,
+            user=user or "",
+        )
+
+        held = await self._admitter.admit(
+            caller, opening, most_tokens, progress=call.progress, told=call.tell
+        )
         self._metrics.added_s.labels(call.model).observe(self._clock() - call.arrived)
+        # A client that leaves, or a replica that drains, ends the block by no error of ours.
+        status: Status = "cancelled"
+        code = ""
+        try:
+            yield
+            status = "finished"
+        except Exception as error:
+            status = "failed"
+            code = error.code if isinstance(error, TeraError) else InternalError.code
+            raise
+        finally:
+            held.settle(
+                msgspec.structs.replace(
+                    opening,
+                    status=status,
+                    code=code,
+                    prompt_tokens=call.progress().prompt_tokens,
+                    cached_tokens=call.cached_tokens,
+                    completion_tokens=call.completion_tokens,
+                    first_token_s=call.first_token_s,
+                    duration_s=self._clock() - call.arrived,
+                    replica_switches=call.attempts.replica_switches,
+                )
+            )
 
     async def _answer(
         self,
@@ -387,6 +502,8 @@ class Pipeline:
             now = self._clock()
             if previous is None:
                 first_token_s.observe(now - call.arrived)
+                if call.first_token_s is None:
+                    call.first_token_s = now - call.arrived
             else:
                 between_tokens_s.observe(now - previous)
             previous = now

@@ -1,0 +1,413 @@
+"""Who may start a request now, and what becomes of what it holds, with Redis and without it.
+
+With Redis a request makes one call to be admitted and one, which nobody waits for, to be settled.
+Without it (away, frozen, slow or full) this replica goes on with its share of every limit, or
+refuses, as `limits.onRedisError` says; one probe a second finds out when it is back.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self, TypeVar
+
+from msgspec import structs
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from tera.config import LimitsConfig, TenantLimits
+from tera.errors import InternalError
+from tera.tenancy.keys import ApiKey
+from tera.tenancy.limits import Admission, Progress, RedisLimiter, Scope, scopes_of
+from tera.tenancy.local_limits import LocalLimiter
+from tera.tenancy.tenants import effective_limits
+from tera.tenancy.usage import UsageRecord, encode_record
+
+logger = logging.getLogger(__name__)
+
+ADMIT_TIMEOUT_S: Final = 0.04
+"""How long a request waits for Redis, once a second at the most while it is away."""
+PROBE_INTERVAL_S: Final = 1.0
+BACKGROUND_TIMEOUT_S: Final = 2.0
+RENEW_INTERVAL_S: Final = 10.0
+"""A third of a lease: two renewals may be lost."""
+HEARTBEAT_INTERVAL_S: Final = 2.0
+HEARTBEAT_LIFE_S: Final = 10.0
+RECLAIM_INTERVAL_S: Final = 10.0
+DRAIN_S: Final = 5.0
+MAX_UNSETTLED: Final = 100_000
+"""Ended requests kept while Redis is away, about 100 MB; after that the oldest are given up."""
+SETTLERS: Final = 4
+MAX_RESOLVED: Final = 50_000
+"""Pairs of key and model whose scopes are kept, about 30 MB."""
+
+REPLICAS: Final = "tera:gateways"
+"""Sorted set: gateway replica → Unix second until which it counts as alive."""
+PROBE: Final = "tera:probe:"
+RECLAIMING: Final = "tera:reclaiming"
+
+T = TypeVar("T")
+
+
+class Keyring(Protocol):
+    """What admission asks of the key snapshot."""
+
+    def tenant_limits(self, name: str) -> TenantLimits | None:
+        """Return what is stored of a tenant's limits; one object until it changes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """The scopes of a key and a model, and what they were resolved from."""
+
+    config: LimitsConfig
+    stored: TenantLimits | None
+    key: ApiKey
+    scopes: list[Scope]
+
+    def made_of(self, config: LimitsConfig, stored: TenantLimits | None, key: ApiKey) -> bool:
+        return self.config is config and self.stored is stored and self.key is key
+
+
+class RedisAwayError(Exception):
+    """Redis did not answer in time, or answered that it cannot."""
+
+
+class Reservation:
+    """What one running request holds; `settle` gives it back, whatever came of the request."""
+
+    def __init__(
+        self,
+        admissions: "Admissions",
+        opening: UsageRecord,
+        scopes: list[Scope],
+        progress: Callable[[], Progress],
+        *,
+        local: bool,
+    ) -> None:
+        self.opening = opening
+        self.scopes = scopes
+        self.local = local
+        """It was admitted by this replica alone, while Redis was away."""
+        self.progress = progress
+        """What has been used so far."""
+        self._admissions = admissions
+        self._settled = False
+
+    def settle(self, record: UsageRecord) -> None:
+        """Give back what is held, charge what `record` says, and write it to the ledger.
+
+        Returns at once: it is done soon, or as soon as Redis is back. Only the first call counts.
+        """
+        if not self._settled:
+            self._settled = True
+            self._admissions.settle(self, record)
+
+
+class Admissions:
+    """Admits requests of this gateway replica; an async context manager with its own tasks."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keyring: Keyring,
+        config: Callable[[], LimitsConfig],
+        replica_id: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`redis` is a client with a time-out; it stays the caller's to close.
+
+        Args:
+            redis: where limits and ledger are.
+            keyring: what is stored of tenants.
+            config: what the values say, asked at each request.
+            replica_id: under which this replica counts as alive.
+            clock: Unix seconds.
+        """
+        self._redis = redis
+        self._keyring = keyring
+        self._config = config
+        self._replica_id = replica_id
+        self._clock = clock
+        self._limiter = RedisLimiter(redis)
+        self._local = LocalLimiter()
+        self._running: dict[str, Reservation] = {}
+        self._unsettled: deque[tuple[Reservation, UsageRecord]] = deque()
+        self._work = asyncio.Event()
+        self._back = asyncio.Event()
+        self._back.set()
+        self._replicas = 1
+        self._scopes: dict[tuple[str, str], _Resolved] = {}
+        self._stack = AsyncExitStack()
+        self._probing: asyncio.Task[None] | None = None
+        self.given_up = 0
+        """Records given up since the start, because Redis was away for too long."""
+
+    @property
+    def degraded(self) -> bool:
+        """Redis is away: limits hold by this replica's share of them."""
+        return not self._back.is_set()
+
+    @property
+    def unsettled(self) -> int:
+        """Ended requests whose record is not in the ledger yet."""
+        return len(self._unsettled)
+
+    async def __aenter__(self) -> Self:
+        """Start renewing, settling and looking after what dead replicas left."""
+        for work in (self._renew, self._beat, self._reclaim, *[self._settle_all] * SETTLERS):
+            self._stack.push_async_callback(_end, asyncio.create_task(work()))
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Settle what has ended, for some seconds at the most, and stop."""
+        await self._stack.aclose()
+        if self._probing is not None:
+            await _end(self._probing)
+        with suppress(RedisError, TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._unsettled:
+                    await self._settle(*self._unsettled[0])
+                    self._unsettled.popleft()
+                await self._redis.zrem(REPLICAS, self._replica_id)
+
+    async def admit(
+        self,
+        key: ApiKey,
+        opening: UsageRecord,
+        tokens: int,
+        *,
+        progress: Callable[[], Progress],
+        told: Callable[[Admission], None],
+    ) -> Reservation:
+        """Return what the request holds from now on, until it is settled.
+
+        Args:
+            key: whose request it is.
+            opening: its record, as it stands if nobody ever settles it.
+            tokens: the most that it can use.
+            progress: tells what it has used so far.
+            told: hears what is left of the limits, whether it is admitted or not.
+
+        Raises:
+            TeraError: a limit is reached (429), or Redis is away and the policy is `closed`.
+        """
+        scopes = self.scopes(key, opening.model)
+        admission, local = None, False
+        if self._back.is_set():
+            call = asyncio.create_task(
+                self._limiter.admit(
+                    key.tenant, opening.request_id, scopes, tokens, encode_record(opening)
+                )
+            )
+            try:
+                admission = await self._in_time(call)
+            except RedisAwayError as error:
+                self._mark_away(error)
+            except asyncio.CancelledError:
+                call.add_done_callback(lambda done: self._give_back(opening, done))
+                raise
+        if admission is None:
+            if self._config().on_redis_error == "closed":
+                raise InternalError("The platform cannot check limits at the moment.")
+            admission, local = (
+                self._local.admit(
+                    key.tenant, opening.request_id, scopes, tokens, replicas=self._replicas
+                ),
+                True,
+            )
+        told(admission)
+        if admission.refusal is not None:
+            raise admission.refusal.error()
+        held = Reservation(self, opening, scopes, progress, local=local)
+        self._running[opening.request_id] = held
+        return held
+
+    def scopes(self, key: ApiKey, model: str) -> list[Scope]:
+        """Return what limits a request of this key for this model, as of now."""
+        config = self._config()
+        stored = self._keyring.tenant_limits(key.tenant)
+        known = self._scopes.get((key.key_id, model))
+        # The same objects, not equal ones: comparing would cost as much as resolving them.
+        if known is not None and known.made_of(config, stored, key):
+            return known.scopes
+        tenant = effective_limits(config.default, config.tenants.get(key.tenant), stored)
+        scopes = scopes_of(tenant, key.limits, key.key_id, model)
+        if len(self._scopes) >= MAX_RESOLVED:
+            self._scopes.clear()
+        self._scopes[key.key_id, model] = _Resolved(config, stored, key, scopes)
+        return scopes
+
+    def most_tokens(self, key: ApiKey, model: str) -> int | None:
+        """Return how many tokens a request can ever be admitted with; None is any number."""
+        bounds = [
+            scope.limits.tokens_per_minute
+            for scope in self.scopes(key, model)
+            if scope.limits.tokens_per_minute is not None
+        ]
+        return min(bounds, default=None)
+
+    def settle(self, reservation: Reservation, record: UsageRecord) -> None:
+        """See `Reservation.settle`."""
+        self._running.pop(record.request_id, None)
+        if reservation.local:
+            self._local.settle(record.tenant, record.request_id, _used_tokens(record))
+        self._unsettled.append((reservation, record))
+        if len(self._unsettled) > MAX_UNSETTLED:
+            self._unsettled.popleft()
+            self.given_up += 1
+            logger.error("Redis has been away for too long: a request's record is given up.")
+        self._work.set()
+
+    async def _settle_all(self) -> None:
+        while True:
+            while self._unsettled and self._back.is_set():
+                reservation, record = self._unsettled.popleft()
+                try:
+                    await self._settle(reservation, record)
+                except RedisError as error:
+                    # First in line again: settling twice charges once.
+                    self._unsettled.appendleft((reservation, record))
+                    self._mark_away(error)
+                except BaseException:
+                    self._unsettled.appendleft((reservation, record))
+                    raise
+            if self._back.is_set():
+                self._work.clear()
+                await self._work.wait()
+            else:
+                await self._back.wait()
+
+    async def _settle(self, reservation: Reservation, record: UsageRecord) -> None:
+        encoded, used = encode_record(record), _used_tokens(record)
+        if reservation.local:
+            await self._limiter.charge(
+                record.tenant, record.request_id, reservation.scopes, used, encoded
+            )
+        else:
+            await self._limiter.settle(record.tenant, record.request_id, used, encoded)
+
+    def _give_back(self, opening: UsageRecord, call: asyncio.Task[Admission]) -> None:
+        """Settle what a request was admitted to after its client had left."""
+        if not call.cancelled() and call.exception() is None and call.result().refusal is None:
+            record = structs.replace(opening, status="cancelled", prompt_tokens=0)
+            self.settle(Reservation(self, opening, [], _nothing, local=False), record)
+
+    async def _in_time(self, call: asyncio.Task[T]) -> T:
+        """Return what a call to Redis gives, within `ADMIT_TIMEOUT_S` of a running event loop.
+
+        The call itself goes on to its own end, which the client's time-outs bound: Redis may
+        do later what it was asked for.
+
+        Raises:
+            RedisAwayError: it took longer, or failed.
+        """
+        loop = asyncio.get_running_loop()
+        due = loop.time() + ADMIT_TIMEOUT_S
+        await asyncio.wait({call}, timeout=ADMIT_TIMEOUT_S)
+        if not call.done() and loop.time() - due > ADMIT_TIMEOUT_S / 2:
+            # This process was late, not Redis: its answer may be waiting to be read.
+            await asyncio.wait({call}, timeout=ADMIT_TIMEOUT_S)
+        if not call.done():
+            # Whatever it still says is of no interest, an error least of all.
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise RedisAwayError("no answer in time")
+        try:
+            return call.result()
+        except RedisError as error:
+            raise RedisAwayError(f"{type(error).__name__}: {error}") from error
+
+    def _mark_away(self, error: Exception) -> None:
+        if self._back.is_set():
+            self._back.clear()
+            logger.warning(
+                "Redis is away (%s); limits hold by this replica's share, 1 of %d.",
+                error,
+                self._replicas,
+            )
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Ask once a second until Redis takes a write again."""
+        began = self._clock()
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            with suppress(RedisAwayError):
+                write = self._redis.set(PROBE + self._replica_id, 1, ex=10)
+                await self._in_time(asyncio.ensure_future(write))
+                break
+        logger.info("Redis is back after %.1f s.", self._clock() - began)
+        self._back.set()
+
+    async def _renew(self) -> None:
+        """Say every few seconds that this replica's requests still run, and what they used."""
+        while True:
+            await asyncio.sleep(RENEW_INTERVAL_S)
+            by_tenant: dict[str, dict[str, Progress]] = defaultdict(dict)
+            for request_id, held in self._running.items():
+                if not held.local:
+                    by_tenant[held.opening.tenant][request_id] = held.progress()
+            for tenant, progress in by_tenant.items():
+                if not await self._in_background(self._limiter.renew(tenant, progress)):
+                    break
+
+    async def _beat(self) -> None:
+        """Count as alive, and know how many gateway replicas do."""
+        while True:
+            now_s = self._clock()
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.zadd(REPLICAS, {self._replica_id: now_s + HEARTBEAT_LIFE_S})
+            pipeline.zremrangebyscore(REPLICAS, "-inf", now_s)
+            pipeline.zcard(REPLICAS)
+            answers = await self._in_background(pipeline.execute())
+            if answers:
+                self._replicas = max(1, answers[-1])
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def _reclaim(self) -> None:
+        """Close what dead replicas left of tenants that send nothing more; one replica does it."""
+        while True:
+            await asyncio.sleep(RECLAIM_INTERVAL_S * random.uniform(0.5, 1))  # noqa: S311  no secret
+            await self._in_background(self._reclaim_once())
+
+    async def _reclaim_once(self) -> None:
+        mine = await self._redis.set(
+            RECLAIMING, self._replica_id, nx=True, px=int(1000 * RECLAIM_INTERVAL_S)
+        )
+        if mine:
+            await self._limiter.reclaim_all()
+
+    async def _in_background(self, work: Awaitable[T]) -> T | None:
+        """Return what the work gives; nothing, when Redis fails: it is tried again later."""
+        try:
+            async with asyncio.timeout(BACKGROUND_TIMEOUT_S):
+                return await work
+        except (RedisError, TimeoutError):
+            return None
+
+
+def _used_tokens(record: UsageRecord) -> int:
+    return record.prompt_tokens + record.completion_tokens
+
+
+def _nothing() -> Progress:
+    return Progress(0, 0)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    # Again until it ends: redis-py sends through `asyncio.wait_for`, which before Python 3.12
+    # loses a cancellation that comes just as the send is done (bpo-42130).
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.01)

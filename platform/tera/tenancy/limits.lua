@@ -1,0 +1,497 @@
+-- Admits, renews and settles the requests of one tenant, each call all or nothing.
+--
+-- KEYS  1 limits   hash    scope → its numbers, see PLACES; `full` → µs at which all has drained
+--       2 open     hash    request id → "tokens prompt completion scopes periods record"
+--       3 leases   zset    request id → µs at which it counts as lost
+--       4 usage    stream  the ledger
+--       5 budget:  prefix of a hash for each period: scope → "used held"
+--       6 charged  string  marks one request (charge only)
+-- ARGV  1 admit, settle, renew, reclaim or charge   2 now in µs; empty is the clock of Redis
+--
+-- Requests and tokens of a minute are debts that drain by the limit. One microsecond drains a
+-- limit of L a minute by L / 60e6, so a debt is kept as whole ones and parts of 1 / 60e6: all
+-- numbers are whole, and below 2^53, where doubles are exact. `local_limits.py` says the same
+-- with Python's whole numbers, and tests hold the two together.
+
+local MOST = 2 ^ 53 - 1
+local PARTS = 60e6
+local SECOND = 1e6
+local DAY_MS = 24 * 3600 * 1000
+local SPARE_MS = 60 * 1000
+local BATCH = 100
+local NONE = '-'
+
+local floor, min, max = math.floor, math.min, math.max
+
+local function text_of(number)
+  return number and string.format('%.0f', number) or NONE
+end
+
+local function plus(a, b)
+  return min(a + b, MOST)
+end
+
+-- Return the quotient and the rest of a * b / c, which are exact even where a * b is not. A
+-- quotient over 2^53 is not, but still over every number that it is compared with.
+local function divided(a, b, c)
+  local product = a * b
+  if product <= MOST then
+    -- A double's rounding cannot reach the next whole number: that is 1 / c away at least.
+    local quotient = floor(product / c)
+    return quotient, product - quotient * c
+  end
+  local whole = floor(a / c)
+  local part = a - whole * c
+  local quotient, rest = 0, 0
+  for place = floor(math.log(b) / math.log(2)) + 1, 0, -1 do
+    quotient = 2 * quotient
+    if rest >= c - rest then
+      rest, quotient = rest - (c - rest), quotient + 1
+    else
+      rest = 2 * rest
+    end
+    if floor(b / 2 ^ place) % 2 == 1 then
+      quotient = quotient + whole
+      if rest >= c - part then
+        rest, quotient = rest - (c - part), quotient + 1
+      else
+        rest = rest + part
+      end
+    end
+  end
+  return quotient, rest
+end
+
+-- Return a debt of `whole` and `parts` after `elapsed` µs.
+local function drained(whole, parts, rate, elapsed)
+  if rate * elapsed >= 2 * (whole + 1) * PARTS then return 0, 0 end
+  local gone, gone_parts = divided(rate, elapsed, PARTS)
+  whole, parts = whole - gone, parts - gone_parts
+  if parts < 0 then whole, parts = whole - 1, parts + PARTS end
+  if whole < 0 then return 0, 0 end
+  return whole, parts
+end
+
+-- Return the µs until a debt has drained to `level`, or 0; nothing drains at a rate of 0.
+local function time_to(whole, parts, level, rate)
+  local over = whole - level
+  if rate == 0 or over < 0 or (over == 0 and parts == 0) then return 0 end
+  local micros, rest = divided(over, PARTS, rate)
+  micros = micros + floor(parts / rate)
+  local more = parts % rate
+  if rest >= rate - more then
+    rest, micros = rest - (rate - more), micros + 1
+  else
+    rest = rest + more
+  end
+  if rest > 0 then micros = micros + 1 end
+  return min(micros, MOST)
+end
+
+-- A scope's numbers as they are stored: debts as of `at`, what they drain by, tokens held and
+-- requests open.
+local PLACES = {
+  'at', 'request_rate', 'token_rate', 'requests', 'request_parts', 'tokens', 'token_parts', 'held',
+  'open',
+}
+
+local function read(name, stored)
+  local scope = {
+    name = name, at = 0, requests = 0, request_parts = 0, tokens = 0, token_parts = 0, held = 0,
+    open = 0,
+  }
+  if stored then
+    local place = 0
+    for number in string.gmatch(stored, '%S+') do
+      place = place + 1
+      scope[PLACES[place]] = tonumber(number)
+    end
+  end
+  return scope
+end
+
+local function written(scope)
+  local numbers = {}
+  for place = 1, #PLACES do numbers[place] = text_of(scope[PLACES[place]]) end
+  return table.concat(numbers, ' ')
+end
+
+-- Bring a scope's debts to `now`. They drain by the limits given, or by the last ones known. A
+-- clock that was set back stops them until it has caught up: no minute is counted twice.
+local function advance(scope, now, request_limit, token_limit)
+  -- By a limit of 0 nothing would ever drain, and nothing is admitted anyway.
+  if request_limit and request_limit > 0 then scope.request_rate = request_limit end
+  if token_limit and token_limit > 0 then scope.token_rate = token_limit end
+  local elapsed = max(0, now - scope.at)
+  scope.ahead = max(0, scope.at - now)
+  scope.requests, scope.request_parts =
+    drained(scope.requests, scope.request_parts, scope.request_rate or 0, elapsed)
+  scope.tokens, scope.token_parts =
+    drained(scope.tokens, scope.token_parts, scope.token_rate or 0, elapsed)
+  scope.at = max(scope.at, now)
+end
+
+-- Return when both debts of a scope have drained.
+local function full_at(scope)
+  return scope.at
+    + max(
+      time_to(scope.requests, scope.request_parts, 0, scope.request_rate or 0),
+      time_to(scope.tokens, scope.token_parts, 0, scope.token_rate or 0)
+    )
+end
+
+-- Store scopes; return when everything of the tenant has drained.
+local function store(scopes, full)
+  local values = {}
+  for _, scope in ipairs(scopes) do
+    full = max(full, full_at(scope))
+    values[#values + 1] = scope.name
+    values[#values + 1] = written(scope)
+  end
+  if #values > 0 then
+    redis.call('HSET', KEYS[1], 'full', text_of(min(full, MOST)), unpack(values))
+  end
+  return full
+end
+
+-- Return the scopes with these names, and when everything of the tenant has drained.
+local function load(names)
+  local stored = redis.call('HMGET', KEYS[1], 'full', unpack(names))
+  local scopes = {}
+  for place, name in ipairs(names) do
+    scopes[place] = read(name, stored[place + 1])
+    scopes[place].known = stored[place + 1] and true
+  end
+  return scopes, tonumber(stored[1] or 0)
+end
+
+-- Let keys expire: with requests open some time after all of them are lost, or else the counts
+-- would be gone and the leases not; with none, when nothing can be told from a new tenant.
+local function keep(now, full)
+  if redis.call('ZCARD', KEYS[3]) > 0 then
+    for place = 1, 3 do redis.call('PEXPIRE', KEYS[place], DAY_MS) end
+  else
+    redis.call('PEXPIRE', KEYS[1], text_of(SPARE_MS + max(0, math.ceil((full - now) / 1000))))
+  end
+end
+
+local function used_and_held(stored)
+  local used, held = string.match(stored or '0 0', '^(%d+) (%d+)$')
+  return tonumber(used), tonumber(held)
+end
+
+-- End a request: what it held returns, what it used is owed. Return when all has drained.
+local function close(id, lease, used, now)
+  local tokens, names, periods = string.match(lease, '^(%d+) %d+ %d+ (%S+) (%S+) ')
+  tokens = tonumber(tokens)
+  redis.call('HDEL', KEYS[2], id)
+  redis.call('ZREM', KEYS[3], id)
+  local wanted = {}
+  if names ~= NONE then
+    for name in string.gmatch(names, '[^,]+') do wanted[#wanted + 1] = name end
+  end
+  local known = {}
+  local scopes, full = load(wanted)
+  for _, scope in ipairs(scopes) do
+    if scope.known then
+      advance(scope, now)
+      scope.held = max(0, scope.held - tokens)
+      scope.open = max(0, scope.open - 1)
+      if scope.token_rate then scope.tokens = plus(scope.tokens, used) end
+      known[#known + 1] = scope
+    end
+  end
+  local place = 0
+  for period in string.gmatch(periods, '[^,]+') do
+    place = place + 1
+    -- A budget that has expired is over: nothing is owed any more.
+    local stored = period ~= NONE and redis.call('HGET', KEYS[5] .. period, wanted[place])
+    if stored then
+      local before, held = used_and_held(stored)
+      redis.call('HSET', KEYS[5] .. period, wanted[place],
+        text_of(plus(before, used)) .. ' ' .. text_of(max(0, held - tokens)))
+    end
+  end
+  return store(known, full)
+end
+
+local function append(id, record)
+  redis.call('XADD', KEYS[4], '*', 'id', id, 'r', record)
+end
+
+-- Return the ledger's record of a request whose gateway replica is gone.
+local function lost(record, completion)
+  local readable, values = pcall(cjson.decode, record)
+  if not readable or type(values) ~= 'table' then return record end
+  values.status = 'lost'
+  values.completion_tokens = completion
+  return cjson.encode(values)
+end
+
+-- End some of the requests whose leases have ended; return how many.
+local function sweep(now)
+  local ended = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', text_of(now), 'LIMIT', 0, BATCH)
+  local full = 0
+  for _, id in ipairs(ended) do
+    local lease = redis.call('HGET', KEYS[2], id)
+    if lease then
+      local prompt, completion, record = string.match(lease, '^%d+ (%d+) (%d+) %S+ %S+ (.*)$')
+      prompt, completion = tonumber(prompt), tonumber(completion)
+      append(id, lost(record, completion))
+      full = close(id, lease, plus(prompt, completion), now)
+    else
+      redis.call('ZREM', KEYS[3], id)
+    end
+  end
+  if #ended > 0 then keep(now, full) end
+  return #ended
+end
+
+-- Return the name of the day or month in UTC that `now` lies in, and its end in µs.
+local function period_of(kind, now)
+  local days = floor(now / (86400 * SECOND))
+  local ends = days + 1
+  local year, month, length = 1970, 1, nil
+  while true do
+    local leap = (year % 4 == 0 and year % 100 ~= 0) or year % 400 == 0
+    length = leap and 366 or 365
+    if days < length then break end
+    days, year = days - length, year + 1
+  end
+  local lengths = { 31, length - 337, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31 }
+  while days >= lengths[month] do days, month = days - lengths[month], month + 1 end
+  if kind == 'day' then
+    return string.format('%04d-%02d-%02d', year, month, days + 1), ends * 86400 * SECOND
+  end
+  ends = ends + lengths[month] - days - 1
+  return string.format('%04d-%02d', year, month), ends * 86400 * SECOND
+end
+
+-- Return the limits in ARGV from `first` on, one scope each, and their names.
+local function limits_from(first, now)
+  local all, names, periods = {}, {}, {}
+  for place = first, #ARGV do
+    local name, requests, tokens, concurrent, budget, kind =
+      string.match(ARGV[place], '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$')
+    local limits = {
+      requests = tonumber(requests), tokens = tonumber(tokens),
+      concurrent = tonumber(concurrent), budget = tonumber(budget),
+    }
+    if limits.budget then
+      if not periods[kind] then periods[kind] = { period_of(kind, now) } end
+      limits.period, limits.ends = unpack(periods[kind])
+    end
+    all[#all + 1], names[#names + 1] = limits, name
+  end
+  return all, names
+end
+
+local function store_budget(limits, name, used, held, now)
+  local key = KEYS[5] .. limits.period
+  redis.call('HSET', key, name, text_of(used) .. ' ' .. text_of(held))
+  redis.call('PEXPIRE', key, text_of(math.ceil((limits.ends - now) / 1000) + DAY_MS))
+end
+
+-- Each returns nil if the limit lets the request pass; or else the wait in µs, false for never.
+
+local function request_wait(scope, limits)
+  local limit = limits.requests
+  if not limit then return nil end
+  if limit == 0 then return false end
+  local wait = time_to(scope.requests, scope.request_parts, limit - 1, limit)
+  if wait > 0 then return scope.ahead + wait end
+end
+
+local function token_wait(scope, limits, tokens)
+  local limit = limits.tokens
+  if not limit then return nil end
+  if limit == 0 or tokens > limit then return false end
+  local level = limit - tokens
+  if scope.held <= level then
+    local wait = time_to(scope.tokens, scope.token_parts, level - scope.held, limit)
+    if wait > 0 then return scope.ahead + wait end
+    return nil
+  end
+  -- Others hold too much; when they end, what they have used is owed.
+  return max(SECOND, scope.ahead + time_to(scope.tokens, scope.token_parts, level, limit))
+end
+
+local function concurrency_wait(scope, limits)
+  if not limits.concurrent or scope.open < limits.concurrent then return nil end
+  return limits.concurrent > 0 and SECOND
+end
+
+local function budget_wait(limits, tokens)
+  local budget = limits.budget
+  if not budget then return nil end
+  local rest = budget - limits.used - tokens
+  if budget == 0 or rest < 0 then return false end
+  if limits.held > rest then return SECOND end
+end
+
+-- Return the limit, what remains and the µs until all of it does, of the scope of which the
+-- least part remains.
+local function figures(all, scopes, kind, remaining_of, reset_of)
+  local least, limit, remaining, reset = nil, false, false, false
+  for place, limits in ipairs(all) do
+    local here = limits[kind]
+    if here then
+      local left = max(0, remaining_of(scopes[place], here))
+      local ratio = here > 0 and left / here or 0
+      if not least or ratio < least then
+        least, limit, remaining = ratio, here, left
+        reset = here > 0 and min(MOST, reset_of(scopes[place], here)) or 0
+      end
+    end
+  end
+  return limit, remaining, reset
+end
+
+local function answer(all, scopes, kind, name, limit, wait)
+  local requests, requests_left, requests_reset = figures(all, scopes, 'requests',
+    function(scope, most) return most - scope.requests - (scope.request_parts > 0 and 1 or 0) end,
+    function(scope, most)
+      return scope.ahead + time_to(scope.requests, scope.request_parts, 0, most)
+    end)
+  local tokens, tokens_left, tokens_reset = figures(all, scopes, 'tokens',
+    function(scope, most)
+      return most - scope.tokens - scope.held - (scope.token_parts > 0 and 1 or 0)
+    end,
+    function(scope, most)
+      return scope.ahead + time_to(plus(scope.tokens, scope.held), scope.token_parts, 0, most)
+    end)
+  return {
+    requests, requests_left, requests_reset, tokens, tokens_left, tokens_reset,
+    kind, name, limit, wait,
+  }
+end
+
+-- ARGV 3 request id, 4 tokens, 5 lease in µs, 6 record, 7… one scope each.
+local function admit(now)
+  local id, tokens, lease, record = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+  sweep(now)
+  local all, names = limits_from(7, now)
+  local scopes, full = load(names)
+  local kind, name, limit, longest = false, false, false, nil
+  local function weigh(wait, kind_here, name_here, limit_here)
+    if wait == nil or longest == false then return end
+    if longest == nil or wait == false or wait > longest then
+      kind, name, limit, longest = kind_here, name_here, limit_here, wait
+    end
+  end
+  for place, limits in ipairs(all) do
+    local scope = scopes[place]
+    advance(scope, now, limits.requests, limits.tokens)
+    if limits.budget then
+      local stored = redis.call('HGET', KEYS[5] .. limits.period, scope.name)
+      limits.used, limits.held = used_and_held(stored)
+    end
+    weigh(request_wait(scope, limits), 'requests', scope.name, limits.requests)
+    weigh(token_wait(scope, limits, tokens), 'tokens', scope.name, limits.tokens)
+    weigh(concurrency_wait(scope, limits), 'concurrency', scope.name, limits.concurrent)
+    weigh(budget_wait(limits, tokens), 'budget', scope.name, limits.budget)
+  end
+  if redis.call('HEXISTS', KEYS[2], id) == 1 then
+    -- Sent again because the answer was lost: it has what it needs.
+    return answer(all, scopes, false, false, false, false)
+  end
+  if kind then return answer(all, scopes, kind, name, limit, longest) end
+  local periods = {}
+  for place, limits in ipairs(all) do
+    local scope = scopes[place]
+    if limits.requests then scope.requests = plus(scope.requests, 1) end
+    scope.held = plus(scope.held, tokens)
+    scope.open = scope.open + 1
+    periods[place] = limits.period or NONE
+    if limits.budget then
+      store_budget(limits, scope.name, limits.used, plus(limits.held, tokens), now)
+    end
+  end
+  store(scopes, full)
+  local entry = { text_of(tokens), '0', '0', NONE, NONE, record }
+  if #names > 0 then entry[4], entry[5] = table.concat(names, ','), table.concat(periods, ',') end
+  redis.call('HSET', KEYS[2], id, table.concat(entry, ' '))
+  redis.call('ZADD', KEYS[3], text_of(now + lease), id)
+  keep(now, full)
+  return answer(all, scopes, false, false, false, false)
+end
+
+-- ARGV 3 request id, 4 tokens used, 5 record. Returns 1 if the request was open.
+local function settle(now)
+  append(ARGV[3], ARGV[5])
+  local lease = redis.call('HGET', KEYS[2], ARGV[3])
+  if not lease then return 0 end
+  keep(now, close(ARGV[3], lease, tonumber(ARGV[4]), now))
+  return 1
+end
+
+-- ARGV 3 lease in µs, 4… request id, prompt tokens and completion tokens so far, of each. Returns
+-- the ids that are not open.
+local function renew(now)
+  local unknown, ends = {}, text_of(now + tonumber(ARGV[3]))
+  for place = 4, #ARGV, 3 do
+    local id = ARGV[place]
+    local lease = redis.call('HGET', KEYS[2], id)
+    if lease then
+      local tokens, rest = string.match(lease, '^(%d+) %d+ %d+ (.*)$')
+      local entry = { tokens, ARGV[place + 1], ARGV[place + 2], rest }
+      redis.call('HSET', KEYS[2], id, table.concat(entry, ' '))
+      redis.call('ZADD', KEYS[3], ends, id)
+    else
+      unknown[#unknown + 1] = id
+    end
+  end
+  local _, full = load({})
+  keep(now, full)
+  return unknown
+end
+
+-- ARGV 3 request id, 4 tokens used, 5 record, 6… one scope each. Returns 1 if it counted.
+local function charge(now)
+  local id, used = ARGV[3], tonumber(ARGV[4])
+  append(id, ARGV[5])
+  if not redis.call('SET', KEYS[6], 1, 'NX', 'PX', DAY_MS) then return 0 end
+  local lease = redis.call('HGET', KEYS[2], id)
+  if lease then
+    -- It was admitted here as well, but the answer came too late to be heard.
+    keep(now, close(id, lease, used, now))
+    return 1
+  end
+  local all, names = limits_from(6, now)
+  local scopes, full = load(names)
+  -- What was used a minute ago and longer has drained by now: a bucket is filled at the most.
+  local function filled(whole, parts, more, limit)
+    if more <= limit - whole - (parts > 0 and 1 or 0) then return whole + more, parts end
+    if whole < limit then return limit, 0 end
+    return whole, parts
+  end
+  for place, limits in ipairs(all) do
+    local scope = scopes[place]
+    advance(scope, now, limits.requests, limits.tokens)
+    if limits.requests then
+      scope.requests, scope.request_parts =
+        filled(scope.requests, scope.request_parts, 1, limits.requests)
+    end
+    if limits.tokens then
+      scope.tokens, scope.token_parts =
+        filled(scope.tokens, scope.token_parts, used, limits.tokens)
+    end
+    if limits.budget then
+      local stored = redis.call('HGET', KEYS[5] .. limits.period, scope.name)
+      local before, held = used_and_held(stored)
+      store_budget(limits, scope.name, plus(before, used), held, now)
+    end
+  end
+  keep(now, store(scopes, full))
+  return 1
+end
+
+local now = tonumber(ARGV[2])
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * SECOND + time[2]
+end
+local operations = {
+  admit = admit, settle = settle, renew = renew, reclaim = sweep, charge = charge,
+}
+return operations[ARGV[1]](now)
