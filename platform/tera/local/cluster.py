@@ -37,6 +37,7 @@ class LocalCluster:
         # Unix sockets live here, and their paths may have 107 characters: not below a home
         # that may be deep.
         self._scratch = Path(tempfile.mkdtemp(prefix="tera-"))
+        self._not_ours = set(psutil.Process().children(recursive=True))
 
     def start(self) -> None:
         """Start Ray; blocks for seconds."""
@@ -61,7 +62,7 @@ class LocalCluster:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        _quieten_serve()
         serve.start(proxy_location="EveryNode", http_options=config["http_options"])
         client = _get_global_client()
         assert client is not None
@@ -76,7 +77,8 @@ class LocalCluster:
 
     async def stop(self) -> None:
         """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`."""
-        children = psutil.Process().children(recursive=True)
+        # Redis stays: who started it stops it.
+        children = list({*psutil.Process().children(recursive=True)} - self._not_ours)
         # A daemon thread: Ray may wait for ever for what is ended below, and a thread of the
         # loop's executor would hold this process as long.
         shutting_down = threading.Thread(target=_shut_down, daemon=True)
@@ -100,9 +102,24 @@ def _shut_down() -> None:
     from ray import serve
 
     if ray.is_initialized():
+        _quieten_serve()
         with suppress(Exception):  # whatever is broken, the processes are ended next
+            _stop_listening()
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _quieten_serve() -> None:
+    """Keep Serve, which is imported by now, from logging on the terminal how it goes."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _stop_listening() -> None:
+    """Keep Ray from printing here what it thinks of the end that it is asked for."""
+    from ray._private.worker import global_worker
+
+    global_worker.threads_stopped.set()
+    global_worker.gcs_error_subscriber.close()  # type: ignore[attr-defined]  # set by connecting
 
 
 def _forget_exit_hook() -> None:

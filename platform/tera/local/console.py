@@ -24,7 +24,7 @@ class StageConsole:
         self._name, self._began = name, time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TimeElapsedColumn(),
                 console=self._console,
@@ -50,13 +50,20 @@ class StageConsole:
 
     def done(self, text: str = "") -> None:
         """The running stage has ended well."""
+        self._end("[green]✓[/]", f" ({text})" if text else "")
+
+    def failed(self) -> None:
+        """The running stage has been given up."""
+        self._end("[red]✗[/]")
+
+    def _end(self, sign: str, detail: str = "") -> None:
         if self._bar is not None:
+            # Whatever is printed next stands below it, and the terminal's cursor is back.
             self._bar.stop()
             self._bar = None
         seconds = time.monotonic() - self._began
-        detail = f" ({text})" if text else ""
         self._console.print(
-            f"[green]✓[/] {escape(self._name + detail)} {seconds:.1f} s", highlight=False
+            f"{sign} {escape(self._name + detail)} {seconds:.1f} s", highlight=False
         )
 
     def ready(self, platform: RunningPlatform) -> None:

@@ -50,6 +50,10 @@ class Console(Protocol):
         """The running stage has ended well."""
         ...
 
+    def failed(self) -> None:
+        """The running stage has been given up."""
+        ...
+
     def ready(self, platform: "RunningPlatform") -> None:
         """All stages have ended: say how to use it."""
         ...
@@ -121,11 +125,13 @@ async def running(
         set_environment({**runtime.to_environment(), **local_secrets.ray_environment()})
         set_environment(_engine_environment(platform), keep_existing=True)
 
-        console.stage("Ray")
+        # From the last to the first, and each of them even when the one before it fails.
+        stack.callback(console.done)
         cluster = LocalCluster(host, port)
         stack.push_async_callback(cluster.stop)
-        await _uninterrupted(asyncio.to_thread(cluster.start))
-        console.done()
+        stack.callback(console.stage, "Shutdown")
+        with _stage(console, "Ray"):
+            await _uninterrupted(asyncio.to_thread(cluster.start))
 
         base_url = f"http://{host}:{port}"
         state = LocalState(
@@ -139,15 +145,14 @@ async def running(
         stack.callback((home / "state.json").unlink, missing_ok=True)
         state.write(home)
 
-        console.stage("Engines and gateway")
-        config = serve_config(platform, host=host, port=port)
-        await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
-        names = {application["name"] for application in config["applications"]}
-        await wait_until_deployed(
-            cluster, names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
-        )
-        await _until_ready(host, port)
-        console.done()
+        with _stage(console, "Engines and gateway"):
+            config = serve_config(platform, host=host, port=port)
+            await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
+            names = {application["name"] for application in config["applications"]}
+            await wait_until_deployed(
+                cluster, names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
+            )
+            await _until_ready(host, port)
 
         api_key = await _local_key(runtime)
         models = platform.deployed_models()
@@ -160,6 +165,18 @@ async def running(
         stack.callback((home / "local.env").unlink, missing_ok=True)
         write_private(home / "local.env", _env_file(ready))
         yield ready
+
+
+@contextmanager
+def _stage(console: Console, name: str) -> Iterator[None]:
+    """Show a stage for as long as the block runs."""
+    console.stage(name)
+    try:
+        yield
+    except BaseException:
+        console.failed()
+        raise
+    console.done()
 
 
 async def _uninterrupted(work: Awaitable[T]) -> T:
@@ -229,24 +246,24 @@ async def _make_models(platform: PlatformConfig, home: Path, console: Console) -
                 raise ConfigError(f"{model.id}: a demo model's dtype is bfloat16 or float32")
             wanted[name, cast(Dtype, dtype)] = None
     for name, dtype in wanted:
-        console.stage(f"Model {name} in {dtype}")
-        await asyncio.to_thread(ensure_demo_model, name, home / "models", dtype, console.progress)
-        console.done()
+        with _stage(console, f"Model {name} in {dtype}"):
+            await asyncio.to_thread(
+                ensure_demo_model, name, home / "models", dtype, console.progress
+            )
 
 
 async def _start_redis(
     platform: PlatformConfig, home: Path, stack: AsyncExitStack, console: Console
 ) -> tuple[str, int | None]:
     """Return the URL of the Redis to use, and its process id if it is ours."""
-    console.stage("Redis")
     if platform.redis.embedded:
-        server = await stack.enter_async_context(await EmbeddedRedis.start(home / "redis"))
-        console.done()
+        with _stage(console, "Redis"):
+            server = await stack.enter_async_context(await EmbeddedRedis.start(home / "redis"))
         return server.url, server.pid
     external = platform.redis.external
-    url = f"{'rediss' if external.tls else 'redis'}://{external.address}/0"
+    console.stage("Redis")
     console.done(external.address)
-    return url, None
+    return f"{'rediss' if external.tls else 'redis'}://{external.address}/0", None
 
 
 def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
