@@ -205,15 +205,19 @@ class ChatAnswer:
     async def events(self, deltas: AsyncGenerator[ChatDelta]) -> AsyncGenerator[bytes]:
         """Yield the events of a stream; see `Answer`."""
         usage = None if self._request.include_usage else msgspec.UNSET
-        began: set[int] = set()
+        began = 0
         async with aclosing(deltas):
             async for delta in deltas:
                 if not delta.says_something:
                     yield b""
                     continue
                 piece = delta.piece
-                first = delta.index not in began
-                began.add(delta.index)
+                first = delta.index >= began
+                # OpenAI's client looks for the choices' first chunks in the order of their index.
+                for index in range(began, delta.index):
+                    opening = ChatChunkChoice(index, MessageDelta("assistant", ""))
+                    yield _event(self._chunk([opening], usage))
+                began = max(began, delta.index + 1)
                 message = MessageDelta(
                     role="assistant" if first else None,
                     content=piece.content if piece.content or first else None,
