@@ -262,3 +262,175 @@ def test_key_works_for_its_models_until_it_is_revoked(simulated: Platform, clien
     assert simulated.tera("keys", "revoke", made["key_id"]).returncode == 0
     until(lambda: not accepted(), timeout_s=5)
     assert completed(client, "One")
+
+
+def test_chat_answers_and_streams_the_same(client: OpenAI) -> None:
+    asked: Any = {
+        "model": "sim/small",
+        "messages": [{"role": "user", "content": "naïve café 日本 🚀"}],
+        "temperature": 0,
+        "max_completion_tokens": 40,
+    }
+    whole = client.chat.completions.create(**asked)
+    assert whole.id.startswith("chatcmpl-")
+    assert (whole.choices[0].message.role, whole.choices[0].message.refusal) == ("assistant", None)
+    with client.chat.completions.create(**asked, stream=True) as chunks:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+
+
+def test_chat_logprobs_are_what_the_client_knows(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="sim/small",
+        messages=[{"role": "user", "content": "One"}],
+        max_tokens=5,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    text = "".join(position.token for position in logprobs.content)
+    assert text == answer.choices[0].message.content
+    assert [len(position.top_logprobs) for position in logprobs.content] == [3] * 5
+
+
+def test_the_streaming_helper_gathers_what_was_streamed(client: OpenAI) -> None:
+    asked: Any = {
+        "model": "sim/small",
+        "messages": [{"role": "user", "content": "One"}],
+        "temperature": 0,  # and no bound: the client refuses a text that was cut off
+    }
+    with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    whole = client.chat.completions.create(**asked)
+    deltas = [event.delta for event in events if event.type == "content.delta"]
+    assert "".join(deltas) == whole.choices[0].message.content
+    assert [event.type for event in events].count("content.done") == 1
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert final.usage is not None
+    assert final.usage.total_tokens > 0
+
+
+async def test_the_async_streaming_helper_works_too(async_client: AsyncOpenAI) -> None:
+    asked: Any = {
+        "model": "sim/small",
+        "messages": [{"role": "user", "content": "One"}],
+        "temperature": 0,  # and no bound: the client refuses a text that was cut off
+    }
+    async with async_client.chat.completions.stream(**asked, n=2) as stream:
+        final = await stream.get_final_completion()
+    whole = await async_client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in final.choices]
+    assert texts == [whole.choices[0].message.content] * 2
+
+
+async def test_async_requests_that_are_cancelled_leave_nothing(
+    simulated: Platform, async_client: AsyncOpenAI
+) -> None:
+    request = asyncio.create_task(
+        async_client.completions.create(
+            model="sim/small", prompt="One", max_tokens=1900, logit_bias={"256": -100}
+        )
+    )
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await request
+    await asyncio.to_thread(simulated.wait_until_idle, "small", 2)
+
+
+def test_raw_responses_show_headers_and_parse(client: OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(model="sim/small", prompt="One", max_tokens=3)
+    assert raw.status_code == 200
+    assert raw.headers["content-type"] == "application/json"
+    assert REQUEST_ID.fullmatch(raw.headers["x-request-id"])
+    assert raw.request_id == raw.headers["x-request-id"]
+    assert raw.parse().object == "text_completion"
+
+
+def test_a_raw_stream_is_lines_as_they_come(client: OpenAI) -> None:
+    with client.completions.with_streaming_response.create(
+        model="sim/small", prompt="One", max_tokens=3, stream=True
+    ) as raw:
+        assert raw.headers["content-type"] == "text/event-stream; charset=utf-8"
+        lines = [line for line in raw.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: {") for line in lines[:-1])
+
+
+def test_a_raw_refusal_is_an_error_with_its_body(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.with_raw_response.create(model="sim/small", prompt="One", temperature=3)
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.body == {
+        "message": caught.value.response.json()["error"]["message"],
+        "type": "invalid_request_error",
+        "param": "temperature",
+        "code": "invalid_value",
+    }
+
+
+def test_fields_beyond_the_clients_own_are_passed_on(client: OpenAI) -> None:
+    greedy = completed(client, "One")
+    answer = client.completions.create(
+        model="sim/small",
+        prompt="One",
+        max_tokens=40,
+        extra_body={"top_k": 1, "min_p": 0.0, "no_such_field": 5},
+        extra_headers={"x-of-mine": "yes"},
+        extra_query={"version": "1"},
+    )
+    assert answer.choices[0].text == greedy
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="sim/small", prompt="One", extra_body={"top_k": -2})
+    assert caught.value.param == "top_k"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "tries"),
+    [
+        pytest.param("FAULT for the retries", "backend_failure", 3, id="ours"),
+        pytest.param("", "invalid_value", 1, id="the-clients"),
+    ],
+)
+def test_the_client_tries_again_only_what_may_succeed(
+    simulated: Platform, client: OpenAI, prompt: str, code: str, tries: int
+) -> None:
+    def answered() -> float:
+        return simulated.sample("tera_requests_total", code=code, route="/v1/completions")
+
+    before = answered()
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.with_options(max_retries=2).completions.create(
+            model="sim/small", prompt=prompt, max_tokens=60, logit_bias={"256": -100}
+        )
+    assert caught.value.response.json()["error"]["code"] == code
+    assert answered() - before == tries
+
+
+def test_a_client_that_waits_no_longer_frees_the_engine(
+    simulated: Platform, client: OpenAI
+) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=1).completions.create(
+            model="sim/small", prompt="One", max_tokens=1900, logit_bias={"256": -100}
+        )
+    simulated.wait_until_idle("small", replicas=2)
+
+
+def test_a_stream_that_is_closed_early_frees_the_engine(
+    simulated: Platform, client: OpenAI
+) -> None:
+    stream = client.completions.create(
+        model="sim/small", prompt="One", max_tokens=1900, logit_bias={"256": -100}, stream=True
+    )
+    assert next(stream).choices
+    stream.close()
+    simulated.wait_until_idle("small", replicas=2)
+
+
+def test_models_can_be_walked_through(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["sim/small", "sim/slow"]
+    assert client.models.retrieve("sim").id == "sim"
