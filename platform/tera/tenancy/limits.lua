@@ -1,6 +1,6 @@
 -- Admits, renews and settles the requests of one tenant, each call all or nothing.
 --
--- KEYS  1 limits   hash    scope → its numbers, see PLACES; `full` → µs at which all has drained
+-- KEYS  1 limits   hash    scope → its numbers, see SCOPE; `full` → µs at which all has drained
 --       2 open     hash    request id → "tokens prompt completion scopes periods record"
 --       3 leases   zset    request id → µs at which it counts as lost
 --       4 usage    stream  the ledger
@@ -16,7 +16,8 @@
 local MOST = 2 ^ 53 - 1
 local PARTS = 60e6
 local SECOND = 1e6
-local DAY_MS = 24 * 3600 * 1000
+local HOUR_MS = 3600 * 1000
+local DAY_MS = 24 * HOUR_MS
 local SPARE_MS = 60 * 1000
 local BATCH = 100
 local NONE = '-'
@@ -24,7 +25,7 @@ local NONE = '-'
 local floor, min, max = math.floor, math.min, math.max
 
 local function text_of(number)
-  return number and string.format('%.0f', number) or NONE
+  return string.format('%.0f', number)
 end
 
 local function plus(a, b)
@@ -43,7 +44,8 @@ local function divided(a, b, c)
   local whole = floor(a / c)
   local part = a - whole * c
   local quotient, rest = 0, 0
-  for place = floor(math.log(b) / math.log(2)) + 1, 0, -1 do
+  local _, bits = math.frexp(b)
+  for place = bits - 1, 0, -1 do
     quotient = 2 * quotient
     if rest >= c - rest then
       rest, quotient = rest - (c - rest), quotient + 1
@@ -64,6 +66,7 @@ end
 
 -- Return a debt of `whole` and `parts` after `elapsed` µs.
 local function drained(whole, parts, rate, elapsed)
+  if whole == 0 and parts == 0 then return 0, 0 end
   if rate * elapsed >= 2 * (whole + 1) * PARTS then return 0, 0 end
   local gone, gone_parts = divided(rate, elapsed, PARTS)
   whole, parts = whole - gone, parts - gone_parts
@@ -88,32 +91,26 @@ local function time_to(whole, parts, level, rate)
   return min(micros, MOST)
 end
 
--- A scope's numbers as they are stored: debts as of `at`, what they drain by, tokens held and
--- requests open.
-local PLACES = {
-  'at', 'request_rate', 'token_rate', 'requests', 'request_parts', 'tokens', 'token_parts', 'held',
-  'open',
-}
+-- A scope as it is stored: debts as of `at`, the limits that they drain by (0 before there were
+-- any), tokens held and requests open.
+local SCOPE = '%.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f'
+local STORED = '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)'
 
 local function read(name, stored)
-  local scope = {
-    name = name, at = 0, requests = 0, request_parts = 0, tokens = 0, token_parts = 0, held = 0,
-    open = 0,
+  local at, request_rate, token_rate, requests, request_parts, tokens, token_parts, held, open =
+    string.match(stored or '0 0 0 0 0 0 0 0 0', STORED)
+  return {
+    name = name, at = tonumber(at),
+    request_rate = tonumber(request_rate), token_rate = tonumber(token_rate),
+    requests = tonumber(requests), request_parts = tonumber(request_parts),
+    tokens = tonumber(tokens), token_parts = tonumber(token_parts),
+    held = tonumber(held), open = tonumber(open),
   }
-  if stored then
-    local place = 0
-    for number in string.gmatch(stored, '%S+') do
-      place = place + 1
-      scope[PLACES[place]] = tonumber(number)
-    end
-  end
-  return scope
 end
 
 local function written(scope)
-  local numbers = {}
-  for place = 1, #PLACES do numbers[place] = text_of(scope[PLACES[place]]) end
-  return table.concat(numbers, ' ')
+  return string.format(SCOPE, scope.at, scope.request_rate, scope.token_rate, scope.requests,
+    scope.request_parts, scope.tokens, scope.token_parts, scope.held, scope.open)
 end
 
 -- Bring a scope's debts to `now`. They drain by the limits given, or by the last ones known. A
@@ -125,52 +122,48 @@ local function advance(scope, now, request_limit, token_limit)
   local elapsed = max(0, now - scope.at)
   scope.ahead = max(0, scope.at - now)
   scope.requests, scope.request_parts =
-    drained(scope.requests, scope.request_parts, scope.request_rate or 0, elapsed)
+    drained(scope.requests, scope.request_parts, scope.request_rate, elapsed)
   scope.tokens, scope.token_parts =
-    drained(scope.tokens, scope.token_parts, scope.token_rate or 0, elapsed)
+    drained(scope.tokens, scope.token_parts, scope.token_rate, elapsed)
   scope.at = max(scope.at, now)
-end
-
--- Return when both debts of a scope have drained.
-local function full_at(scope)
-  return scope.at
-    + max(
-      time_to(scope.requests, scope.request_parts, 0, scope.request_rate or 0),
-      time_to(scope.tokens, scope.token_parts, 0, scope.token_rate or 0)
-    )
-end
-
--- Store scopes; return when everything of the tenant has drained.
-local function store(scopes, full)
-  local values = {}
-  for _, scope in ipairs(scopes) do
-    full = max(full, full_at(scope))
-    values[#values + 1] = scope.name
-    values[#values + 1] = written(scope)
-  end
-  if #values > 0 then
-    redis.call('HSET', KEYS[1], 'full', text_of(min(full, MOST)), unpack(values))
-  end
-  return full
 end
 
 -- Return the scopes with these names, and when everything of the tenant has drained.
 local function load(names)
   local stored = redis.call('HMGET', KEYS[1], 'full', unpack(names))
   local scopes = {}
-  for place, name in ipairs(names) do
-    scopes[place] = read(name, stored[place + 1])
-    scopes[place].known = stored[place + 1] and true
-  end
+  for place, name in ipairs(names) do scopes[place] = read(name, stored[place + 1]) end
   return scopes, tonumber(stored[1] or 0)
 end
 
--- Let keys expire: with requests open some time after all of them are lost, or else the counts
--- would be gone and the leases not; with none, when nothing can be told from a new tenant.
-local function keep(now, full)
-  if redis.call('ZCARD', KEYS[3]) > 0 then
-    for place = 1, 3 do redis.call('PEXPIRE', KEYS[place], DAY_MS) end
-  else
+-- Store scopes; return when everything of the tenant has drained, or little later.
+local function store(scopes, full)
+  if #scopes == 0 then return full end
+  local values = {}
+  for place, scope in ipairs(scopes) do
+    for _, debt in ipairs({
+      { scope.requests, scope.request_rate }, { scope.tokens, scope.token_rate },
+    }) do
+      if debt[2] > 0 then full = max(full, scope.at + (debt[1] + 1) * PARTS / debt[2]) end
+    end
+    values[2 * place - 1], values[2 * place] = scope.name, written(scope)
+  end
+  full = min(full, MOST)
+  redis.call('HSET', KEYS[1], 'full', text_of(full), unpack(values))
+  return full
+end
+
+-- Let keys expire some time after the last lease: without the counts, leases could not return
+-- what they hold. While there are leases, the key asked for its expiry shares it with the others.
+local function keep_open(key)
+  if redis.call('PTTL', key) < DAY_MS then
+    for place = 1, 3 do redis.call('PEXPIRE', KEYS[place], DAY_MS + HOUR_MS) end
+  end
+end
+
+-- After requests have ended: with none open, let the counts expire when they tell nothing more.
+local function keep_closed(now, full)
+  if redis.call('ZCARD', KEYS[3]) == 0 then
     redis.call('PEXPIRE', KEYS[1], text_of(SPARE_MS + max(0, math.ceil((full - now) / 1000))))
   end
 end
@@ -190,16 +183,12 @@ local function close(id, lease, used, now)
   if names ~= NONE then
     for name in string.gmatch(names, '[^,]+') do wanted[#wanted + 1] = name end
   end
-  local known = {}
   local scopes, full = load(wanted)
   for _, scope in ipairs(scopes) do
-    if scope.known then
-      advance(scope, now)
-      scope.held = max(0, scope.held - tokens)
-      scope.open = max(0, scope.open - 1)
-      if scope.token_rate then scope.tokens = plus(scope.tokens, used) end
-      known[#known + 1] = scope
-    end
+    advance(scope, now)
+    scope.held = max(0, scope.held - tokens)
+    scope.open = max(0, scope.open - 1)
+    if scope.token_rate > 0 then scope.tokens = plus(scope.tokens, used) end
   end
   local place = 0
   for period in string.gmatch(periods, '[^,]+') do
@@ -212,7 +201,7 @@ local function close(id, lease, used, now)
         text_of(plus(before, used)) .. ' ' .. text_of(max(0, held - tokens)))
     end
   end
-  return store(known, full)
+  return store(scopes, full)
 end
 
 local function append(id, record)
@@ -231,7 +220,8 @@ end
 -- End some of the requests whose leases have ended; return how many.
 local function sweep(now)
   local ended = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', text_of(now), 'LIMIT', 0, BATCH)
-  local full = 0
+  if #ended == 0 then return 0 end
+  local _, full = load({})
   for _, id in ipairs(ended) do
     local lease = redis.call('HGET', KEYS[2], id)
     if lease then
@@ -243,15 +233,16 @@ local function sweep(now)
       redis.call('ZREM', KEYS[3], id)
     end
   end
-  if #ended > 0 then keep(now, full) end
+  keep_closed(now, full)
   return #ended
 end
 
--- Return the name of the day or month in UTC that `now` lies in, and its end in µs.
+-- Return the name of the day or month in UTC that `now`, from 2024 on, lies in, and its end in µs.
 local function period_of(kind, now)
   local days = floor(now / (86400 * SECOND))
   local ends = days + 1
-  local year, month, length = 1970, 1, nil
+  local year, month, length = 2024, 1, nil
+  days = days - 19723
   while true do
     local leap = (year % 4 == 0 and year % 100 ~= 0) or year % 400 == 0
     length = leap and 366 or 365
@@ -289,7 +280,9 @@ end
 local function store_budget(limits, name, used, held, now)
   local key = KEYS[5] .. limits.period
   redis.call('HSET', key, name, text_of(used) .. ' ' .. text_of(held))
-  redis.call('PEXPIRE', key, text_of(math.ceil((limits.ends - now) / 1000) + DAY_MS))
+  if redis.call('PTTL', key) < 0 then
+    redis.call('PEXPIRE', key, text_of(math.ceil((limits.ends - now) / 1000) + DAY_MS))
+  end
 end
 
 -- Each returns nil if the limit lets the request pass; or else the wait in µs, false for never.
@@ -330,17 +323,21 @@ local function budget_wait(limits, tokens)
 end
 
 -- Return the limit, what remains and the µs until all of it does, of the scope of which the
--- least part remains.
-local function figures(all, scopes, kind, remaining_of, reset_of)
+-- least part remains. `owed` names a debt, and `held` what is held beside it.
+local function figures(all, scopes, owed, parts, held)
   local least, limit, remaining, reset = nil, false, false, false
   for place, limits in ipairs(all) do
-    local here = limits[kind]
-    if here then
-      local left = max(0, remaining_of(scopes[place], here))
-      local ratio = here > 0 and left / here or 0
+    local most, scope = limits[owed], scopes[place]
+    if most then
+      local holds = held and scope[held] or 0
+      local left = max(0, most - scope[owed] - holds - (scope[parts] > 0 and 1 or 0))
+      local ratio = most > 0 and left / most or 0
       if not least or ratio < least then
-        least, limit, remaining = ratio, here, left
-        reset = here > 0 and min(MOST, reset_of(scopes[place], here)) or 0
+        least, limit, remaining, reset = ratio, most, left, 0
+        if most > 0 then
+          local wait = time_to(plus(scope[owed], holds), scope[parts], 0, most)
+          reset = min(MOST, scope.ahead + wait)
+        end
       end
     end
   end
@@ -348,18 +345,10 @@ local function figures(all, scopes, kind, remaining_of, reset_of)
 end
 
 local function answer(all, scopes, kind, name, limit, wait)
-  local requests, requests_left, requests_reset = figures(all, scopes, 'requests',
-    function(scope, most) return most - scope.requests - (scope.request_parts > 0 and 1 or 0) end,
-    function(scope, most)
-      return scope.ahead + time_to(scope.requests, scope.request_parts, 0, most)
-    end)
-  local tokens, tokens_left, tokens_reset = figures(all, scopes, 'tokens',
-    function(scope, most)
-      return most - scope.tokens - scope.held - (scope.token_parts > 0 and 1 or 0)
-    end,
-    function(scope, most)
-      return scope.ahead + time_to(plus(scope.tokens, scope.held), scope.token_parts, 0, most)
-    end)
+  local requests, requests_left, requests_reset =
+    figures(all, scopes, 'requests', 'request_parts')
+  local tokens, tokens_left, tokens_reset =
+    figures(all, scopes, 'tokens', 'token_parts', 'held')
   return {
     requests, requests_left, requests_reset, tokens, tokens_left, tokens_reset,
     kind, name, limit, wait,
@@ -391,28 +380,30 @@ local function admit(now)
     weigh(concurrency_wait(scope, limits), 'concurrency', scope.name, limits.concurrent)
     weigh(budget_wait(limits, tokens), 'budget', scope.name, limits.budget)
   end
-  if redis.call('HEXISTS', KEYS[2], id) == 1 then
-    -- Sent again because the answer was lost: it has what it needs.
-    return answer(all, scopes, false, false, false, false)
+  if kind and redis.call('HEXISTS', KEYS[2], id) == 0 then
+    return answer(all, scopes, kind, name, limit, longest)
   end
-  if kind then return answer(all, scopes, kind, name, limit, longest) end
-  local periods = {}
-  for place, limits in ipairs(all) do
-    local scope = scopes[place]
-    if limits.requests then scope.requests = plus(scope.requests, 1) end
-    scope.held = plus(scope.held, tokens)
-    scope.open = scope.open + 1
-    periods[place] = limits.period or NONE
-    if limits.budget then
-      store_budget(limits, scope.name, limits.used, plus(limits.held, tokens), now)
-    end
-  end
-  store(scopes, full)
   local entry = { text_of(tokens), '0', '0', NONE, NONE, record }
-  if #names > 0 then entry[4], entry[5] = table.concat(names, ','), table.concat(periods, ',') end
-  redis.call('HSET', KEYS[2], id, table.concat(entry, ' '))
-  redis.call('ZADD', KEYS[3], text_of(now + lease), id)
-  keep(now, full)
+  if #names > 0 then
+    local periods = {}
+    for place, limits in ipairs(all) do periods[place] = limits.period or NONE end
+    entry[4], entry[5] = table.concat(names, ','), table.concat(periods, ',')
+  end
+  -- Not set if it was sent again because the answer was lost: then it has what it needs.
+  if redis.call('HSETNX', KEYS[2], id, table.concat(entry, ' ')) == 1 then
+    for place, limits in ipairs(all) do
+      local scope = scopes[place]
+      if limits.requests then scope.requests = plus(scope.requests, 1) end
+      scope.held = plus(scope.held, tokens)
+      scope.open = scope.open + 1
+      if limits.budget then
+        store_budget(limits, scope.name, limits.used, plus(limits.held, tokens), now)
+      end
+    end
+    store(scopes, full)
+    redis.call('ZADD', KEYS[3], text_of(now + lease), id)
+    keep_open(#names > 0 and KEYS[1] or KEYS[3])
+  end
   return answer(all, scopes, false, false, false, false)
 end
 
@@ -421,7 +412,7 @@ local function settle(now)
   append(ARGV[3], ARGV[5])
   local lease = redis.call('HGET', KEYS[2], ARGV[3])
   if not lease then return 0 end
-  keep(now, close(ARGV[3], lease, tonumber(ARGV[4]), now))
+  keep_closed(now, close(ARGV[3], lease, tonumber(ARGV[4]), now))
   return 1
 end
 
@@ -441,8 +432,8 @@ local function renew(now)
       unknown[#unknown + 1] = id
     end
   end
-  local _, full = load({})
-  keep(now, full)
+  keep_open(KEYS[3])
+  keep_open(KEYS[1])
   return unknown
 end
 
@@ -454,7 +445,7 @@ local function charge(now)
   local lease = redis.call('HGET', KEYS[2], id)
   if lease then
     -- It was admitted here as well, but the answer came too late to be heard.
-    keep(now, close(id, lease, used, now))
+    keep_closed(now, close(id, lease, used, now))
     return 1
   end
   local all, names = limits_from(6, now)
@@ -482,7 +473,9 @@ local function charge(now)
       store_budget(limits, scope.name, plus(before, used), held, now)
     end
   end
-  keep(now, store(scopes, full))
+  full = store(scopes, full)
+  keep_open(KEYS[1])
+  keep_closed(now, full)
   return 1
 end
 
