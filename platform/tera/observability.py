@@ -179,7 +179,9 @@ def log_json_lines() -> None:
     """Write what this process's Tera logs to standard error, which Ray keeps in a file."""
     logger = logging.getLogger("tera")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        # The file itself: Serve puts a logger in the place of `sys.stderr` that keeps lines back
+        # until there are a thousand.
+        handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(JsonLines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
