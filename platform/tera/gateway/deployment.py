@@ -83,8 +83,11 @@ class GatewayReplica:
         self._keys = await self._stack.enter_async_context(
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )
+        # A client of its own: nothing else may keep a request from being admitted.
+        limits = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
+        self._stack.push_async_callback(limits.aclose)
         self._admissions = await self._stack.enter_async_context(
-            Admissions(redis, self._keys, lambda: self._config.limits, self._replica_id)
+            Admissions(limits, self._keys, lambda: self._config.limits, self._replica_id)
         )
         await self._stack.enter_async_context(UsageExporter(redis, lambda: self._config.usage))
         self._statuses = StatusWatcher(self._catalog)

@@ -26,12 +26,19 @@ _PORT_ATTEMPTS = 5
 # A program of its own and no `preexec_fn`: that would run Python between fork and exec, where a
 # lock held by another thread is never released. If the parent died before the request, its place
 # is taken by another process and nobody would send the signal.
+#
+# Where it is allowed, the server goes before engines that use every core: each request waits for
+# it, it needs little, and a server that is kept from running looks like one that is away.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent is gone")
+try:
+    os.setpriority(os.PRIO_PROCESS, 0, -10)
+except PermissionError:
+    pass
 os.execv(sys.argv[2], sys.argv[2:])
 """
 

@@ -30,8 +30,14 @@ from tera.tenancy.usage import UsageRecord, encode_record
 
 logger = logging.getLogger(__name__)
 
-ADMIT_TIMEOUT_S: Final = 0.04
-"""How long a request waits for Redis, once a second at the most while it is away."""
+SLICE_S: Final = 0.025
+SLICES: Final = 3
+MOST_SLICES: Final = 40
+"""Redis counts as away when it leaves a call unanswered for three slices: 75 ms in which this
+process was there to read. A slice that ends late does not count, for then the process was busy and
+the answer may be waiting for it; but at most these many are waited for."""
+CONNECTIONS: Final = 8
+"""Calls to admit at a time, each on a connection; more of them would only wait in Redis."""
 PROBE_INTERVAL_S: Final = 1.0
 BACKGROUND_TIMEOUT_S: Final = 2.0
 RENEW_INTERVAL_S: Final = 10.0
@@ -137,6 +143,7 @@ class Admissions:
         self._clock = clock
         self._limiter = RedisLimiter(redis)
         self._local = LocalLimiter()
+        self._slots = asyncio.Semaphore(CONNECTIONS)
         self._running: dict[str, Reservation] = {}
         self._unsettled: deque[tuple[Reservation, UsageRecord]] = deque()
         self._work = asyncio.Event()
@@ -161,6 +168,8 @@ class Admissions:
 
     async def __aenter__(self) -> Self:
         """Start renewing, settling and looking after what dead replicas left."""
+        # A burst right after the start would otherwise begin with as many logins.
+        await asyncio.gather(*(self._in_background(self._redis.ping()) for _ in range(CONNECTIONS)))
         for work in (self._renew, self._beat, self._reclaim, *[self._settle_all] * SETTLERS):
             self._stack.push_async_callback(_end, asyncio.create_task(work()))
         return self
@@ -206,18 +215,7 @@ class Admissions:
         scopes = self.scopes(key, opening.model)
         admission, local = None, False
         if self._back.is_set():
-            call = asyncio.create_task(
-                self._limiter.admit(
-                    key.tenant, opening.request_id, scopes, tokens, encode_record(opening)
-                )
-            )
-            try:
-                admission = await self._in_time(call)
-            except RedisAwayError as error:
-                self._mark_away(error)
-            except asyncio.CancelledError:
-                call.add_done_callback(lambda done: self._give_back(opening, done))
-                raise
+            admission = await self._ask(key.tenant, opening, scopes, tokens)
         if admission is None:
             if self._config().on_redis_error == "closed":
                 raise InternalError("The platform cannot check limits at the moment.")
@@ -298,6 +296,27 @@ class Admissions:
         else:
             await self._limiter.settle(record.tenant, record.request_id, used, encoded)
 
+    async def _ask(
+        self, tenant: str, opening: UsageRecord, scopes: list[Scope], tokens: int
+    ) -> Admission | None:
+        """Return what Redis says of a request, or None if it is away."""
+        async with self._slots:
+            if not self._back.is_set():
+                return None  # found out while this request waited for its turn
+            call = asyncio.create_task(
+                self._limiter.admit(
+                    tenant, opening.request_id, scopes, tokens, encode_record(opening)
+                )
+            )
+            try:
+                return await self._in_time(call)
+            except RedisAwayError as error:
+                self._mark_away(error)
+                return None
+            except asyncio.CancelledError:
+                call.add_done_callback(lambda done: self._give_back(opening, done))
+                raise
+
     def _give_back(self, opening: UsageRecord, call: asyncio.Task[Admission]) -> None:
         """Settle what a request was admitted to after its client had left."""
         if not call.cancelled() and call.exception() is None and call.result().refusal is None:
@@ -305,7 +324,7 @@ class Admissions:
             self.settle(Reservation(self, opening, [], _nothing, local=False), record)
 
     async def _in_time(self, call: asyncio.Task[T]) -> T:
-        """Return what a call to Redis gives, within `ADMIT_TIMEOUT_S` of a running event loop.
+        """Return what a call to Redis gives, if that takes no longer than `SLICES`.
 
         The call itself goes on to its own end, which the client's time-outs bound: Redis may
         do later what it was asked for.
@@ -314,11 +333,15 @@ class Admissions:
             RedisAwayError: it took longer, or failed.
         """
         loop = asyncio.get_running_loop()
-        due = loop.time() + ADMIT_TIMEOUT_S
-        await asyncio.wait({call}, timeout=ADMIT_TIMEOUT_S)
-        if not call.done() and loop.time() - due > ADMIT_TIMEOUT_S / 2:
-            # This process was late, not Redis: its answer may be waiting to be read.
-            await asyncio.wait({call}, timeout=ADMIT_TIMEOUT_S)
+        unanswered = 0
+        for _ in range(MOST_SLICES):
+            due = loop.time() + SLICE_S
+            await asyncio.wait({call}, timeout=SLICE_S)
+            if call.done():
+                break
+            unanswered += loop.time() - due < SLICE_S / 2
+            if unanswered == SLICES:
+                break
         if not call.done():
             # Whatever it still says is of no interest, an error least of all.
             call.add_done_callback(lambda done: done.cancelled() or done.exception())
