@@ -19,7 +19,7 @@ async def deltas(*indexes: int) -> AsyncGenerator[ChatDelta]:
 
 
 async def test_t2_choices_begin_in_the_order_of_their_index() -> None:
-    answer = ChatAnswer(REQUEST, Call("req_0", "/v1/chat/completions", 0.0))
+    answer = ChatAnswer(REQUEST, Call("req_0", "/v1/chat/completions", 0.0, 0.0))
     events = [event async for event in answer.events(deltas(2, 0, 1, 2))]
     found = [json.loads(event.removeprefix(b"data: "))["choices"][0] for event in events]
     assert [(choice["index"], choice["delta"]) for choice in found] == [

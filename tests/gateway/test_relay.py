@@ -224,7 +224,6 @@ class Slow(Client):
             await self.takes.wait()
 
 
-@pytest.mark.xfail(reason="the pulse goes on while the last write waits for the client")
 async def test_s1_nothing_follows_the_last_write() -> None:
     client = Slow()
     relay = Relay(Events(b"data: 1\n\n"), client, keep_alive_s=0.005)
@@ -257,13 +256,12 @@ class Gone(Client):
         await super().send(message)
 
 
-async def test_s8_a_write_that_fails_closes_the_events(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL)
+async def test_s8_a_write_that_fails_is_a_hang_up() -> None:
     relay = Relay(Events(b"data: 1\n\n"), Gone())
-    with pytest.raises(OSError, match="the connection is closed"):
-        await relay.ended()
+    await relay.ended()
     assert relay.events.closed
     assert relay.client.body == b""
+    assert relay.errors == []
 
 
 async def test_b6_a_cancel_from_elsewhere_passes_through_and_closes_the_events() -> None:
@@ -357,7 +355,6 @@ async def test_b6_a_cancel_from_elsewhere_passes_through(gone_too: bool) -> None
     assert answering.cancelled()
 
 
-@pytest.mark.xfail(reason="a hang-up in the turn in which the block ends cancels what follows")
 async def test_a_hang_up_that_comes_with_the_end_cancels_nothing_after_it() -> None:
     gone, may_end = asyncio.Event(), asyncio.Event()
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.responses import Response
@@ -42,11 +42,12 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     """
     task = asyncio.current_task()
     assert task is not None
-    gone = False
+    gone = over = False
 
     def cancel(watcher: asyncio.Task[None]) -> None:
         nonlocal gone
-        if not watcher.cancelled():
+        # A callback that is on its way already cannot be removed when the block ends.
+        if not over and not watcher.cancelled():
             gone = True
             task.cancel()
 
@@ -60,6 +61,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
             raise ClientGoneError from None
         raise
     finally:
+        over = True
         watcher.remove_done_callback(cancel)
         watcher.cancel()
 
@@ -99,14 +101,18 @@ class EventStream(Response):
         """Send the events; see the class."""
         pulse = asyncio.create_task(self._pulse())
         try:
-            async with while_connected(receive), aclosing(self._events) as events:
-                await self._relay(events)
+            async with while_connected(receive):
+                async with aclosing(self._events) as events:
+                    last = await self._relay(events)
+                pulse.cancel()  # nothing may follow the last write, however long that takes
+                await self._send(last, more_body=False)
         except ClientGoneError:
             pass
         finally:
             pulse.cancel()
 
-    async def _relay(self, events: AsyncGenerator[bytes]) -> None:
+    async def _relay(self, events: AsyncGenerator[bytes]) -> bytes:
+        """Send the events, but for the last bytes, which are returned."""
         held = b""
         try:
             async for event in events:
@@ -114,17 +120,18 @@ class EventStream(Response):
                 if held and (len(held) >= MAX_WRITE_BYTES or not self._next_is_here()):
                     await self._send(held)
                     held = b""
-            held += DONE
+        except ClientGoneError:
+            raise
         except TeraError as error:
             if not self._started and not held:
                 raise
-            held += self._failed(error)
+            return held + self._failed(error)
         except Exception:
             if not self._started and not held:
                 raise
             log.exception("A stream failed after its first event.")
-            held += self._failed(InternalError("The server failed on this request."))
-        await self._send(held, more_body=False)
+            return held + self._failed(InternalError("The server failed on this request."))
+        return held + DONE
 
     def _failed(self, error: TeraError) -> bytes:
         self._on_error(error)
@@ -133,10 +140,14 @@ class EventStream(Response):
     async def _send(self, data: bytes, *, more_body: bool = True) -> None:
         self._sent_at = asyncio.get_running_loop().time()
         send = self._send_message
-        if not self._started:
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
-        await send({"type": "http.response.body", "body": data, "more_body": more_body})
+        try:
+            if not self._started:
+                self._started = True
+                headers = [*STREAM_HEADERS]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": more_body})
+        except OSError as error:  # what ASGI servers raise once the client has left
+            raise ClientGoneError from error
 
     async def _pulse(self) -> None:
         """Break every silence of `keep_alive_s`; one task costs less than a time-out per token."""
@@ -145,7 +156,8 @@ class EventStream(Response):
         while True:
             silence_s = loop.time() - self._sent_at
             if silence_s >= self._keep_alive_s:
-                await self._send(KEEP_ALIVE)
+                with suppress(ClientGoneError):  # the stream itself learns of it by itself
+                    await self._send(KEEP_ALIVE)
                 silence_s = 0.0
             await asyncio.sleep(self._keep_alive_s - silence_s)
 

@@ -17,14 +17,15 @@ class ServeModelHandle:
 
     async def generate(self, generation: bytes) -> bytes:
         """Return the replica's answer; see `ModelHandle`."""
-        response = self._handle.remote(generation)
-        assert isinstance(response, DeploymentResponse)
         try:
-            answer: bytes = await response
-        except asyncio.CancelledError:
-            # Dropping the response would leave the engine generating.
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
+            response = self._handle.remote(generation)
+            assert isinstance(response, DeploymentResponse)
+            try:
+                answer: bytes = await response
+            except asyncio.CancelledError:
+                # Dropping the response would leave the engine generating.
+                response.cancel()  # type: ignore[no-untyped-call]
+                raise
         except Exception as error:
             raise translated(error) from error
         return answer
