@@ -162,6 +162,11 @@ class Admissions:
         return not self._back.is_set()
 
     @property
+    def replicas(self) -> int:
+        """Gateway replicas that were alive when Redis was last asked."""
+        return self._replicas
+
+    @property
     def unsettled(self) -> int:
         """Ended requests whose record is not in the ledger yet."""
         return len(self._unsettled)
