@@ -107,7 +107,7 @@ def test_s3_usage_comes_only_where_it_is_asked_for(gateway: Gateway, options: An
 
 @pytest.mark.parametrize("prompt", UNICODE)
 def test_s4_a_stream_adds_up_to_the_whole_text(text_gateway: Gateway, prompt: str) -> None:
-    asked = {"prompt": prompt, "max_tokens": 60}
+    asked = {"prompt": prompt, "max_tokens": 30}
     [choice] = accepted(text_gateway.complete(**asked))["choices"]
     found = chunks(text_gateway.complete(**asked, stream=True))
     assert texts(found) == {0: choice["text"]}
@@ -116,7 +116,7 @@ def test_s4_a_stream_adds_up_to_the_whole_text(text_gateway: Gateway, prompt: st
 
 @pytest.mark.parametrize("prompt", UNICODE)
 def test_s4_a_chat_stream_adds_up_to_the_whole_answer(text_gateway: Gateway, prompt: str) -> None:
-    asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 60}
+    asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 30}
     [choice] = accepted(text_gateway.chat(**asked))["choices"]
     found = chunks(text_gateway.chat(**asked, stream=True))
     assert contents(found) == {0: choice["message"]["content"]}
@@ -158,11 +158,11 @@ def test_s4_a_seed_streams_the_text_that_it_answers(text_gateway: Gateway) -> No
     assert texts(chunks(text_gateway.complete(**asked, stream=True))) == whole
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 12, 30])
+@pytest.mark.parametrize("length", [1, 4, 20])
 def test_s4_no_part_of_a_stop_string_gets_out(text_gateway: Gateway, length: int) -> None:
-    asked = {"prompt": "Once upon a time", "max_tokens": 60}
+    asked = {"prompt": "Once upon a time", "max_tokens": 25}
     text = accepted(text_gateway.complete(**asked))["choices"][0]["text"]
-    for at in (0, 7, len(text) // 2, len(text) - length):
+    for at in (0, len(text) // 2, len(text) - length):
         stop = text[at : at + length]
         found = chunks(text_gateway.complete(**asked, stop=["\ufffd\ufffd", stop], stream=True))
         assert texts(found) == {0: text[: text.index(stop)]}
@@ -179,7 +179,7 @@ def test_s4_what_only_began_as_a_stop_string_is_text(text_gateway: Gateway) -> N
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_s4_logprobs_of_a_stream_add_up_to_the_whole(text_gateway: Gateway, echo: bool) -> None:
-    asked = {"prompt": "Once upon é🚀", "max_tokens": 30, "logprobs": 2, "echo": echo}
+    asked = {"prompt": "Once upon é🚀", "max_tokens": 12, "logprobs": 2, "echo": echo}
     [choice] = accepted(text_gateway.complete(**asked))["choices"]
     found = chunks(text_gateway.complete(**asked, stream=True))
     pieces = [chunk["choices"][0]["logprobs"] for chunk in found]

@@ -5,9 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Literal
 
+import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel
 from tests.serve.conftest import Platform
 
 pytestmark = pytest.mark.slow
@@ -59,6 +62,88 @@ def test_chat_streams_what_it_answers(client: OpenAI) -> None:
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert streamed == whole.choices[0].message.content
     assert streamed
+
+
+class Pet(BaseModel):
+    """Nothing in it is open-ended: a small model would go on until `max_tokens`."""
+
+    kind: Literal["cat", "dog", "bird"]
+    tame: bool
+    size: Literal["small", "large"]
+
+
+def test_an_answer_is_parsed_into_a_model_of_the_clients(client: OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Invent a pet."}],
+        temperature=0,
+        max_tokens=100,
+        response_format=Pet,
+    )
+    assert isinstance(answer.choices[0].message.parsed, Pet)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_parsed_answer_can_be_streamed(client: OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Invent a pet."}],
+        temperature=0,
+        max_tokens=100,
+        response_format=Pet,
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    parsed = final.choices[0].message.parsed
+    assert isinstance(parsed, Pet)
+    assert Pet.model_validate_json("".join(deltas)) == parsed
+
+
+def test_an_answer_fits_the_schema_that_is_asked_for(client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}, "dark": {"type": "boolean"}},
+        "required": ["colour", "dark"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Write a poem."}],
+        max_tokens=100,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "colour", "schema": schema, "strict": True},
+        },
+        n=3,
+    )
+    for choice in answer.choices:
+        found = json.loads(choice.message.content or "")
+        assert set(found) == {"colour", "dark"}
+        assert found["colour"] in ("red", "green")
+
+
+def test_a_schema_that_is_none_is_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=5,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "no such type"}},
+            },
+        )
+    assert caught.value.code in ("invalid_value", "unsupported_parameter")
+
+
+def test_tools_are_refused_where_nobody_would_parse_them(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "What time is it?"}],
+            tools=[{"type": "function", "function": {"name": "clock"}}],
+        )
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")
 
 
 def test_vllms_own_metrics_are_there(vllm: Platform, client: OpenAI) -> None:
