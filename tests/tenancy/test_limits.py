@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from redis import Redis as BlockingRedis
@@ -252,6 +252,12 @@ async def test_the_longest_wait_is_told_and_for_ever_is_longest(limiter: RedisLi
     for_ever = await refused(limiter, [*slow, Scope("key:k", Limits(tokens_per_minute=9))], 10)
     assert (for_ever.kind, for_ever.scope, for_ever.limit) == ("tokens", "key:k", 9)
     assert for_ever.wait_us is None
+    # Of two alike it is the first.
+    both = [*tenant(concurrent_requests=1), Scope("key:k", Limits(concurrent_requests=0))]
+    await admitted(limiter, "other", [Scope("key:k", Limits(concurrent_requests=1))])
+    assert (await refused(limiter, both)).scope == "key:k"
+    both[1] = Scope("key:k", Limits(concurrent_requests=1))
+    assert (await refused(limiter, both)).scope == "tenant"
 
 
 async def test_a_request_that_is_admitted_again_while_it_is_open_spends_nothing_more(
@@ -919,6 +925,37 @@ LIMITS = st.builds(
     token_budget=NUMBERS,
     budget_period=st.sampled_from(["day", "month", None]),
 )
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    limits=st.tuples(st.integers(2**28, MOST), st.integers(2**28, MOST)),
+    parts=st.tuples(st.floats(0, 1), st.floats(0, 1.1), st.floats(0, 1)),
+    elapsed_us=st.integers(0, 70 * SECOND_US),
+)
+async def test_large_numbers_are_exact(
+    redis: Redis,
+    limits: tuple[int, int],
+    parts: tuple[float, float, float],
+    elapsed_us: int,
+) -> None:
+    await redis.flushall()
+    limiter = RedisLimiter(redis, lease_s=1e6, now_us=NOW_US)
+    local = LocalLimiter(lambda: limiter.now_us or 0)
+    tokens = [min(MOST, round(limits[0] * part)) for part in parts]
+    for number in range(3):
+        scopes = tenant(tokens_per_minute=limits[number > 0])
+        request_id = f"req-{number}"
+        ours = local.admit("acme", request_id, scopes, tokens[number])
+        theirs = await limiter.admit("acme", request_id, scopes, tokens[number], b"{}")
+        assert theirs == ours
+        used = max(0, tokens[number] - number)
+        assert local.settle("acme", request_id, used) == (
+            await limiter.settle("acme", request_id, used, b"{}")
+        )
+        moved(limiter, elapsed_us)
 
 
 def state_machine(url: str) -> type[RuleBasedStateMachine]:

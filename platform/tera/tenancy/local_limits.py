@@ -110,6 +110,11 @@ class LocalLimiter:
         self._tenants: dict[str, _Tenant] = {}
         self._forget_above = _FORGET_ABOVE
 
+    @property
+    def tenants(self) -> int:
+        """How many are remembered."""
+        return len(self._tenants)
+
     def admit(
         self,
         tenant: str,
