@@ -108,6 +108,11 @@ class Metrics:
             "1 while this gateway replica cannot reach Redis.",
             registry=registry,
         )
+        self.redis_outages = Gauge(
+            "tera_redis_outages",
+            "Times since its start that this gateway replica found Redis to be away.",
+            registry=registry,
+        )
         self.usage_unsettled = Gauge(
             "tera_usage_unsettled",
             "Ended requests whose record is not in the ledger yet.",

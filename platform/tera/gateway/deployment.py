@@ -177,6 +177,7 @@ class GatewayReplica:
             metrics.engine_waiting.labels(engine).set(load.waiting)
             metrics.engine_kv_usage.labels(engine).set(load.kv_usage_ratio)
         metrics.redis_degraded.set(self._degraded)
+        metrics.redis_outages.set(self._admissions.outages)
         metrics.usage_unsettled.set(self._admissions.unsettled)
         metrics.usage_given_up.set(self._admissions.given_up)
         return self._replica_id, metrics.exposition()

@@ -153,6 +153,8 @@ class Admissions:
         self._scopes: dict[tuple[str, str], _Resolved] = {}
         self._stack = AsyncExitStack()
         self._probing: asyncio.Task[None] | None = None
+        self.outages = 0
+        """Times since the start that Redis was found to be away."""
         self.given_up = 0
         """Records given up since the start, because Redis was away for too long."""
 
@@ -359,6 +361,7 @@ class Admissions:
     def _mark_away(self, error: Exception) -> None:
         if self._back.is_set():
             self._back.clear()
+            self.outages += 1
             logger.warning(
                 "Redis is away (%s); limits hold by this replica's share, 1 of %d.",
                 error,
