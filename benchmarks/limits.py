@@ -1,0 +1,229 @@
+"""What exact limits cost: time and CPU of a request's two calls, and what one Redis bears."""
+
+import asyncio
+import itertools
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from redis.asyncio import Redis
+from rich.table import Table
+
+from tera.config import Limits, TenantLimits
+from tera.local.redis_server import EmbeddedRedis
+from tera.tenancy.limits import RedisLimiter, Scope, scopes_of
+from tera.tenancy.redis import connect
+from tera.tenancy.usage import UsageRecord, encode_record
+
+GOAL_ADMIT_MS, GOAL_ADMIT_CPU_MS, GOAL_REFUSED_CPU_MS = 0.3, 0.1, 0.5
+TENANTS, REQUESTS_PER_TENANT_S = 10_000, 100
+TASKS = 64
+TOKENS, USED_TOKENS = 1000, 600
+
+WIDE = 10**9
+LIMITS = TenantLimits(
+    requests_per_minute=WIDE,
+    tokens_per_minute=WIDE * TOKENS,
+    concurrent_requests=WIDE,
+    token_budget=WIDE * TOKENS,
+)
+KEY_LIMITS = Limits(requests_per_minute=WIDE)
+
+
+def run(quick: bool) -> tuple[Table, dict[str, object]]:
+    """Return the table and the figures behind it."""
+    figures = asyncio.run(_measure(500 if quick else 5000, 3.0 if quick else 15.0))
+    return _table(figures), dict(figures)
+
+
+async def _measure(calls: int, seconds: float) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as directory:
+        async with await EmbeddedRedis.start(Path(directory)) as server:
+            client = connect(server.url, timeout_s=10)
+            try:
+                alone = await _alone(client, calls)
+                await client.flushall()
+                tenants = await _memory(client)
+                await client.flushall()
+                return {**alone, **tenants, **await _many(client, server.pid, seconds)}
+            finally:
+                await client.aclose()
+
+
+async def _alone(client: Redis, calls: int) -> dict[str, float]:
+    """Measure one request at a time: what is added to each, beside a bare round trip."""
+    limiter = RedisLimiter(client)
+    scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
+    blocked = [Scope("tenant", Limits(requests_per_minute=0))]
+    record = _record("acme")
+
+    async def admit(name: str) -> None:
+        await limiter.admit("acme", name, scopes, TOKENS, record)
+
+    async def settle(name: str) -> None:
+        await limiter.settle("acme", name, USED_TOKENS, record)
+
+    async def refuse(name: str) -> None:
+        answer = await limiter.admit("acme", name, blocked, TOKENS, record)
+        assert answer.refusal is not None
+        answer.refusal.error()
+
+    async def ping(_: str) -> Any:
+        return await client.ping()
+
+    figures: dict[str, float] = {}
+    work: dict[str, Callable[[str], Awaitable[Any]]] = {
+        "ping": ping,
+        "admit": admit,
+        "settle": settle,
+        "refuse": refuse,
+    }
+    for what, call in work.items():
+        await call("warm")
+        latencies_ms = []
+        cpu_s = time.process_time()
+        for number in range(calls):
+            began = time.perf_counter()
+            await call(f"req_{number:032x}")
+            latencies_ms.append(1000 * (time.perf_counter() - began))
+        figures[f"{what}_cpu_ms"] = 1000 * (time.process_time() - cpu_s) / calls
+        latencies_ms.sort()
+        figures[f"{what}_p50_ms"] = latencies_ms[calls // 2]
+        figures[f"{what}_p99_ms"] = latencies_ms[calls * 99 // 100]
+    return figures
+
+
+async def _memory(client: Redis) -> dict[str, float]:
+    """Measure what a tenant costs Redis with one request open, and with none."""
+    limiter = RedisLimiter(client)
+    scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
+
+    async def used_bytes() -> float:
+        memory: Any = await client.info("memory")
+        return float(memory["used_memory"])
+
+    async def keys_bytes(tenant: str, *names: str) -> float:
+        keys = [f"tera:{{{tenant}}}:{name}" for name in names]
+        return float(sum([await client.memory_usage(key) or 0 for key in keys]))
+
+    tenants = TENANTS // 10
+    empty_bytes = await used_bytes()
+    for number in range(tenants):
+        tenant = f"tenant-{number:05}"
+        await limiter.admit(tenant, f"req_{number:032x}", scopes, TOKENS, _record(tenant))
+    figures = {"tenant_open_bytes": (await used_bytes() - empty_bytes) / tenants}
+    for number in range(tenants):
+        tenant = f"tenant-{number:05}"
+        await limiter.settle(tenant, f"req_{number:032x}", USED_TOKENS, _record(tenant))
+    figures["tenant_limits_bytes"] = await keys_bytes("tenant-00001", "limits")
+    figures["tenant_ledger_bytes"] = await keys_bytes("tenant-00001", "usage")
+    return figures
+
+
+async def _many(client: Redis, redis_pid: int, seconds: float) -> dict[str, float]:
+    """Measure many tenants at once, as fast as this process can ask."""
+    limiter = RedisLimiter(client)
+    scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
+    numbers = itertools.count()
+    latencies_ms: list[float] = []
+    server = psutil.Process(redis_pid)
+    ends = time.monotonic() + seconds
+
+    async def one_after_another() -> None:
+        while time.monotonic() < ends:
+            number = next(numbers)
+            # Neighbours are far apart, as requests of many tenants are.
+            tenant = f"tenant-{number * 7919 % TENANTS:05}"
+            request_id, record = f"req_{number:032x}", _record(tenant)
+            began = time.perf_counter()
+            await limiter.admit(tenant, request_id, scopes, TOKENS, record)
+            latencies_ms.append(1000 * (time.perf_counter() - began))
+            await limiter.settle(tenant, request_id, USED_TOKENS, record)
+
+    cpu_before, began = server.cpu_times(), time.monotonic()
+    await asyncio.gather(*(one_after_another() for _ in range(TASKS)))
+    wall_s, cpu = time.monotonic() - began, server.cpu_times()
+    redis_s = cpu.user + cpu.system - cpu_before.user - cpu_before.system
+    requests = len(latencies_ms)
+    latencies_ms.sort()
+    return {
+        "many_requests_per_s": requests / wall_s,
+        "many_admit_p50_ms": latencies_ms[requests // 2],
+        "many_admit_p99_ms": latencies_ms[requests * 99 // 100],
+        "many_redis_cpu_ms": 1000 * redis_s / requests,
+        "many_redis_requests_per_core_s": requests / redis_s,
+        "many_redis_cores_for_all": TENANTS * REQUESTS_PER_TENANT_S * redis_s / requests,
+    }
+
+
+def _record(tenant: str) -> bytes:
+    return encode_record(
+        UsageRecord(
+            request_id="req_0123456789abcdef0123456789abcdef",
+            tenant=tenant,
+            key_id="key_0123456789abcdef01234567",
+            model="llama-8b",
+            route="/v1/chat/completions",
+            status="finished",
+            started_s=1_800_000_000.123,
+            prompt_tokens=400,
+            completion_tokens=200,
+            first_token_s=0.123,
+            duration_s=2.345,
+        )
+    )
+
+
+def _table(found: dict[str, float]) -> Table:
+    table = Table(
+        "what",
+        "p50",
+        "p99",
+        "CPU, gateway",
+        "goal",
+        title="limits: a tenant's four and a key's one, Redis on loopback with its log on disk",
+        caption=f"{TASKS} tasks in one process; a tenant has {found['tenant_open_bytes']:.0f} B in "
+        f"Redis with one request open, {found['tenant_limits_bytes']:.0f} B after it for a minute "
+        f"and {found['tenant_ledger_bytes']:.0f} B of ledger",
+    )
+    goals = {
+        "admit": f"p50 {_verdict(found['admit_p50_ms'], GOAL_ADMIT_MS)}, "
+        f"CPU {_verdict(found['admit_cpu_ms'], GOAL_ADMIT_CPU_MS)}",
+        "refuse": f"CPU {_verdict(found['refuse_cpu_ms'], GOAL_REFUSED_CPU_MS)}",
+    }
+    for what, name in (
+        ("ping", "bare round trip"),
+        ("admit", "admit"),
+        ("settle", "settle (nobody waits)"),
+        ("refuse", "refuse"),
+    ):
+        table.add_row(
+            name,
+            f"{found[f'{what}_p50_ms']:.2f} ms",
+            f"{found[f'{what}_p99_ms']:.2f} ms",
+            f"{found[f'{what}_cpu_ms']:.3f} ms",
+            goals.get(what, ""),
+        )
+    table.add_row(
+        f"{TENANTS:,} tenants: {found['many_requests_per_s']:.0f} requests/s",
+        f"{found['many_admit_p50_ms']:.2f} ms",
+        f"{found['many_admit_p99_ms']:.2f} ms",
+        "",
+        f"Redis: {found['many_redis_cpu_ms']:.3f} ms each, "
+        f"{found['many_redis_requests_per_core_s']:.0f} requests/s a core",
+    )
+    table.add_row(
+        f"{TENANTS:,} tenants at {REQUESTS_PER_TENANT_S} requests/s",
+        "",
+        "",
+        "",
+        f"{found['many_redis_cores_for_all']:.0f} cores of Redis",
+    )
+    return table
+
+
+def _verdict(found: float, goal: float) -> str:
+    return f"≤ {goal:g} ms: {'met' if found <= goal else 'missed'}"
