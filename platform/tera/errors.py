@@ -21,6 +21,7 @@ TeraError
 │   ├── TokenRateLimitError                  tokens per minute
 │   ├── ConcurrencyLimitError                requests in flight
 │   └── QuotaError                           tokens of a day or month
+├── EngineOverloadedError               429  the model's queue is full
 └── ServerError                         500
     ├── InternalError                        a defect or a broken part of ours
     ├── BackendFailureError                  the engines failed and retries were used up
@@ -198,6 +199,14 @@ class QuotaError(RateLimitError):
 
     type = "insufficient_quota"
     code = "insufficient_quota"
+
+
+class EngineOverloadedError(TeraError):
+    """All replicas of the model are busy and its queue is full; `retry_after_s` is set."""
+
+    status = 429
+    type = "overloaded"
+    code = "engine_overloaded"
 
 
 class ServerError(TeraError):

@@ -8,7 +8,9 @@ import msgspec
 from tera.contract.common import ErrorBody, ErrorEnvelope
 from tera.errors import (
     BackendFailureError,
+    ConcurrencyLimitError,
     ContextLengthError,
+    EngineOverloadedError,
     InternalError,
     InvalidApiKeyError,
     InvalidJsonError,
@@ -18,8 +20,11 @@ from tera.errors import (
     MissingApiKeyError,
     MissingParameterError,
     ModelNotFoundError,
+    QuotaError,
+    RequestRateLimitError,
     RequestTooLargeError,
     TeraError,
+    TokenRateLimitError,
     UnknownUrlError,
     UnsupportedContentTypeError,
     UnsupportedParameterError,
@@ -164,30 +169,22 @@ ERRORS: Mapping[str, tuple[TeraError, ...]] = {
 }
 """By the document's name of the response."""
 
-_RATE_LIMITED = {
-    "requests_per_minute": ErrorBody(
-        "The limit of 60 requests per minute is reached; try again in 2 s.",
-        "requests",
-        None,
-        "rate_limit_exceeded",
+_RATE_LIMITED: Mapping[str, TeraError] = {
+    "requests_per_minute": RequestRateLimitError(
+        "Your organisation has reached its limit of 60 requests per minute. Try again in 2 s."
     ),
-    "tokens_per_minute": ErrorBody(
-        "The limit of 10000 tokens per minute is reached; try again in 9 s.",
-        "tokens",
-        None,
-        "rate_limit_exceeded",
+    "tokens_per_minute": TokenRateLimitError(
+        "Your organisation has reached its limit of 10,000 tokens per minute. Try again in 9 s."
     ),
-    "concurrency_limit_exceeded": ErrorBody(
-        "8 requests are in flight, and no more may be.",
-        "requests",
-        None,
-        "concurrency_limit_exceeded",
+    "concurrency_limit_exceeded": ConcurrencyLimitError(
+        "This API key has reached its limit of 8 concurrent requests. Try again in 1 s."
     ),
-    "insufficient_quota": ErrorBody(
-        "The token budget is spent.", "insufficient_quota", None, "insufficient_quota"
+    "insufficient_quota": QuotaError(
+        "Your organisation has too little left of its budget of 1,000,000 tokens per month for "
+        "the 1,200 tokens that this request may use."
     ),
-    "engine_overloaded": ErrorBody(
-        "The model's queues are full; try again in 1 s.", "overloaded", None, "engine_overloaded"
+    "engine_overloaded": EngineOverloadedError(
+        "The model is overloaded: 256 requests wait for it here. Try again in 4 s."
     ),
 }
 
@@ -195,10 +192,11 @@ _RATE_LIMITED = {
 def error_bodies(response: str) -> dict[str, Json]:
     """Return the example bodies of an error response of the document, by a name for each."""
     if response == "RateLimited":
-        bodies = _RATE_LIMITED
+        errors = _RATE_LIMITED
     else:
-        bodies = {
-            error.code: ErrorBody(error.message, error.type, error.param, error.code)
-            for error in ERRORS[response]
-        }
+        errors = {error.code: error for error in ERRORS[response]}
+    bodies = {
+        name: ErrorBody(error.message, error.type, error.param, error.code)
+        for name, error in errors.items()
+    }
     return {name: msgspec.to_builtins(ErrorEnvelope(body)) for name, body in bodies.items()}

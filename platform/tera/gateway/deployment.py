@@ -139,6 +139,7 @@ class GatewayReplica:
             first_token_deadline_s=requests.first_token_deadline_seconds,
             cold_start_deadline_s=config.scaling.cold_start_deadline_seconds,
             retries=requests.retries,
+            most_queued=config.scaling.max_queued_requests,
         )
         return Dispatcher(ServeModelHandle(handle), self._receiver, limits)
 

@@ -1,6 +1,7 @@
 """Run one generation to its end, on as many replicas as that takes."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tera.generation import (
     encode,
 )
 from tera.routing.channel import Inbox, TokenReceiver
+from tera.routing.queue import Place, Queue
 
 LAST_FRAME_GRACE_S = 5.0
 """How long tokens may trail the end that the dispatch call has announced."""
@@ -51,6 +53,8 @@ class DispatchLimits:
     """Until a replica takes it; counted from its start, or the loss of the replica that had it."""
     retries: int
     """Further replicas after one that had taken the generation has failed."""
+    most_queued: int = 256
+    """Generations that may wait here until a replica takes them."""
 
 
 @dataclass(slots=True)
@@ -80,6 +84,7 @@ class Dispatcher:
         self._handle = handle
         self._receiver = receiver
         self._limits = limits
+        self._queue = Queue(limits.most_queued, time.monotonic)
         self._ending: set[asyncio.Task[None]] = set()
         """Dispatch calls whose tokens have all come; a task that nobody holds may be collected."""
 
@@ -96,9 +101,27 @@ class Dispatcher:
         one sequence, no id twice. Closing the generator stops the engine's work.
 
         Raises:
+            EngineOverloadedError: too many wait for the model.
             BackendFailureError: retries or a deadline were used up.
             InvalidRequestError: the engine refuses the parameters.
         """
+        place = self._queue.enter()
+        try:
+            run = self._run(request_id, prompt_token_ids, sampling, attempts, place)
+            async with aclosing(run) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            place.leave()
+
+    async def _run(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: Sampling,
+        attempts: Attempts,
+        place: Place,
+    ) -> AsyncGenerator[TokenDelta]:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._limits.deadline_s
         take_by = self._take_by(end)
@@ -120,7 +143,8 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                async with aclosing(self._attempt(inbox, generation, take_by, end)) as deltas:
+                attempt = self._attempt(inbox, generation, take_by, end, place)
+                async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
                         backoff_s = FIRST_BACKOFF_S
@@ -152,7 +176,7 @@ class Dispatcher:
         return min(asyncio.get_running_loop().time() + self._limits.cold_start_deadline_s, end)
 
     async def _attempt(
-        self, inbox: Inbox, generation: Generation, take_by: float, end: float
+        self, inbox: Inbox, generation: Generation, take_by: float, end: float, place: Place
     ) -> AsyncGenerator[TokenDelta]:
         """Yield what one replica generates."""
         loop = asyncio.get_running_loop()
@@ -161,6 +185,7 @@ class Dispatcher:
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
             timer.cancel()
+            place.leave(taken=True)
             if generation.resumed_tokens == 0 and not delta.token_ids:
                 first = loop.time() + self._limits.first_token_deadline_s
                 timer = _fail_at(inbox, min(first, end))

@@ -1,0 +1,105 @@
+"""The bounded queue before a model's replicas."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from tests.routing.conftest import Attempt, ScriptedHandle, ended, until
+
+from tera.errors import EngineOverloadedError
+from tera.generation import FinishReason, Sampling
+from tera.routing.channel import TokenReceiver
+from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits
+from tera.routing.queue import LONGEST_WAIT_S, SHORTEST_WAIT_S, Queue
+
+
+class Clock:
+    """Seconds that only the test moves."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_b4_a_full_queue_refuses_and_a_place_given_up_is_free_again() -> None:
+    queue = Queue(2, Clock())
+    first, _ = queue.enter(), queue.enter()
+    with pytest.raises(EngineOverloadedError) as refused:
+        queue.enter()
+    assert refused.value.retry_after_s == SHORTEST_WAIT_S
+    first.leave()
+    first.leave()
+    assert queue.waiting == 1
+    queue.enter()
+    with pytest.raises(EngineOverloadedError):
+        queue.enter()
+
+
+def wait_s(queue: Queue) -> float:
+    with pytest.raises(EngineOverloadedError) as refused:
+        queue.enter()
+    assert refused.value.retry_after_s is not None
+    return refused.value.retry_after_s
+
+
+def test_b4_the_told_wait_follows_the_rate_at_which_replicas_take() -> None:
+    clock = Clock()
+    queue = Queue(100, clock)
+    for _ in range(50):
+        queue.enter().leave(taken=True)
+        clock.now_s += 0.2
+    for _ in range(100):
+        queue.enter()
+    assert wait_s(queue) == pytest.approx(50 * 0.2, rel=0.05)
+    clock.now_s += 10  # nothing has been taken since
+    assert wait_s(queue) == pytest.approx(50 * 0.4, rel=0.05)
+    clock.now_s += 1000
+    assert wait_s(queue) == LONGEST_WAIT_S
+
+
+async def test_b4_a_generation_waits_until_a_replica_takes_it(receiver: TokenReceiver) -> None:
+    may_take = asyncio.Event()
+
+    async def script(attempt: Attempt) -> bytes:
+        await may_take.wait()
+        await attempt.take()
+        await attempt.send(1, finish=FinishReason.LENGTH)
+        return ended()
+
+    handle = ScriptedHandle(script)
+    limits = DispatchLimits(60, 60, 60, retries=0, most_queued=2)
+    dispatcher = Dispatcher(handle, receiver, limits)
+
+    async def run() -> list[int]:
+        deltas = dispatcher.run("request", [1, 2], Sampling(max_tokens=1), Attempts())
+        async with aclosing(deltas):
+            return [token_id async for delta in deltas for token_id in delta.token_ids]
+
+    waiting = [asyncio.create_task(run()) for _ in range(2)]
+    await until(lambda: len(handle.attempts) == 2)
+    with pytest.raises(EngineOverloadedError):
+        await run()
+    assert len(handle.attempts) == 2
+    may_take.set()
+    assert await asyncio.gather(*waiting) == [[1], [1]]
+    assert await run() == [1]
+    await handle.close()
+
+
+async def test_b4_who_gives_up_waiting_leaves_the_queue(receiver: TokenReceiver) -> None:
+    async def never(attempt: Attempt) -> bytes:
+        await asyncio.Event().wait()
+        return ended()
+
+    handle = ScriptedHandle(never)
+    dispatcher = Dispatcher(handle, receiver, DispatchLimits(60, 60, 60, 0, most_queued=1))
+    for number in range(3):
+        deltas = dispatcher.run("request", [1], Sampling(max_tokens=1), Attempts())
+        waiting = asyncio.create_task(anext(deltas))
+        await until(lambda number=number: len(handle.attempts) == number + 1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await deltas.aclose()
+    await handle.close()
