@@ -282,7 +282,8 @@ def test_chat_answers_and_streams_the_same(client: OpenAI) -> None:
 def test_chat_logprobs_are_what_the_client_knows(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model="sim/small",
-        messages=[{"role": "user", "content": "One"}],
+        messages=[{"role": "user", "content": "Hello"}],
+        temperature=0,
         max_tokens=5,
         logprobs=True,
         top_logprobs=3,
