@@ -377,3 +377,17 @@ async def test_closing_settles_what_has_ended(redis_server: RedisServer, redis: 
             one.finish(held)
     assert len(await records(redis)) == 50
     assert await redis.exists("tera:{acme}:open") == 0
+
+
+async def test_damaged_keys_of_one_tenant_leave_the_others_their_limits(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis.set("tera:{broken}:limits", "not a hash")
+    broken = ApiKey("key_9", "broken", "", "", None, 0.0)
+    async with gateway(redis_server.url, default=tenant(requests_per_minute=2)) as one:
+        held = await one.admit(key=broken)
+        one.finish(held)
+        await until(lambda: one.admissions.given_up == 1)
+        assert not one.admissions.degraded
+        assert held.opening.request_id in caplog.text
+        assert await admitted_in_a_row(one) == 2

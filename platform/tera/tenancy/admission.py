@@ -8,6 +8,7 @@ refuses, as `limits.onRedisError` says; one probe a second finds out when it is 
 import asyncio
 import logging
 import random
+import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from typing import Final, Protocol, Self, TypeVar
 
 from msgspec import structs
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from tera.config import LimitsConfig, TenantLimits
 from tera.errors import InternalError
@@ -56,6 +57,11 @@ REPLICAS: Final = "tera:gateways"
 """Sorted set: gateway replica → Unix second until which it counts as alive."""
 PROBE: Final = "tera:probe:"
 RECLAIMING: Final = "tera:reclaiming"
+
+_CANNOT_SERVE: Final = re.compile(
+    r"(?:^|-)(?:OOM|READONLY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|BUSY|NOAUTH|NOPERM)\b"
+)
+"""In an error that the next call would meet as well; a script's is quoted by older servers."""
 
 T = TypeVar("T")
 
@@ -220,17 +226,15 @@ class Admissions:
             TeraError: a limit is reached (429), or Redis is away and the policy is `closed`.
         """
         scopes = self.scopes(key, opening.model)
-        admission, local = None, False
+        admission = None
         if self._back.is_set():
             admission = await self._ask(key.tenant, opening, scopes, tokens)
+        local = admission is None
         if admission is None:
             if self._config().on_redis_error == "closed":
                 raise InternalError("The platform cannot check limits at the moment.")
-            admission, local = (
-                self._local.admit(
-                    key.tenant, opening.request_id, scopes, tokens, replicas=self._replicas
-                ),
-                True,
+            admission = self._local.admit(
+                key.tenant, opening.request_id, scopes, tokens, replicas=self._replicas
             )
         told(admission)
         if admission.refusal is not None:
@@ -270,10 +274,14 @@ class Admissions:
             self._local.settle(record.tenant, record.request_id, _used_tokens(record))
         self._unsettled.append((reservation, record))
         if len(self._unsettled) > MAX_UNSETTLED:
-            self._unsettled.popleft()
-            self.given_up += 1
-            logger.error("Redis has been away for too long: a request's record is given up.")
+            _, oldest = self._unsettled.popleft()
+            self._give_up(oldest, "Redis has been away for too long")
         self._work.set()
+
+    def _give_up(self, record: UsageRecord, reason: object) -> None:
+        """Leave a record to the log alone, so that it can be put into the ledger by hand."""
+        self.given_up += 1
+        logger.error("Not in the ledger (%s): %s", reason, encode_record(record).decode())
 
     async def _settle_all(self) -> None:
         while True:
@@ -282,9 +290,12 @@ class Admissions:
                 try:
                     await self._settle(reservation, record)
                 except RedisError as error:
-                    # First in line again: settling twice charges once.
-                    self._unsettled.appendleft((reservation, record))
-                    self._mark_away(error)
+                    if _is_refusal(error):
+                        self._give_up(record, error)
+                    else:
+                        # First in line again: settling twice charges once.
+                        self._unsettled.appendleft((reservation, record))
+                        self._mark_away(error)
                 except BaseException:
                     self._unsettled.appendleft((reservation, record))
                     raise
@@ -320,6 +331,9 @@ class Admissions:
             except RedisAwayError as error:
                 self._mark_away(error)
                 return None
+            except RedisError:
+                logger.exception("Limits of tenant %r cannot be read; its share holds.", tenant)
+                return None
             except asyncio.CancelledError:
                 call.add_done_callback(lambda done: self._give_back(opening, done))
                 raise
@@ -337,7 +351,8 @@ class Admissions:
         do later what it was asked for.
 
         Raises:
-            RedisAwayError: it took longer, or failed.
+            RedisAwayError: it took longer, or Redis cannot serve.
+            RedisError: Redis serves, but not this call.
         """
         loop = asyncio.get_running_loop()
         unanswered = 0
@@ -356,6 +371,8 @@ class Admissions:
         try:
             return call.result()
         except RedisError as error:
+            if _is_refusal(error):
+                raise
             raise RedisAwayError(f"{type(error).__name__}: {error}") from error
 
     def _mark_away(self, error: Exception) -> None:
@@ -430,6 +447,16 @@ class Admissions:
 
 def _used_tokens(record: UsageRecord) -> int:
     return record.prompt_tokens + record.completion_tokens
+
+
+def _is_refusal(error: RedisError) -> bool:
+    """Return whether Redis refuses one call, and is not away for all of them.
+
+    Data of another kind under one tenant's keys must not take the limits from everybody.
+    """
+    if not isinstance(error, ResponseError) or isinstance(error, OutOfMemoryError | ReadOnlyError):
+        return False
+    return _CANNOT_SERVE.search(str(error)) is None
 
 
 def _nothing() -> Progress:
