@@ -161,3 +161,10 @@ async def test_prompts_are_those_of_the_tokenizers_own_template(plain: VllmTextM
         assert (await plain.render_chat(chat(messages=messages))).token_ids == wanted
     assert plain._encoder is not None
     assert await plain.encode(words) == plain._tokenizer.encode(words)
+
+
+async def test_t1_tokens_inside_of_a_character_have_its_bytes(plain: VllmTextModel) -> None:
+    text = "naïve 日本語 🚀🏽"
+    tokens = plain.token_texts(await plain.encode(text))
+    assert b"".join(token.data for token in tokens) == text.encode()
+    assert any("\ufffd" in token.text for token in tokens)

@@ -120,9 +120,9 @@ class CompletionAnswer:
         offsets = []
         for position in delta.logprobs:
             offsets.append(self._text_offsets[delta.index])
-            self._text_offsets[delta.index] += len(position.token)
+            self._text_offsets[delta.index] += len(position.token.text)
         return CompletionLogprobs(
-            tokens=[position.token for position in delta.logprobs],
+            tokens=[position.token.text for position in delta.logprobs],
             token_logprobs=[position.logprob for position in delta.logprobs],
             top_logprobs=[_top(position) for position in delta.logprobs],
             text_offset=offsets,
@@ -134,8 +134,8 @@ def _top(position: PositionLogprobs) -> dict[str, float] | None:
     if position.logprob is None:
         return None
     # First come the likeliest: of two tokens with one text, the likelier is kept.
-    likely = {token: logprob for token, logprob in reversed(position.top)}
-    return {**dict(reversed(likely.items())), position.token: position.logprob}
+    likely = {token.text: logprob for token, logprob in reversed(position.top)}
+    return {**dict(reversed(likely.items())), position.token.text: position.logprob}
 
 
 def _joined(
@@ -261,17 +261,14 @@ def _chat_logprobs(positions: list[PositionLogprobs] | None) -> ChatLogprobs | N
     return ChatLogprobs(
         [
             TokenLogprob(
-                token=position.token,
+                token=position.token.text,
                 logprob=position.logprob or 0.0,
-                bytes=_bytes(position.token),
+                bytes=list(position.token.data),
                 top_logprobs=[
-                    TopLogprob(token, logprob, _bytes(token)) for token, logprob in position.top
+                    TopLogprob(token.text, logprob, list(token.data))
+                    for token, logprob in position.top
                 ],
             )
             for position in positions
         ]
     )
-
-
-def _bytes(token: str) -> list[int]:
-    return list(token.encode("utf-8", "replace"))

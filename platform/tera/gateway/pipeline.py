@@ -30,6 +30,7 @@ from tera.gateway.render import (
     Detokenizer,
     StopStrings,
     TextModel,
+    TokenText,
 )
 from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
 from tera.observability import Metrics
@@ -179,12 +180,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The token at one position as text, and the likeliest ones there, likeliest first."""
+    """The token at one position, and the likeliest ones there, likeliest first."""
 
-    token: str
+    token: TokenText
     logprob: float | None
     """None for the first token of a prompt, which nothing predicts."""
-    top: list[tuple[str, float]]
+    top: list[tuple[TokenText, float]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ the death of the replica that makes its tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tera.contract.chat import ChatRequest, ToolCallDelta
 
@@ -55,6 +55,15 @@ class RenderedChat:
     """Whether special tokens are text, because the parser looks for them."""
 
 
+class TokenText(NamedTuple):
+    """One token alone."""
+
+    text: str
+    """With U+FFFD in the place of a part of a character."""
+    data: bytes
+    """What it really stands for: the tokens' of a text join to the text's own UTF-8."""
+
+
 class TextModel(Protocol):
     """What the gateway knows of a model's text; it needs no GPU and no weights."""
 
@@ -91,8 +100,8 @@ class TextModel(Protocol):
         """Return the text state of a new completion of this prompt."""
         ...
 
-    def token_texts(self, token_ids: list[int]) -> list[str]:
-        """Return each token alone as text, as log-probabilities name it."""
+    def token_texts(self, token_ids: list[int]) -> list[TokenText]:
+        """Return each token alone, as log-probabilities name it."""
         ...
 
 

@@ -9,7 +9,7 @@ from tera.contract.chat import ChatRequest
 from tera.engine.simulated import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import UnsupportedParameterError
-from tera.gateway.render import PlainAnswer, RenderedChat
+from tera.gateway.render import PlainAnswer, RenderedChat, TokenText
 
 
 class SimulatedDetokenizer:
@@ -67,14 +67,13 @@ class SimulatedTextModel:
         """Return the text state of a new completion."""
         return SimulatedDetokenizer(self._vocabulary)
 
-    def token_texts(self, token_ids: list[int]) -> list[str]:
-        """Return each token alone as text."""
-        return [
-            ""
-            if token_id == self._vocabulary.eos_id
-            else self._vocabulary.token_bytes(token_id).decode("utf-8", "replace")
+    def token_texts(self, token_ids: list[int]) -> list[TokenText]:
+        """Return each token alone."""
+        texts = [
+            b"" if token_id == self._vocabulary.eos_id else self._vocabulary.token_bytes(token_id)
             for token_id in token_ids
         ]
+        return [TokenText(data.decode("utf-8", "replace"), data) for data in texts]
 
 
 @cache

@@ -1,8 +1,10 @@
 """Text of models that vLLM runs, by vLLM's own renderer, detokeniser and parsers, engine-less."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 from pydantic import JsonValue
@@ -11,7 +13,15 @@ from tera.config import FRONTEND_ARGS, engine_args
 from tera.contract.chat import ChatRequest, FunctionCallDelta, ToolCallDelta
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
-from tera.gateway.render import AnswerParser, AnswerPiece, PlainAnswer, RenderedChat
+from tera.gateway.render import (
+    AnswerParser,
+    AnswerPiece,
+    PlainAnswer,
+    RenderedChat,
+    TokenText,
+)
+
+_SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +212,36 @@ class VllmTextModel:
         """Return the text state of a new completion of this prompt."""
         return VllmDetokenizer(self._tokenizer, prompt_token_ids, special_tokens)
 
-    def token_texts(self, token_ids: list[int]) -> list[str]:
-        """Return each token alone as text."""
+    def token_texts(self, token_ids: list[int]) -> list[TokenText]:
+        """Return each token alone."""
         from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
         texts: list[str] = convert_ids_list_to_tokens(self._tokenizer, token_ids)
-        return texts
+        pieces: list[str] = self._tokenizer.convert_ids_to_tokens(token_ids)
+        return [
+            TokenText(text, _piece_bytes(piece) if "\ufffd" in text else text.encode())
+            for text, piece in zip(texts, pieces, strict=True)
+        ]
+
+
+@cache
+def _bytes_of_symbols() -> dict[str, int]:
+    """Return the byte that each symbol of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return {symbol: byte for byte, symbol in symbols.items()}
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Return the bytes of a vocabulary's entry that is no whole text.
+
+    Byte-level vocabularies have a symbol for each byte, those of SentencePiece `<0xE2>`.
+    """
+    if match := _SENTENCEPIECE_BYTE.fullmatch(piece):
+        return bytes.fromhex(match[1])
+    symbols = _bytes_of_symbols()
+    return bytes(symbols[symbol] for symbol in piece if symbol in symbols)
 
 
 def _tokenizing(
