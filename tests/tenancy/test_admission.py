@@ -270,12 +270,12 @@ async def lose(server: RedisServer, redis: Redis, proxy: Proxy) -> None:
     server.erase()
 
 
-FAULTS = [
-    pytest.param(kill, start, id="killed"),
+FAULTS = [  # each takes seconds, so one stands for all in the fast lane
     pytest.param(freeze, thaw, id="frozen"),
-    pytest.param(fill, empty, id="full"),
-    pytest.param(slow, fast, id="slow"),
-    pytest.param(lose, start, id="restarted-empty"),
+    pytest.param(kill, start, id="killed", marks=pytest.mark.slow),
+    pytest.param(fill, empty, id="full", marks=pytest.mark.slow),
+    pytest.param(slow, fast, id="slow", marks=pytest.mark.slow),
+    pytest.param(lose, start, id="restarted-empty", marks=pytest.mark.slow),
 ]
 
 
