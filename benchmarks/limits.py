@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -9,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from msgspec import structs
 from redis.asyncio import Redis
 from rich.table import Table
 
-from tera.config import Limits, TenantLimits
+from tera.config import Limits, LimitsConfig, TenantLimits
 from tera.local.redis_server import EmbeddedRedis
-from tera.tenancy.limits import RedisLimiter, Scope, scopes_of
+from tera.tenancy.admission import Admissions
+from tera.tenancy.keys import ApiKey
+from tera.tenancy.limits import Progress, RedisLimiter, Scope, scopes_of
 from tera.tenancy.redis import connect
 from tera.tenancy.usage import UsageRecord, encode_record
 
 GOAL_ADMIT_MS, GOAL_ADMIT_CPU_MS, GOAL_REFUSED_CPU_MS = 0.3, 0.1, 0.5
 TENANTS, REQUESTS_PER_TENANT_S = 10_000, 100
+GOAL_AWAY_MS = 50
+AWAY_REQUESTS_S = 100
 TASKS = 64
 TOKENS, USED_TOKENS = 1000, 600
 
@@ -48,7 +54,8 @@ async def _measure(calls: int, seconds: float) -> dict[str, float]:
                 await client.flushall()
                 tenants = await _memory(client)
                 await client.flushall()
-                return {**alone, **tenants, **await _many(client, server.pid, seconds)}
+                many = await _many(client, server.pid, seconds)
+                return {**alone, **tenants, **many, **await _away(client, server.pid, seconds)}
             finally:
                 await client.aclose()
 
@@ -159,22 +166,70 @@ async def _many(client: Redis, redis_pid: int, seconds: float) -> dict[str, floa
     }
 
 
+async def _away(client: Redis, redis_pid: int, seconds: float) -> dict[str, float]:
+    """Freeze Redis under a steady stream of requests, and measure what each is held up by."""
+    limits = LimitsConfig(default=LIMITS)
+    key = ApiKey("key_1", "acme", "", "", None, 0.0)
+    server = psutil.Process(redis_pid)
+    latencies_ms: list[float] = []
+
+    async with Admissions(client, _NothingStored(), lambda: limits, "one") as admissions:
+
+        async def ask(number: int) -> None:
+            opening = structs.replace(_RECORD, request_id=f"req_away_{number}", status="lost")
+            began = time.perf_counter()
+            held = await admissions.admit(
+                key, opening, TOKENS, progress=lambda: Progress(0, 0), told=lambda _: None
+            )
+            latencies_ms.append(1000 * (time.perf_counter() - began))
+            held.settle(structs.replace(opening, status="finished"))
+
+        await ask(-1)
+        latencies_ms.clear()
+        server.send_signal(signal.SIGSTOP)
+        try:
+            tasks = []
+            for number in range(int(seconds * AWAY_REQUESTS_S)):
+                tasks.append(asyncio.create_task(ask(number)))
+                await asyncio.sleep(1 / AWAY_REQUESTS_S)
+            await asyncio.gather(*tasks)
+        finally:
+            server.send_signal(signal.SIGCONT)
+        thawed = time.monotonic()
+        while admissions.degraded:  # noqa: ASYNC110  it tells nobody
+            await asyncio.sleep(0.01)
+        back_s = time.monotonic() - thawed
+    latencies_ms.sort()
+    requests = len(latencies_ms)
+    return {
+        "away_p50_ms": latencies_ms[requests // 2],
+        "away_p99_ms": latencies_ms[requests * 99 // 100],
+        "away_back_s": back_s,
+    }
+
+
+class _NothingStored:
+    def tenant_limits(self, name: str) -> TenantLimits | None:
+        return None
+
+
+_RECORD = UsageRecord(
+    request_id="req_0123456789abcdef0123456789abcdef",
+    tenant="acme",
+    key_id="key_0123456789abcdef01234567",
+    model="llama-8b",
+    route="/v1/chat/completions",
+    status="finished",
+    started_s=1_800_000_000.123,
+    prompt_tokens=400,
+    completion_tokens=200,
+    first_token_s=0.123,
+    duration_s=2.345,
+)
+
+
 def _record(tenant: str) -> bytes:
-    return encode_record(
-        UsageRecord(
-            request_id="req_0123456789abcdef0123456789abcdef",
-            tenant=tenant,
-            key_id="key_0123456789abcdef01234567",
-            model="llama-8b",
-            route="/v1/chat/completions",
-            status="finished",
-            started_s=1_800_000_000.123,
-            prompt_tokens=400,
-            completion_tokens=200,
-            first_token_s=0.123,
-            duration_s=2.345,
-        )
-    )
+    return encode_record(structs.replace(_RECORD, tenant=tenant))
 
 
 def _table(found: dict[str, float]) -> Table:
@@ -207,6 +262,14 @@ def _table(found: dict[str, float]) -> Table:
             f"{found[f'{what}_cpu_ms']:.3f} ms",
             goals.get(what, ""),
         )
+    table.add_row(
+        f"admit while Redis is frozen, {AWAY_REQUESTS_S} requests/s",
+        f"{found['away_p50_ms']:.2f} ms",
+        f"{found['away_p99_ms']:.2f} ms",
+        "",
+        f"p99 {_verdict(found['away_p99_ms'], GOAL_AWAY_MS)}; "
+        f"back {found['away_back_s']:.1f} s after Redis",
+    )
     table.add_row(
         f"{TENANTS:,} tenants: {found['many_requests_per_s']:.0f} requests/s",
         f"{found['many_admit_p50_ms']:.2f} ms",
