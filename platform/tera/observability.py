@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tera.generation import ReplicaLoad
+
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Time to first token reaches from a warm small model (ms) to a queue on a big one (minutes).
@@ -85,24 +87,6 @@ class Metrics:
             ["model"],
             registry=registry,
         )
-        self.engine_running = Gauge(
-            "tera_engine_running",
-            "Generations in an engine's batch, as its last token frame to this gateway said.",
-            ["engine"],
-            registry=registry,
-        )
-        self.engine_waiting = Gauge(
-            "tera_engine_waiting",
-            "Generations that an engine has accepted and not scheduled.",
-            ["engine"],
-            registry=registry,
-        )
-        self.engine_kv_usage = Gauge(
-            "tera_engine_kv_usage_ratio",
-            "Part of an engine's KV cache in use.",
-            ["engine"],
-            registry=registry,
-        )
         self.redis_degraded = Gauge(
             "tera_redis_degraded",
             "1 while this gateway replica cannot reach Redis.",
@@ -127,6 +111,26 @@ class Metrics:
     def exposition(self) -> str:
         """Return this process's metrics as Prometheus text."""
         return generate_latest(self.registry).decode()
+
+
+def load_exposition(model: str, load: ReplicaLoad) -> str:
+    """Return an engine replica's load at this moment as Prometheus text."""
+    registry = CollectorRegistry()
+    for name, help_text, value in (
+        ("tera_engine_running", "Generations in the engine's batch.", load.running),
+        (
+            "tera_engine_waiting",
+            "Generations that the engine has accepted and not scheduled.",
+            load.waiting,
+        ),
+        (
+            "tera_engine_kv_usage_ratio",
+            "Part of the engine's KV cache in use.",
+            load.kv_usage_ratio,
+        ),
+    ):
+        Gauge(name, help_text, ["model"], registry=registry).labels(model).set(value)
+    return generate_latest(registry).decode()
 
 
 def merge_expositions(parts: Iterable[tuple[str, str]]) -> str:

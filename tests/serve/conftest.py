@@ -153,10 +153,14 @@ class Platform:
         """Return once that many replicas run, and none of them has work."""
 
         def idle() -> bool:
-            found = self.replicas(model)
-            return len(found) == replicas and all(
-                (each["running"], each["waiting"]) == (0, 0) for each in found
-            )
+            loads = [
+                sample.value
+                for family in text_string_to_metric_families(self.metrics())
+                for sample in family.samples
+                if sample.name in ("tera_engine_running", "tera_engine_waiting")
+                and sample.labels["model"] == model
+            ]
+            return loads == [0.0] * 2 * replicas
 
         until(idle, timeout_s=90)
 

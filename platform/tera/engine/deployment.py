@@ -15,7 +15,7 @@ from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
 from tera.errors import InvalidRequestError, ReplicaLostError, TeraError
 from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode
-from tera.observability import log_json_lines
+from tera.observability import load_exposition, log_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ class EngineReplica:
         # Read here and not when the application is built: Serve stores what it is built with.
         cluster_secret = Runtime.from_environment().cluster_secret
         self._engine = await start_engine()
-        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica_id = context.replica_id.unique_id
+        self._model = context.app_name.removeprefix("model-")
         self._sender = TokenSender(self._replica_id, cluster_secret, self._engine.load)
 
     async def generate(self, data: bytes) -> bytes:
@@ -73,8 +75,9 @@ class EngineReplica:
         }
 
     async def metrics(self) -> tuple[str, str]:
-        """Return this replica's id and its engine's metrics as Prometheus text."""
-        return self._replica_id, self._engine.metrics_text()
+        """Return this replica's id and its metrics, the engine's own beside them, as text."""
+        load = load_exposition(self._model, self._engine.load())
+        return self._replica_id, load + self._engine.metrics_text()
 
     async def check_health(self) -> None:
         """Tell Serve whether to keep this replica; an error gets it replaced."""

@@ -171,12 +171,6 @@ class GatewayReplica:
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's id and its own metrics as Prometheus text."""
         metrics = self._metrics
-        for gauge in (metrics.engine_running, metrics.engine_waiting, metrics.engine_kv_usage):
-            gauge.clear()
-        for engine, load in self._receiver.loads.items():
-            metrics.engine_running.labels(engine).set(load.running)
-            metrics.engine_waiting.labels(engine).set(load.waiting)
-            metrics.engine_kv_usage.labels(engine).set(load.kv_usage_ratio)
         metrics.redis_degraded.set(self._degraded)
         metrics.redis_outages.set(self._admissions.outages)
         metrics.usage_unsettled.set(self._admissions.unsettled)
