@@ -7,15 +7,13 @@
 import datetime
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     StringConstraints,
@@ -23,9 +21,32 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
 
+from tera.cluster_config import (
+    CPU_POOL,
+    AuthConfig,
+    GcsFaultToleranceConfig,
+    HeadConfig,
+    HttpRouteConfig,
+    HuggingFaceConfig,
+    ImageConfig,
+    IngressConfig,
+    ModelCacheConfig,
+    NamedReference,
+    NetworkPolicyConfig,
+    ObservabilityConfig,
+    PdbConfig,
+    PoolConfig,
+    PoolDefaults,
+    PoolName,
+    Quantity,
+    RayAuthConfig,
+    Resources,
+    SecretReference,
+    UpgradeConfig,
+)
 from tera.errors import ConfigError
+from tera.section import Section as Section
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 """A short DNS label: it becomes part of an application's and a Kubernetes object's name."""
@@ -35,20 +56,6 @@ TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,
 Capability = Literal["completions", "chat"]
 
 SOURCE_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "demo")
-
-
-class Section(BaseModel):
-    """Base of every part: immutable, and a key that it does not know is refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=True,
-        validate_by_alias=True,
-        use_attribute_docstrings=True,
-    )
 
 
 class ReplicaBounds(Section):
@@ -112,6 +119,8 @@ class ModelConfig(Section):
     source: str = ""
     """Where the weights are: hf://org/name@revision, s3://, gs://, pvc://, file:// or demo://."""
     engine: EngineConfig = EngineConfig()
+    pool: str = ""
+    """Entry of `gpuPools` whose workers hold it; without one it runs on CPUs."""
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
     scaling: Scaling = Scaling()
@@ -126,6 +135,11 @@ class ModelConfig(Section):
         if self.engine.kind == "vllm" and not self.source:
             raise ValueError("source is missing; a vllm model needs one, such as hf://org/name")
         return self
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica; 0 without a pool."""
+        return self.parallelism.tensor * self.parallelism.pipeline if self.pool else 0
 
 
 class ModelDefaults(Section):
@@ -204,6 +218,9 @@ class GatewayConfig(Section):
     """The replicas that speak HTTP."""
 
     replicas: ReplicaBounds = ReplicaBounds()
+    resources: Resources = Resources()
+    """Of one pod of the CPU group, which holds gateways and the models without a pool."""
+    auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
     usage: UsageConfig = UsageConfig()
     cors: CorsConfig = CorsConfig()
@@ -212,7 +229,7 @@ class GatewayConfig(Section):
     requests: RequestLimits = RequestLimits()
 
 
-class ExternalRedis(Section):
+class ExternalRedis(SecretReference):
     """A Redis or Valkey that exists already."""
 
     address: str = ""
@@ -225,6 +242,8 @@ class RedisConfig(Section):
 
     embedded: bool = True
     """On one machine a redis-server of our own; on a cluster one Valkey StatefulSet."""
+    image: str = Field(default="valkey/valkey:8.1.4-alpine", min_length=1)
+    storage: Quantity = "8Gi"
     external: ExternalRedis = ExternalRedis()
 
     @model_validator(mode="after")
@@ -240,33 +259,55 @@ class PlatformConfig(Section):
     """A whole platform."""
 
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+    """What you edit day to day, by short name."""
     model_defaults: ModelDefaults = ModelDefaults()
+    gpu_pools: dict[PoolName, PoolConfig] = Field(default_factory=dict)
+    """Kinds of GPU workers, by short name."""
+    pool_defaults: PoolDefaults = PoolDefaults()
     gateway: GatewayConfig = GatewayConfig()
     redis: RedisConfig = RedisConfig()
+    image: ImageConfig = ImageConfig()
+    image_pull_secrets: tuple[NamedReference, ...] = Field(default=(), strict=False)
+    ray_version: str = Field(default="2.60.0", min_length=1)
+    """Must be that of the Ray in the image."""
+    head: HeadConfig = HeadConfig()
+    gcs_fault_tolerance: GcsFaultToleranceConfig = GcsFaultToleranceConfig()
+    huggingface: HuggingFaceConfig = HuggingFaceConfig()
+    model_cache: ModelCacheConfig = ModelCacheConfig()
+    upgrade: UpgradeConfig = UpgradeConfig()
+    ingress: IngressConfig = IngressConfig()
+    http_route: HttpRouteConfig = HttpRouteConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    network_policy: NetworkPolicyConfig = NetworkPolicyConfig()
+    pdb: PdbConfig = PdbConfig()
+    ray_auth: RayAuthConfig = RayAuthConfig()
+    global_: dict[str, JsonValue] = Field(default_factory=dict, alias="global")
+    """Helm's own; the chart reads nothing of it."""
 
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        defaults = values.get("modelDefaults")
-        models = values.get("models")
-        if not isinstance(defaults, Mapping) or not isinstance(models, Mapping):
-            return values
-        merged = {name: _deep_merge(defaults, model) for name, model in models.items()}
-        return {**values, "models": merged}
+        merged = dict(values)
+        for defaults, entries in (("modelDefaults", "models"), ("poolDefaults", "gpuPools")):
+            inherited, own = values.get(defaults), values.get(entries)
+            if isinstance(inherited, Mapping) and isinstance(own, Mapping):
+                merged[entries] = {
+                    name: deep_merge(inherited, entry) for name, entry in own.items()
+                }
+        return merged
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        owner: dict[str, str] = {}
-        for name, model in self.models.items():
-            for client_name in (model.id, *model.aliases):
-                if client_name in owner:
-                    raise ValueError(
-                        f"models.{name} and models.{owner[client_name]} both answer to "
-                        f"{client_name!r}; give each model its own id and aliases"
-                    )
-                owner[client_name] = name
+    def _parts_fit(self) -> Self:
+        faults = [
+            *_shared_names(self.models),
+            *_shared_orders(self.gpu_pools),
+            *_misplaced_models(self),
+            *_unshared_cache(self),
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     def deployed_models(self) -> dict[str, ModelConfig]:
@@ -278,14 +319,75 @@ class PlatformConfig(Section):
         }
 
 
-def _deep_merge(defaults: Mapping[str, Any], values: Any) -> Any:
+def _shared_names(models: Mapping[str, ModelConfig]) -> Iterator[str]:
+    owner: dict[str, str] = {}
+    for name, model in models.items():
+        for client_name in (model.id, *model.aliases):
+            if client_name in owner:
+                yield (
+                    f"models.{name}: models.{owner[client_name]} answers to {client_name!r} too; "
+                    "give each model its own id and aliases"
+                )
+            owner[client_name] = name
+
+
+def _shared_orders(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
+    if CPU_POOL in pools:
+        yield f"gpuPools.{CPU_POOL}: is the group without GPUs; give the pool another name"
+    owner: dict[int, str] = {}
+    for name, pool in pools.items():
+        first = owner.setdefault(pool.order, name)
+        if first != name:
+            free = max(each.order for each in pools.values()) + 1
+            yield f"gpuPools.{name}.order: {pool.order} is gpuPools.{first}'s; {free} is free"
+
+
+def _misplaced_models(platform: "PlatformConfig") -> Iterator[str]:
+    gpus = dict.fromkeys(platform.gpu_pools, 0)
+    for name, model in platform.models.items():
+        if not model.pool:
+            continue
+        pool = platform.gpu_pools.get(model.pool)
+        if pool is None:
+            there = ", ".join(sorted(platform.gpu_pools)) or "none"
+            yield f"models.{name}.pool: there is no pool {model.pool!r}; the pools are: {there}"
+            continue
+        if model.parallelism.tensor > pool.gpus_per_worker:
+            yield (
+                f"models.{name}.parallelism.tensor: {model.parallelism.tensor} is over the "
+                f"{pool.gpus_per_worker} GPU(s) of a worker; lower it, or raise "
+                f"gpuPools.{model.pool}.gpusPerWorker"
+            )
+        if model.enabled:
+            gpus[model.pool] += model.replicas.max * model.gpus
+    for name, wanted in gpus.items():
+        pool = platform.gpu_pools[name]
+        there_are = pool.max_workers * pool.gpus_per_worker
+        if wanted > there_are:
+            yield (
+                f"gpuPools.{name}.maxWorkers: its models may ask for {wanted} GPUs and its "
+                f"workers have {there_are}; raise maxWorkers, or lower a replicas.max"
+            )
+
+
+def _unshared_cache(platform: "PlatformConfig") -> Iterator[str]:
+    cache = platform.model_cache
+    workers = sum(pool.max_workers for pool in platform.gpu_pools.values())
+    if cache.enabled and cache.access_mode == "ReadWriteOnce" and workers > 1:
+        yield (
+            f"modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have "
+            f"{workers}; use ReadWriteMany"
+        )
+
+
+def deep_merge(defaults: Mapping[str, Any], values: Any) -> Any:
     """Return `values` over `defaults`; anything but two mappings is replaced whole."""
     if not isinstance(values, Mapping):
         return values
     merged = dict(defaults)
     for key, value in values.items():
         below = merged.get(key)
-        merged[key] = _deep_merge(below, value) if isinstance(below, Mapping) else value
+        merged[key] = deep_merge(below, value) if isinstance(below, Mapping) else value
     return merged
 
 
@@ -339,8 +441,10 @@ def parse_platform(values: Any) -> PlatformConfig:
 
 
 def _fault(location: tuple[int | str, ...], detail: Any, *, show: bool = True) -> str:
-    path = ".".join(str(part) for part in location if part != "[key]") or "values"
     kind = detail["type"]
+    if not location and kind == "value_error":
+        return str(detail["ctx"]["error"])  # several lines, each with its path
+    path = ".".join(str(part) for part in location if part != "[key]") or "values"
     if kind == "extra_forbidden":
         return f"{path}: unknown key"
     if kind == "missing":

@@ -1,0 +1,249 @@
+"""The part of the configuration that only a cluster has; one machine reads past it."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, JsonValue, StringConstraints, model_validator
+
+from tera.section import Section
+
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$")]
+
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$")]
+"""A Kubernetes quantity, written as text: "6", "500m", 24Gi."""
+
+CPU_POOL = "cpu"
+"""The worker group of gateways and of models without a pool."""
+
+
+class ImageConfig(Section):
+    """The image of every Ray pod; editing it makes a new cluster, which takes over when ready."""
+
+    repository: str = "ghcr.io/tera/tera"
+    tag: str = ""
+    """The chart's appVersion when empty; "latest" is refused."""
+    digest: Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    """sha256:…; goes before the tag."""
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if self.tag == "latest":
+            raise ValueError('tag "latest" changes under a running cluster; give a version')
+        return self
+
+
+class NamedReference(Section):
+    """A Kubernetes object by its name."""
+
+    name: str = Field(min_length=1)
+
+
+class Resources(Section):
+    """What a pod asks for and is limited to."""
+
+    cpu: Quantity = "2"
+    memory: Quantity = "4Gi"
+
+
+class HeadResources(Resources):
+    """What the Ray head asks for and is limited to."""
+
+    memory: Quantity = "8Gi"
+    """Ray's own state; 8Gi at the least."""
+
+
+class PoolResources(Resources):
+    """What a GPU worker asks for and is limited to, GPUs apart."""
+
+    cpu: Quantity = "6"
+    memory: Quantity = "24Gi"
+
+
+class Toleration(Section):
+    """A taint that a pool's pods are placed in spite of."""
+
+    key: str = ""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    toleration_seconds: int | None = Field(default=None, ge=0)
+
+
+class PoolDefaults(Section):
+    """What every pool inherits where it says nothing itself."""
+
+    gpus_per_worker: int = Field(default=1, ge=1)
+    max_workers: int = Field(default=32, ge=1)
+    """Most pods of a pool; a live cluster keeps the number that it was made with."""
+    gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
+    """What a worker asks Kubernetes for; with MIG such as nvidia.com/mig-1g.10gb."""
+    resources: PoolResources = PoolResources()
+    shm_size: Quantity = "8Gi"
+    """Shared memory, over which the GPUs of one worker exchange; counts as memory."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = Field(
+        default=(Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),),
+        strict=False,
+    )
+    runtime_class_name: str = ""
+    idle_timeout_seconds: int = Field(default=120, ge=1)
+    """How long a worker without a replica is kept."""
+
+
+class PoolConfig(PoolDefaults):
+    """Workers of one kind of GPU: one Ray worker group."""
+
+    order: int = Field(ge=1)
+    """Its place among the groups, for ever; a new pool takes the next number."""
+
+
+class HeadConfig(Section):
+    """The Ray head: schedules, and answers no request."""
+
+    resources: HeadResources = HeadResources()
+    node_selector: dict[str, str] = Field(default_factory=dict)
+
+
+class AuthConfig(Section):
+    """The secrets that keys are checked with."""
+
+    existing_secret: str = ""
+    """A Secret with `keys.yaml`, `key-pepper` and `cluster-secret`; made once when empty."""
+    bootstrap_keys: bool = True
+    """Whether a Secret that is made holds a first API key, of the tenant `admin`."""
+
+
+class SecretReference(Section):
+    """A value in a Secret that exists already."""
+
+    existing_secret: str = ""
+    secret_key: str = Field(default="password", min_length=1)
+
+
+class GcsFaultToleranceConfig(SecretReference):
+    """Lets the Ray head be replaced without a restart of the workers."""
+
+    enabled: bool = False
+    address: str = ""
+    """host:port of a Redis with durable storage, and not the one that limits live in."""
+
+    @model_validator(mode="after")
+    def _has_address(self) -> Self:
+        if self.enabled and not self.address:
+            raise ValueError("address is missing; give host:port of a durable Redis")
+        return self
+
+
+class HuggingFaceConfig(Section):
+    """The token that weights are fetched with."""
+
+    existing_secret: str = ""
+    secret_key: str = Field(default="token", min_length=1)
+
+
+class ModelCacheConfig(Section):
+    """A volume that all workers keep weights on."""
+
+    enabled: bool = False
+    existing_claim: str = ""
+    """A claim is made when empty."""
+    size: Quantity = "200Gi"
+    storage_class_name: str = ""
+    access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = "ReadWriteMany"
+    prefetch: bool = False
+    """Whether a Job fetches the weights of hf:// sources after an install or upgrade."""
+
+
+class UpgradeConfig(Section):
+    """How a new cluster takes over from the old one."""
+
+    strategy: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"] = "NewCluster"
+    """None replaces nothing: for a fleet without GPUs for two clusters."""
+    gateway_class_name: str = ""
+    """Of the Gateway API; an incremental upgrade needs it."""
+
+    @model_validator(mode="after")
+    def _has_class(self) -> Self:
+        if self.strategy == "NewClusterWithIncrementalUpgrade" and not self.gateway_class_name:
+            raise ValueError("gatewayClassName is missing; an incremental upgrade needs one")
+        return self
+
+
+class IngressTls(Section):
+    """TLS of the Ingress."""
+
+    secret_name: str = ""
+
+
+class IngressConfig(Section):
+    """Reaches the gateway from outside, through an ingress controller."""
+
+    enabled: bool = False
+    class_name: str = ""
+    host: str = ""
+    tls: IngressTls = IngressTls()
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_host(self) -> Self:
+        if self.enabled and not self.host:
+            raise ValueError("host is missing; give the name that clients call")
+        return self
+
+
+class HttpRouteConfig(Section):
+    """Reaches the gateway from outside, through a Gateway of the Gateway API."""
+
+    enabled: bool = False
+    parent_refs: tuple[dict[str, JsonValue], ...] = Field(default=(), strict=False)
+    """As HTTPRoute has them, such as {name: public, namespace: gateways}."""
+    hostnames: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _has_parent(self) -> Self:
+        if self.enabled and not self.parent_refs:
+            raise ValueError("parentRefs is empty; name the Gateway that the route belongs to")
+        return self
+
+
+class TracingConfig(Section):
+    """Where traces go."""
+
+    otlp_endpoint: str = ""
+    """Such as http://collector:4317; empty switches tracing off."""
+
+
+class ObservabilityConfig(Section):
+    """Objects of the Prometheus operator and Grafana, whose CRDs must be there."""
+
+    pod_monitor: bool = False
+    rules: bool = False
+    dashboards: bool = False
+    tracing: TracingConfig = TracingConfig()
+    labels: dict[str, str] = Field(default_factory=dict)
+    """By which the operator selects these objects, such as {release: prometheus}."""
+
+
+class NetworkPolicyConfig(Section):
+    """Who reaches which pod."""
+
+    enabled: bool = True
+    operator_namespace: str = Field(default="kuberay-system", min_length=1)
+    """Where KubeRay runs; it submits applications to the head."""
+    ingress_namespace: str = "ingress-nginx"
+    """From which the gateway's port is reached, besides this namespace; empty is everywhere."""
+    monitoring_namespace: str = "monitoring"
+    """From which metrics are read when `observability.podMonitor` is set."""
+
+
+class PdbConfig(Section):
+    """How many gateways, and workers of each pool, a node drain leaves."""
+
+    enabled: bool = True
+    min_available: int = Field(default=1, ge=0)
+
+
+class RayAuthConfig(Section):
+    """Ray's own token authentication between its processes."""
+
+    enabled: bool = True

@@ -1,0 +1,99 @@
+# ruff: noqa: E501  a table reads best with a case a line
+"""Values that Python and the chart refuse alike, each with the path that the message begins with."""
+
+from typing import Any
+
+import pytest
+
+
+def cluster(**values: Any) -> dict[str, Any]:
+    """Return values with one pool and one model on it, changed as told."""
+    return {
+        "models": {"one": model()},
+        "gpuPools": {"l4": {"order": 1, "gpusPerWorker": 2, "maxWorkers": 4}},
+        **values,
+    }
+
+
+def model(**values: Any) -> dict[str, Any]:
+    return {"id": "org/one", "source": "hf://org/one", "pool": "l4", **values}
+
+
+def models(**values: Any) -> dict[str, Any]:
+    return cluster(models={"one": model(**values)})
+
+
+CROSS_FIELD = [
+    pytest.param(models(pool="a100"), "models.one.pool: there is no pool 'a100'; the pools are: l4", id="no pool"),
+    pytest.param(
+        models(parallelism={"tensor": 3}), "models.one.parallelism.tensor: 3 is over the 2 GPU(s)", id="tensor"
+    ),
+    pytest.param(
+        models(replicas={"max": 5}, parallelism={"tensor": 2}),
+        "gpuPools.l4.maxWorkers: its models may ask for 10 GPUs and its workers have 8",
+        id="too many replicas",
+    ),
+    pytest.param(
+        models(replicas={"max": 3}, parallelism={"tensor": 2, "pipeline": 2}),
+        "gpuPools.l4.maxWorkers: its models may ask for 12 GPUs and its workers have 8",
+        id="too many pipeline stages",
+    ),
+    pytest.param(
+        cluster(models={"one": model(), "two": model()}), "models.two: models.one answers to 'org/one' too", id="one id"
+    ),
+    pytest.param(
+        cluster(models={"one": model(aliases=["x"]), "two": model(id="y", aliases=["x"])}),
+        "models.two: models.one answers to 'x' too",
+        id="one alias",
+    ),
+    pytest.param(
+        cluster(gpuPools={"l4": {"order": 1}, "t4": {"order": 1}}),
+        "gpuPools.t4.order: 1 is gpuPools.l4's; 2 is free",
+        id="one order",
+    ),
+    pytest.param(
+        cluster(gpuPools={"l4": {"order": 1}, "cpu": {"order": 2}}), "gpuPools.cpu: is the group without", id="cpu"
+    ),
+    pytest.param(
+        cluster(modelCache={"enabled": True, "accessMode": "ReadWriteOnce"}),
+        "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have 4",
+        id="cache of one worker",
+    ),
+    pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is over max (2)", id="min over max"),
+    pytest.param(models(source=""), "models.one: source is missing", id="no source"),
+    pytest.param(
+        cluster(gateway={"replicas": {"min": 9, "max": 8}}), "gateway.replicas: min (9) is over max (8)", id="gateways"
+    ),
+    pytest.param(cluster(image={"tag": "latest"}), 'image: tag "latest"', id="latest"),
+    pytest.param(cluster(ingress={"enabled": True}), "ingress: host is missing", id="ingress without host"),
+    pytest.param(cluster(httpRoute={"enabled": True}), "httpRoute: parentRefs is empty", id="route without parent"),
+    pytest.param(
+        cluster(upgrade={"strategy": "NewClusterWithIncrementalUpgrade"}),
+        "upgrade: gatewayClassName is missing",
+        id="incremental without class",
+    ),
+    pytest.param(cluster(redis={"embedded": False}), "redis: external.address is missing", id="no Redis"),
+    pytest.param(
+        cluster(redis={"external": {"address": "redis:6379"}}), "redis: external.address is set", id="two Redis"
+    ),
+    pytest.param(
+        cluster(gcsFaultTolerance={"enabled": True}), "gcsFaultTolerance: address is missing", id="no GCS Redis"
+    ),
+]  # fmt: skip
+
+SHAPE = [
+    pytest.param(models(loraAdapters={}), "models.one.loraAdapters", id="adapters are not there yet"),
+    pytest.param(models(engine={"kind": "speech"}), "models.one.engine.kind", id="speech is not there yet"),
+    pytest.param(models(replicas={"mni": 1}), "models.one.replicas.mni", id="unknown key"),
+    pytest.param(models(replicas={"min": -1}), "models.one.replicas.min", id="negative"),
+    pytest.param(models(replicas={"max": "3"}), "models.one.replicas.max", id="text for a number"),
+    pytest.param(models(replicas={"max": 2.5}), "models.one.replicas.max", id="fraction"),
+    pytest.param(cluster(modles={}), "modles", id="unknown part"),
+    pytest.param(cluster(gpuPools={"l4": {}}), "gpuPools.l4.order", id="pool without order"),
+    pytest.param(cluster(gpuPools={"l4": {"order": 0}}), "gpuPools.l4.order", id="order zero"),
+    pytest.param(cluster(gpuPools={"L4": {"order": 1}}), "gpuPools", id="name of a pool"),
+    pytest.param(cluster(pdb={"minAvailable": "50%"}), "pdb.minAvailable", id="percentage"),
+    pytest.param(cluster(image={"digest": "abc"}), "image.digest", id="digest"),
+    pytest.param(cluster(head={"resources": {"cpu": 2}}), "head.resources.cpu", id="quantity no text"),
+    pytest.param(cluster(modelCache={"accessMode": "RWX"}), "modelCache.accessMode", id="access mode"),
+]  # fmt: skip

@@ -1,0 +1,51 @@
+from typing import Any
+
+import pytest
+from tests.chart.refusals import CROSS_FIELD, SHAPE, cluster, model, models
+
+from tera.config import parse_platform
+from tera.errors import ConfigError
+
+
+def refused(values: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        parse_platform(values)
+    return raised.value.message.splitlines()
+
+
+@pytest.mark.parametrize(("values", "beginning"), [*CROSS_FIELD, *SHAPE])
+def test_refusal_begins_with_the_path_of_the_value(values: Any, beginning: str) -> None:
+    lines = refused(values)
+    assert any(line.startswith(beginning) for line in lines), lines
+
+
+def test_all_faults_between_parts_are_told_at_once() -> None:
+    lines = refused(cluster(models={"one": model(pool="a"), "two": model(pool="b")}))
+    assert [line.split(":")[0] for line in lines] == [
+        "models.two",
+        "models.one.pool",
+        "models.two.pool",
+    ]
+
+
+def test_pool_inherits_key_by_key() -> None:
+    pools = {"l4": {"order": 1, "resources": {"cpu": "12"}}}
+    defaults = {"resources": {"cpu": "4", "memory": "32Gi"}, "maxWorkers": 3}
+    pool = parse_platform(cluster(gpuPools=pools, poolDefaults=defaults)).gpu_pools["l4"]
+    assert (pool.resources.cpu, pool.resources.memory, pool.max_workers) == ("12", "32Gi", 3)
+
+
+def test_disabled_model_asks_for_no_gpu() -> None:
+    parse_platform(models(enabled=False, replicas={"max": 99}))
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "gpus"),
+    [
+        pytest.param({}, 1, id="one"),
+        pytest.param({"tensor": 2}, 2, id="tensor"),
+        pytest.param({"tensor": 2, "pipeline": 2}, 4, id="both"),
+    ],
+)
+def test_gpus_of_a_replica(parallelism: dict[str, int], gpus: int) -> None:
+    assert parse_platform(models(parallelism=parallelism)).models["one"].gpus == gpus
