@@ -1,11 +1,16 @@
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tera import manifest
 from tera.config import default_values_file, load_platform, parse_platform
-from tera.manifest import serve_config
+from tera.errors import ConfigError
+from tera.manifest import cluster_serve_config, serve_config, values_schema
+
+CHART = Path(__file__).parents[1] / "helm/tera"
 
 
 def values(**model: Any) -> dict[str, Any]:
@@ -98,11 +103,95 @@ def test_serve_listens_where_it_is_told() -> None:
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8123}
 
 
+def on_cluster(**model: Any) -> dict[str, Any]:
+    """Return the deployment of one vLLM model with a pool, on a cluster."""
+    one = {"id": "org/one", "source": "hf://org/one", "pool": "l4", **model}
+    pools = {"l4": {"order": 1, "gpusPerWorker": 4}}
+    config = cluster_serve_config(parse_platform({"models": {"one": one}, "gpuPools": pools}))
+    deployment: dict[str, Any] = config["applications"][0]["deployments"][0]
+    return deployment
+
+
+class TestCluster:
+    def test_replica_on_one_gpu_asks_for_it_and_for_its_pool(self) -> None:
+        deployment = on_cluster()
+        assert deployment["ray_actor_options"] == {
+            "num_cpus": 1,
+            "num_gpus": 1,
+            "resources": {"pool_l4": 0.001},
+        }
+        assert "placement_group_bundles" not in deployment
+
+    @pytest.mark.parametrize(
+        ("parallelism", "bundles", "strategy"),
+        [
+            pytest.param({"tensor": 4}, 4, "STRICT_PACK", id="tensor: in one worker"),
+            pytest.param({"pipeline": 2}, 2, "PACK", id="pipeline: over workers"),
+            pytest.param({"tensor": 2, "pipeline": 3}, 6, "PACK", id="both"),
+        ],
+    )
+    def test_replica_on_several_gpus_has_a_bundle_for_each(
+        self, parallelism: dict[str, int], bundles: int, strategy: str
+    ) -> None:
+        deployment = on_cluster(parallelism=parallelism)
+        first, *others = deployment["placement_group_bundles"]
+        assert first == {"CPU": 1, "GPU": 1, "pool_l4": 0.001}
+        assert others == [{"GPU": 1, "pool_l4": 0.001}] * (bundles - 1)
+        assert deployment["placement_group_strategy"] == strategy
+        # Serve puts the replica into the first bundle, so that must have what it asks for.
+        assert deployment["ray_actor_options"] == {"num_cpus": 1}
+
+    def test_gateways_and_models_without_a_pool_share_the_group_without_gpus(self) -> None:
+        config = cluster_serve_config(parse_platform(values()))
+        for application in config["applications"]:
+            (deployment,) = application["deployments"]
+            assert deployment["ray_actor_options"] == {
+                "num_cpus": 1,
+                "resources": {"pool_cpu": 0.001},
+            }
+
+    def test_one_machine_knows_no_pool(self) -> None:
+        pools = {"l4": {"order": 1}}
+        config = serve_config(parse_platform({**values(pool="l4"), "gpuPools": pools}))
+        for application in config["applications"]:
+            (deployment,) = application["deployments"]
+            assert deployment["ray_actor_options"] == {"num_cpus": 1}
+
+    @pytest.mark.parametrize(
+        ("model", "fault"),
+        [
+            pytest.param({"source": "hf://x/y"}, "models.demo.pool: is missing", id="no pool"),
+            pytest.param({"source": "demo://x"}, "models.demo.source: demo://", id="demo model"),
+        ],
+    )
+    def test_model_of_one_machine_is_refused(self, model: dict[str, Any], fault: str) -> None:
+        platform = parse_platform(values(engine={"kind": "vllm"}, **model))
+        with pytest.raises(ConfigError) as raised:
+            cluster_serve_config(platform)
+        assert any(line.startswith(fault) for line in raised.value.message.splitlines())
+
+
+def test_committed_schema_is_current() -> None:
+    assert (CHART / "values.schema.json").read_text() == values_schema(), "run `make schema`"
+
+
+def test_schema_lets_no_unknown_key_through() -> None:
+    schema = json.loads(values_schema())
+    parts = {"": schema, **schema["$defs"]}
+    for name, part in parts.items():
+        if "properties" not in part:
+            continue
+        assert part["additionalProperties"] is False, name
+        for key, each in part["properties"].items():
+            if "patternProperties" in each:
+                assert each["additionalProperties"] is False, (name, key)
+
+
 @pytest.mark.slow
 class TestAgainstRay:
     """Imports Ray Serve, which takes seconds."""
 
-    @pytest.mark.parametrize("kind", ["default values", "two models"])
+    @pytest.mark.parametrize("kind", ["default values", "two models", "parallel model"])
     def test_serve_accepts_what_is_made(self, kind: str) -> None:
         from ray.serve.config import AutoscalingConfig
         from ray.serve.schema import ServeDeploySchema
@@ -110,6 +199,10 @@ class TestAgainstRay:
         default = load_platform(default_values_file())
         platform = default if kind == "default values" else parse_platform(values())
         config = serve_config(platform)
+        if kind == "parallel model":
+            config["applications"][0]["deployments"][0] = on_cluster(
+                parallelism={"tensor": 2, "pipeline": 2}
+            )
         accepted = ServeDeploySchema.model_validate(config)
         assert [each.name for each in accepted.applications] == [
             each["name"] for each in config["applications"]

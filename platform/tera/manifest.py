@@ -1,8 +1,12 @@
-"""From one `PlatformConfig` to what other systems read: Ray Serve's configuration."""
+"""From one `PlatformConfig` to what other systems read: Ray Serve's and Helm's."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
+from tera.cluster_config import CPU_POOL
 from tera.config import ModelConfig, PlatformConfig, ReplicaBounds, Scaling
+from tera.errors import ConfigError
 
 HTTP_PORT = 8000
 
@@ -18,16 +22,46 @@ HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 10
 DRAIN_S = 30
 
 
-def serve_config(
-    platform: PlatformConfig,
-    *,
-    host: str = "0.0.0.0",  # noqa: S104  see below
-    port: int = HTTP_PORT,
-) -> dict[str, Any]:
-    """Return the Serve config (KubeRay's `serveConfigV2`) of a platform.
+POOL_SHARE = 0.001
+"""Of a worker's `pool_<name>` resource: keeps a replica on its pool and limits nothing."""
 
-    Inside a pod the gateway listens on all interfaces; the NetworkPolicy says who reaches it.
+_NOT_RELOADED = {"replicas", "resources", "auth"}
+"""Parts of `gateway` that are for Serve and Kubernetes, and none of a replica's business."""
+
+Placement = Callable[[ModelConfig | None], dict[str, Any]]
+"""From a model, or None for the gateway, to where Serve puts its replicas."""
+
+
+def serve_config(
+    platform: PlatformConfig, *, host: str = "127.0.0.1", port: int = HTTP_PORT
+) -> dict[str, Any]:
+    """Return the Serve config of a platform on one machine, which has no pools."""
+    return _serve_config(platform, host, port, lambda _: {"ray_actor_options": {"num_cpus": 1}})
+
+
+def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
+    """Return the Serve config of a platform on a cluster: KubeRay's `serveConfigV2`.
+
+    The chart makes the same in `templates/_serve-config.tpl`; a test holds them together.
+
+    Raises:
+        ConfigError: a model cannot run on a cluster; one line each, with its path.
     """
+    faults = []
+    for name, model in platform.deployed_models().items():
+        if model.engine.kind == "vllm" and not model.pool:
+            faults.append(f"models.{name}.pool: is missing; on a cluster a vllm model needs one")
+        if model.source.startswith("demo://"):
+            faults.append(f"models.{name}.source: demo:// is for one machine")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    # Inside a pod the gateway listens on all interfaces; the NetworkPolicy says who reaches it.
+    return _serve_config(platform, "0.0.0.0", HTTP_PORT, _cluster_placement)  # noqa: S104
+
+
+def _serve_config(
+    platform: PlatformConfig, host: str, port: int, placement: Placement
+) -> dict[str, Any]:
     models = platform.deployed_models()
     return {
         "proxy_location": "EveryNode",
@@ -35,13 +69,28 @@ def serve_config(
         # A line per request and replica costs 4 % of a short request's CPU; the metrics count them.
         "logging_config": {"enable_access_log": False},
         "applications": [
-            *(_model_application(name, model) for name, model in models.items()),
-            _gateway_application(platform, models),
+            *(_model_application(name, model, placement) for name, model in models.items()),
+            _gateway_application(platform, models, placement),
         ],
     }
 
 
-def _model_application(name: str, model: ModelConfig) -> dict[str, Any]:
+def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
+    pool = {f"pool_{model.pool if model and model.pool else CPU_POOL}": POOL_SHARE}
+    if model is None or not model.pool:
+        return {"ray_actor_options": {"num_cpus": 1, "resources": pool}}
+    if model.gpus == 1:
+        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1, "resources": pool}}
+    # vLLM wants a bundle for each GPU; the replica itself lives in the first and holds no GPU.
+    bundle = {"GPU": 1, **pool}
+    return {
+        "ray_actor_options": {"num_cpus": 1},
+        "placement_group_bundles": [{"CPU": 1, **bundle}, *[bundle] * (model.gpus - 1)],
+        "placement_group_strategy": "STRICT_PACK" if model.parallelism.pipeline == 1 else "PACK",
+    }
+
+
+def _model_application(name: str, model: ModelConfig, placement: Placement) -> dict[str, Any]:
     values = model.model_dump(mode="json", by_alias=True)
     return {
         "name": f"model-{name}",
@@ -54,7 +103,7 @@ def _model_application(name: str, model: ModelConfig) -> dict[str, Any]:
                 "name": ENGINE_DEPLOYMENT,
                 "autoscaling_config": _autoscaling(model.replicas, model.scaling),
                 "max_ongoing_requests": model.scaling.max_ongoing_requests,
-                "ray_actor_options": {"num_cpus": 1},
+                **placement(model),
                 **_lifecycle(),
             }
         ],
@@ -62,7 +111,7 @@ def _model_application(name: str, model: ModelConfig) -> dict[str, Any]:
 
 
 def _gateway_application(
-    platform: PlatformConfig, models: dict[str, ModelConfig]
+    platform: PlatformConfig, models: dict[str, ModelConfig], placement: Placement
 ) -> dict[str, Any]:
     gateway = platform.gateway
     scaling = Scaling(target_ongoing_requests=GATEWAY_TARGET_ONGOING_REQUESTS)
@@ -76,13 +125,15 @@ def _gateway_application(
                 "name": GATEWAY_DEPLOYMENT,
                 "autoscaling_config": _autoscaling(gateway.replicas, scaling),
                 "max_ongoing_requests": GATEWAY_ONGOING_REQUESTS,
-                "ray_actor_options": {"num_cpus": 1},
+                **placement(None),
                 "user_config": {
                     "models": {
                         name: model.model_dump(mode="json", by_alias=True)
                         for name, model in models.items()
                     },
-                    "gateway": gateway.model_dump(mode="json", by_alias=True, exclude={"replicas"}),
+                    "gateway": gateway.model_dump(
+                        mode="json", by_alias=True, exclude_none=True, exclude=_NOT_RELOADED
+                    ),
                 },
                 **_lifecycle(),
             }
@@ -108,3 +159,24 @@ def _lifecycle() -> dict[str, Any]:
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_timeout_s": DRAIN_S,
     }
+
+
+def values_schema() -> str:
+    """Return the chart's `values.schema.json`, against which Helm checks values."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    schema = _tidy(PlatformConfig.model_json_schema(by_alias=True))
+    return json.dumps({"$schema": dialect, **schema}, indent=2) + "\n"
+
+
+def _tidy(schema: Any) -> Any:
+    """Return a schema without what pydantic repeats in it, and with every map's names checked."""
+    if isinstance(schema, list):
+        return [_tidy(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A property may be called title; then its value is a schema.
+    repeated = {"default"} if "$ref" in schema else set()
+    if isinstance(schema.get("title"), str):
+        repeated.add("title")
+    tidy = {key: _tidy(value) for key, value in schema.items() if key not in repeated}
+    return {**tidy, "additionalProperties": False} if "patternProperties" in tidy else tidy

@@ -9,7 +9,7 @@ import yaml
 
 from tera.cli.console import out, reported
 from tera.config import load_platform
-from tera.manifest import serve_config
+from tera.manifest import cluster_serve_config, values_schema
 
 group = typer.Typer(no_args_is_help=True, help="Check and render a values file.")
 
@@ -26,7 +26,20 @@ def check(file: File) -> None:
 
 @group.command()
 def render(file: File) -> None:
-    """Print the Ray Serve config of a values file."""
+    """Print the Ray Serve config that a cluster gets; `tera serve` leaves pools out of it."""
     with reported():
-        platform = load_platform(file)
-    sys.stdout.write(yaml.safe_dump(serve_config(platform), sort_keys=False))
+        config = cluster_serve_config(load_platform(file))
+    sys.stdout.write(yaml.dump(config, Dumper=_PlainDumper, sort_keys=False))
+
+
+@group.command()
+def schema() -> None:
+    """Print the JSON Schema of a values file: the chart's values.schema.json."""
+    sys.stdout.write(values_schema())
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """YAML without anchors: equal bundles are written out."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
