@@ -24,9 +24,7 @@ from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.vllm import VllmEngine
 from tera.gateway.deployment import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayReplica
-
-ENGINE_STALL_S = 30.0
-"""Above the longest step: one prefill of a whole batch on a slow machine."""
+from tera.generation import ENGINE_STALL_S
 
 
 class ModelArgs(Section):

@@ -11,6 +11,12 @@ from typing import Any
 
 import msgspec
 
+ENGINE_STALL_S = 30.0
+"""An engine that has work and makes no step for so long is stuck, to Serve and to gateways.
+
+Above the longest step: one prefill of a whole batch on a slow machine.
+"""
+
 
 class FinishReason(StrEnum):
     """Why a generation ended by itself."""
@@ -97,7 +103,7 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
-    """All that one engine step made for one gateway replica."""
+    """All that one engine step made for one gateway replica; without deltas it is a heartbeat."""
 
     load: ReplicaLoad
     deltas: list[TokenDelta]

@@ -8,7 +8,9 @@ port can feed a tenant tokens or collect them:
     replica → gateway   nonce_r (32 bytes) + HMAC(secret, "replica" nonce_g nonce_r id) + frame(id)
     gateway → replica   HMAC(secret, "gateway" nonce_r nonce_g)
 
-After it only the replica speaks: frames of a 4-byte little-endian length and a payload.
+After it only the replica speaks: frames of a 4-byte little-endian length and a payload. The first
+one is a heartbeat, a `StepFrame` without deltas, and another follows whenever nothing else was sent
+for `HEARTBEAT_S`: a process that is frozen, or a node that is gone, closes no connection.
 """
 
 import hashlib
@@ -21,6 +23,15 @@ NONCE_BYTES = 32
 MAC_BYTES = 32
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A longer length is no frame of ours: the peer is broken, and the connection is closed."""
+
+HEARTBEAT_S = 0.5
+SILENCE_S = 2.0
+"""A replica that was not heard for so long is lost to the gateway.
+
+Four heartbeats, since the engine's front end shares the replica's event loop: turning the
+log-probabilities of a long prompt into records, or a machine whose cores are all taken, keeps it
+for some tenths of a second. Being wrong costs one prefill on another replica, no answer.
+"""
 
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size

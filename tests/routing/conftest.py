@@ -86,6 +86,10 @@ class FakeReplica:
     async def send(self, *deltas: TokenDelta, load: ReplicaLoad | None = None) -> None:
         await self.write(wire.pack(encode(StepFrame(load or ReplicaLoad(), list(deltas)))))
 
+    async def beat(self, load: ReplicaLoad | None = None) -> None:
+        """Send a heartbeat: from the first on, silence is the replica's loss."""
+        await self.send(load=load)
+
     async def closed(self) -> None:
         """Wait until the gateway has closed the connection."""
         with suppress(ConnectionError):

@@ -1,6 +1,7 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
@@ -21,14 +22,15 @@ OTHER = "the secret of another cluster"
 
 
 class RecordingReceiver(TokenReceiver):
-    """Keeps the frames as they came."""
+    """Keeps the frames as they came, those that are heartbeats apart."""
 
     def __init__(self) -> None:
         super().__init__(HOST, SECRET)
         self.frames: list[StepFrame] = []
+        self.heartbeats: list[StepFrame] = []
 
     def deliver(self, replica_id: str, frame: StepFrame) -> None:
-        self.frames.append(frame)
+        (self.frames if frame.deltas else self.heartbeats).append(frame)
         super().deliver(replica_id, frame)
 
 
@@ -467,3 +469,131 @@ class TestSharing:
             link = await there.link(receiver.address)
             link.send(TokenDelta(inbox.generation_id, [1], FinishReason.STOP))
         assert await tokens(inbox) == [1]
+
+
+class TestHeartbeats:
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wire, "HEARTBEAT_S", 0.01)
+        monkeypatch.setattr(wire, "SILENCE_S", 0.3)
+        monkeypatch.setattr(routing_channel, "CHECK_S", 0.02)
+
+    async def test_an_idle_replica_is_heard_and_its_load_is_fresh(self) -> None:
+        load = ReplicaLoad()
+        async with RecordingReceiver() as receiver, sender(load=lambda: load) as there:
+            await there.link(receiver.address)
+            await until(lambda: len(receiver.heartbeats) > 2)
+            load = ReplicaLoad(running=5)
+            await until(lambda: receiver.loads == {"replica-1": load})
+
+    async def test_the_first_heartbeat_comes_before_any_token(self) -> None:
+        async with RecordingReceiver() as receiver, sender() as there:
+            link = await there.link(receiver.address)
+            inbox = receiver.open()
+            link.send(TokenDelta(inbox.generation_id, [1], FinishReason.STOP))
+            await tokens(inbox)
+            assert receiver.heartbeats
+
+    async def test_no_heartbeat_while_tokens_flow(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wire, "HEARTBEAT_S", 60)
+        async with RecordingReceiver() as receiver, sender() as there:
+            link = await there.link(receiver.address)
+            inbox = receiver.open()
+            for token_id in range(20):
+                finish = FinishReason.STOP if token_id == 19 else None
+                link.send(TokenDelta(inbox.generation_id, [token_id], finish))
+                await asyncio.sleep(0)
+            await tokens(inbox)
+            assert len(receiver.heartbeats) == 1
+
+    async def test_a_closed_link_beats_no_more(self, receiver: TokenReceiver) -> None:
+        async with sender() as there:
+            link = await there.link(receiver.address)
+        await until(lambda: link.closed)
+        assert link._heartbeat is not None
+        assert link._heartbeat.cancelled()
+
+    async def test_a_replica_that_falls_silent_loses_exactly_its_generations(
+        self, receiver: TokenReceiver
+    ) -> None:
+        lost_inbox, inbox = receiver.open(), receiver.open()
+        frozen = await FakeReplica.connect(receiver.address, "frozen")
+        await frozen.beat()
+        await frozen.send(TokenDelta(lost_inbox.generation_id, [1]))
+        async with sender() as there:
+            link = await there.link(receiver.address)
+            link.send(TokenDelta(inbox.generation_id, [2]))
+            assert (await lost_inbox.get()).token_ids == [1]
+            with pytest.raises(ReplicaLostError):
+                await lost_inbox.get()
+            assert receiver.loads.keys() == {"replica-1"}
+            link.send(TokenDelta(inbox.generation_id, [3], FinishReason.STOP))
+            assert await tokens(inbox) == [2, 3]
+        await frozen.closed()
+
+    async def test_a_replica_that_thaws_is_hung_up_on_and_may_come_back(
+        self, receiver: TokenReceiver
+    ) -> None:
+        lost_inbox = receiver.open()
+        frozen = await FakeReplica.connect(receiver.address, "frozen")
+        await frozen.beat()
+        await frozen.send(TokenDelta(lost_inbox.generation_id, [1]))
+        await until(lambda: receiver.suspicious)
+        await until(lambda: not receiver.links)
+        await frozen.closed()
+        thawed = await FakeReplica.connect(receiver.address, "frozen")
+        assert not receiver.suspicious
+        lost_inbox.close()
+        inbox = receiver.open()
+        await thawed.send(
+            TokenDelta(lost_inbox.generation_id, [99], FinishReason.STOP),
+            TokenDelta(inbox.generation_id, [2], FinishReason.STOP),
+        )
+        assert await tokens(inbox) == [2]
+        assert not lost_inbox.finished
+        await thawed.close()
+
+    async def test_a_gateway_that_was_kept_blames_no_replica(self) -> None:
+        async with RecordingReceiver() as receiver, sender() as there:
+            link = await there.link(receiver.address)
+            await until(lambda: bool(receiver.heartbeats))
+            time.sleep(2 * wire.SILENCE_S)  # noqa: ASYNC251  both ends' loop is what is kept
+            heard = len(receiver.heartbeats)
+            await until(lambda: len(receiver.heartbeats) > heard + 5)
+            assert not link.closed
+            assert not receiver.suspicious
+
+    async def test_an_engine_that_makes_no_step_loses_its_generations_though_it_beats(
+        self,
+    ) -> None:
+        stuck = ReplicaLoad(running=1, kv_usage_ratio=0.1)
+        async with (
+            TokenReceiver(HOST, SECRET, stall_s=0.2) as receiver,
+            sender(load=lambda: stuck) as there,
+        ):
+            inbox = receiver.open()
+            link = await there.link(receiver.address)
+            link.send(TokenDelta(inbox.generation_id, [1]))
+            assert (await inbox.get()).token_ids == [1]
+            with pytest.raises(ReplicaLostError):
+                await inbox.get()
+            assert not receiver.suspicious
+
+    async def test_an_engine_busy_for_others_only_keeps_its_connection(self) -> None:
+        stuck = ReplicaLoad(running=1, kv_usage_ratio=0.1)
+        async with RecordingReceiver() as receiver, sender(load=lambda: stuck) as there:
+            receiver.stall_s = 0.0
+            link = await there.link(receiver.address)
+            await until(lambda: len(receiver.heartbeats) > 5)
+            assert not link.closed
+
+    async def test_calls_that_nobody_took_are_asked_again_when_a_replica_falls_silent(
+        self, receiver: TokenReceiver
+    ) -> None:
+        untaken = receiver.open()
+        frozen = await FakeReplica.connect(receiver.address, "frozen")
+        await frozen.beat()
+        with pytest.raises(ReplicaLostError):
+            await untaken.get()
+        assert untaken.replica_id is None
+        await frozen.closed()

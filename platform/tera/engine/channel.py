@@ -21,6 +21,8 @@ class GatewayLink(asyncio.Protocol):
     All deltas sent within one turn of the event loop, which is one engine step, leave in one
     frame. While the gateway does not read, deltas of a generation are merged instead of queued,
     so what is held is bounded by the tokens of the running generations.
+
+    While there is nothing to send, a heartbeat says that this event loop still runs.
     """
 
     def __init__(self, replica_id: str, secret: str, load: Callable[[], ReplicaLoad]) -> None:
@@ -35,6 +37,8 @@ class GatewayLink(asyncio.Protocol):
         self._pending: dict[int, TokenDelta] = {}
         self._flush_scheduled = False
         self._paused = False
+        self._sent_at = float("-inf")
+        self._heartbeat: asyncio.TimerHandle | None = None
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.closed = False
 
@@ -78,6 +82,7 @@ class GatewayLink(asyncio.Protocol):
             expected = wire.gateway_proof(self._secret, self._nonce_r, self._nonce_g)
             if wire.proofs_match(bytes(self._buffer[: wire.MAC_BYTES]), expected):
                 self.ready.set_result(None)
+                self._beat()
             else:
                 self._transport.abort()
 
@@ -85,6 +90,8 @@ class GatewayLink(asyncio.Protocol):
         """Fail every later `send`: nobody reads any more."""
         self.closed = True
         self._pending.clear()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if not self.ready.done():
             self.ready.set_exception(ReplicaLostError("The gateway refused the token channel."))
             # Whoever waits has it; if nobody does, asyncio must not log it as forgotten.
@@ -103,9 +110,24 @@ class GatewayLink(asyncio.Protocol):
         self._flush_scheduled = False
         if not self._pending or self._paused or self.closed or self._transport is None:
             return
-        frame = encode(StepFrame(self._load(), list(self._pending.values())))
+        self._write(list(self._pending.values()))
         self._pending.clear()
-        self._transport.write(wire.pack(frame))
+
+    def _write(self, deltas: list[TokenDelta]) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.pack(encode(StepFrame(self._load(), deltas))))
+        self._sent_at = self._loop.time()
+
+    def _beat(self) -> None:
+        """Send a heartbeat if nothing else was sent lately, and come back when the next is due."""
+        if self.closed or self._transport is None or self._transport.is_closing():
+            return
+        # While paused, what is already written tells as much, once the gateway reads it.
+        if not self._paused and self._loop.time() - self._sent_at >= wire.HEARTBEAT_S:
+            self._write([])
+        # From now where nothing was sent, since then the gateway does not read.
+        since = self._loop.time() if self._paused else self._sent_at
+        self._heartbeat = self._loop.call_at(since + wire.HEARTBEAT_S, self._beat)
 
 
 def _merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -11,9 +12,25 @@ import msgspec
 
 from tera import wire
 from tera.errors import ReplicaLostError, TeraError
-from tera.generation import ReplicaLoad, StepFrame, TokenDelta, decode_frame
+from tera.generation import (
+    ENGINE_STALL_S,
+    ReplicaLoad,
+    StepFrame,
+    TokenDelta,
+    decode_frame,
+)
+from tera.routing.pulse import Pulse
+
+log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
+CHECK_S = 0.25
+"""Between two looks at whether the replicas live: what detection may take longer than its limit."""
+SUSPECT_S = 60.0
+"""How long Serve may take to replace a silent replica, to which it sends work until then.
+
+Three failed health checks of up to 12 s each, and some for the replacement.
+"""
 
 
 class Inbox:
@@ -26,6 +43,8 @@ class Inbox:
         self.generation_id = generation_id
         self.replica_id: str | None = None
         """The replica that took the generation, once it has said so."""
+        self.taken_at = 0.0
+        """Loop time at which it did."""
         self.finished = False
         """The delta with the finish reason has arrived."""
         self._forget = forget
@@ -67,6 +86,12 @@ class Inbox:
             self._error = error
             self._wake()
 
+    def take(self, replica_id: str) -> None:
+        """Take note of who has the generation, which each of its deltas says."""
+        if self.replica_id is None:
+            self.replica_id = replica_id
+            self.taken_at = self._loop.time()
+
     def close(self) -> None:
         """Stop listening: later deltas of this attempt are dropped."""
         self._forget(self.generation_id)
@@ -84,25 +109,30 @@ class _ReplicaLink(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._nonce_g = wire.new_nonce()
-        self._replica_id: str | None = None
+        self._loop = asyncio.get_running_loop()
         self._deadline: asyncio.TimerHandle | None = None
+        self.replica_id: str | None = None
+        self.pulse = Pulse(receiver.stall_s)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, since uvloop's transports are no subclass of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
         self._receiver.links.add(self)
         self._transport.write(self._nonce_g)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
+        self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
         assert self._transport is not None
         self._buffer += data
+        now = self._loop.time()
+        self.pulse.heard(now)
         try:
-            if self._replica_id is None and not self._shake_hands():
+            if self.replica_id is None and not self._shake_hands():
                 return
             for payload in wire.take_frames(self._buffer):
-                self._receiver.deliver(self._replica_id or "", decode_frame(payload))
+                frame = decode_frame(payload)
+                self.pulse.read(frame, now)
+                self._receiver.deliver(self.replica_id or "", frame)
         except (ValueError, msgspec.MsgspecError):
             # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
             self._transport.abort()
@@ -111,8 +141,8 @@ class _ReplicaLink(asyncio.Protocol):
         self._receiver.links.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
-        if self._replica_id is not None:
-            self._receiver.lose(self._replica_id)
+        if self.replica_id is not None:
+            self._receiver.lose(self.replica_id)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -138,7 +168,8 @@ class _ReplicaLink(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._buffer = rest
-        self._replica_id = replica_id
+        self.replica_id = replica_id
+        self._receiver.trust(replica_id)
         self._transport.write(wire.gateway_proof(secret, nonce_r, self._nonce_g))
         return True
 
@@ -146,10 +177,13 @@ class _ReplicaLink(asyncio.Protocol):
 class TokenReceiver:
     """The server that engine replicas connect to; an async context manager.
 
-    `loads` has the latest load figures of every connected replica, by replica id.
+    `loads` has the latest load figures of every connected replica, by replica id. A replica that
+    falls silent, or whose engine stalls, is lost like one whose connection broke.
     """
 
-    def __init__(self, host: str, secret: str, *, port: int = 0) -> None:
+    def __init__(
+        self, host: str, secret: str, *, port: int = 0, stall_s: float = ENGINE_STALL_S
+    ) -> None:
         if not secret:
             raise ValueError("a token channel needs a cluster secret")
         self._host = host
@@ -157,7 +191,11 @@ class TokenReceiver:
         self._server: asyncio.Server | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._generation_ids = itertools.count(1)
+        self._suspects: dict[str, float] = {}
+        """Replicas that fell silent, and the loop time until which Serve may still ask them."""
+        self._check: asyncio.TimerHandle | None = None
         self.secret = secret
+        self.stall_s = stall_s
         self.links: set[_ReplicaLink] = set()
         self.loads: dict[str, ReplicaLoad] = {}
         self.on_lost: Callable[[], None] | None = None
@@ -167,6 +205,7 @@ class TokenReceiver:
         """Start listening."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _ReplicaLink(self), self._host, self._port)
+        self._check_at(loop.time() + CHECK_S)
         return self
 
     async def __aexit__(
@@ -177,6 +216,8 @@ class TokenReceiver:
     ) -> None:
         """Stop listening and close the connections."""
         assert self._server is not None
+        assert self._check is not None
+        self._check.cancel()
         self._server.close()
         for link in list(self.links):
             link.abort()
@@ -201,7 +242,7 @@ class TokenReceiver:
         for delta in frame.deltas:
             inbox = self._inboxes.get(delta.generation_id)
             if inbox is not None:
-                inbox.replica_id = replica_id
+                inbox.take(replica_id)
                 inbox.put(delta)
 
     def lose(self, replica_id: str) -> None:
@@ -212,6 +253,46 @@ class TokenReceiver:
                 inbox.fail(ReplicaLostError("The engine replica was lost."))
         if self.on_lost is not None:
             self.on_lost()
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a call that no replica takes may be with one that fell silent."""
+        return bool(self._suspects)
+
+    def trust(self, replica_id: str) -> None:
+        """Take note that a replica speaks, again perhaps."""
+        self._suspects.pop(replica_id, None)
+
+    def _check_at(self, when: float) -> None:
+        self._check = asyncio.get_running_loop().call_at(when, self._check_links, when)
+
+    def _check_links(self, due: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._check_at(now + CHECK_S)
+        for replica_id in [each for each, until in self._suspects.items() if until < now]:
+            del self._suspects[replica_id]
+        late_s = now - due
+        working = {inbox.replica_id for inbox in self._inboxes.values()}
+        for link in list(self.links):
+            if link.replica_id is None:
+                continue
+            if late_s > CHECK_S:
+                # This loop was kept, so what the replicas said meanwhile was not read yet.
+                link.pulse.excuse(late_s)
+            if link.pulse.is_silent(now):
+                log.warning("Engine replica %s fell silent; given up", link.replica_id)
+                self._suspect(link.replica_id, now)
+                link.abort()
+            elif link.replica_id in working and link.pulse.is_stalled(now):
+                log.warning("Engine replica %s makes no step; given up", link.replica_id)
+                link.abort()
+
+    def _suspect(self, replica_id: str, now: float) -> None:
+        self._suspects[replica_id] = now + SUSPECT_S
+        # Nobody knows which replica a call is with until one takes it: all are asked again.
+        for inbox in list(self._inboxes.values()):
+            if inbox.replica_id is None:
+                inbox.fail(ReplicaLostError("The engine replica may have been lost."))
 
     def _forget(self, generation_id: int) -> None:
         self._inboxes.pop(generation_id, None)
