@@ -16,6 +16,7 @@ from tests.routing.conftest import (
     until,
 )
 
+from tera import wire
 from tera.engine.simulated import SimulatedEngine
 from tera.errors import (
     BackendFailureError,
@@ -25,9 +26,10 @@ from tera.errors import (
     ReplicaLostError,
 )
 from tera.generation import FinishReason, ReplicaLoad, Sampling, TokenDelta, TokenLogprobs
-from tera.routing import dispatch
+from tera.routing import channel, dispatch, retry_budget
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits, ModelHandle
+from tera.routing.retry_budget import FIRST_BALANCE, RETRIES_PER_GENERATION
 
 PROMPT = [10, 11, 12]
 PATIENT = DispatchLimits(
@@ -66,6 +68,9 @@ class Stage:
     def logprobs(self) -> list[TokenLogprobs]:
         return [entry for delta in self.deltas for entry in delta.logprobs or ()]
 
+    def dispatcher(self, handle: ModelHandle, limits: DispatchLimits = PATIENT) -> Dispatcher:
+        return Dispatcher(handle, self._receiver, limits)
+
     def run(
         self,
         handle: ModelHandle,
@@ -73,9 +78,8 @@ class Stage:
         limits: DispatchLimits = PATIENT,
         prompt: Sequence[int] = PROMPT,
     ) -> AsyncGenerator[TokenDelta]:
-        dispatcher = Dispatcher(handle, self._receiver, limits)
         sampling = sampling or Sampling(max_tokens=9)
-        return dispatcher.run("request", list(prompt), sampling, self.attempts)
+        return self.dispatcher(handle, limits).run("request", list(prompt), sampling, self.attempts)
 
     async def read(
         self,
@@ -179,6 +183,12 @@ async def scripted() -> AsyncGenerator[Scripted]:
 
 
 @pytest.fixture
+def deaths_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no loss count as soon after the take: it was not the request."""
+    monkeypatch.setattr(dispatch, "POISON_WINDOW_S", -1)
+
+
+@pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "FIRST_BACKOFF_S", 0.001)
     monkeypatch.setattr(dispatch, "LAST_FRAME_GRACE_S", 0.01)
@@ -248,7 +258,7 @@ async def test_a_call_whose_tokens_have_all_come_is_not_cancelled(
 @pytest.mark.parametrize("retries", [0, 1, 2])
 @pytest.mark.parametrize("tokens", [pytest.param([], id="before"), pytest.param([1], id="after")])
 async def test_b1_a_generation_is_tried_on_so_many_replicas_more_and_then_fails(
-    stage: Stage, scripted: Scripted, retries: int, tokens: list[int]
+    stage: Stage, scripted: Scripted, deaths_far_apart: None, retries: int, tokens: list[int]
 ) -> None:
     handle = scripted(stage.dies_after(*tokens))
     with pytest.raises(BackendFailureError, match="failed repeatedly") as failed:
@@ -292,7 +302,7 @@ async def test_b1_a_replica_that_never_took_the_generation_is_no_failure_to_coun
 
 
 async def test_b2_the_next_replica_goes_on_from_prompt_and_tokens(
-    stage: Stage, scripted: Scripted
+    stage: Stage, scripted: Scripted, deaths_far_apart: None
 ) -> None:
     sampling = Sampling(max_tokens=9, seed=7, logprobs=2, prompt_logprobs=3)
     handle = scripted(stage.dies_after(1, 2), stage.dies_after(3), stage.lives(4, 5))
@@ -476,6 +486,97 @@ async def test_b7_the_first_token_is_waited_for_from_when_a_replica_took_it(
     assert stage.token_ids == [1]
 
 
+async def test_b1_the_budget_ends_retries_of_engines_that_fail_on_everything(
+    stage: Stage, scripted: Scripted
+) -> None:
+    handle = scripted(stage.raises(EngineError("The engine failed.")))
+    dispatcher = stage.dispatcher(handle)
+    for _ in range(100):
+        with pytest.raises(BackendFailureError):
+            await anext(dispatcher.run("request", PROMPT, Sampling(max_tokens=9), Attempts()))
+    assert len(handle.attempts) <= 100 + FIRST_BALANCE + 100 * RETRIES_PER_GENERATION
+
+
+async def test_b2_a_death_moves_whatever_ran_there_even_without_budget(
+    stage: Stage, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry_budget, "FIRST_BALANCE", 0)
+    handle = scripted(stage.dies_after(1), stage.lives(2))
+    await stage.read(handle)
+    assert stage.token_ids == [1, 2]
+
+
+async def test_b1_a_second_loss_is_paid_for(
+    stage: Stage,
+    scripted: Scripted,
+    deaths_far_apart: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retry_budget, "FIRST_BALANCE", 0)
+    handle = scripted(stage.dies_after(1))
+    with pytest.raises(BackendFailureError, match="too often"):
+        await stage.read(handle)
+    assert len(handle.attempts) == 2
+
+
+@pytest.mark.parametrize("tokens", [pytest.param([], id="before"), pytest.param([1], id="after")])
+async def test_a_request_that_kills_two_replicas_gets_no_third(
+    stage: Stage, scripted: Scripted, caplog: pytest.LogCaptureFixture, tokens: list[int]
+) -> None:
+    handle = scripted(stage.dies_after(*tokens))
+    with pytest.raises(BackendFailureError, match="itself"):
+        await stage.read(handle, limits=limits(retries=9))
+    assert len(handle.attempts) == 2
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "Request request:" in line.getMessage()
+
+
+async def test_a_failure_that_kills_no_replica_is_no_poison(
+    stage: Stage, scripted: Scripted
+) -> None:
+    fails = stage.raises(EngineError("The engine failed."))
+    await stage.read(
+        scripted(fails, stage.dies_after(), fails, stage.lives(1)), limits=limits(retries=3)
+    )
+    assert stage.token_ids == [1]
+
+
+class TestSilence:
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wire, "SILENCE_S", 0.1)
+        monkeypatch.setattr(channel, "CHECK_S", 0.02)
+        monkeypatch.setattr(dispatch, "FIRST_BACKOFF_S", 0.001)
+        monkeypatch.setattr(dispatch, "FIRST_PATIENCE_S", 0.05)
+
+    async def test_b2_a_frozen_replicas_generation_goes_on_elsewhere(
+        self, stage: Stage, scripted: Scripted
+    ) -> None:
+        async def freezes(attempt: Attempt) -> bytes:
+            await (await attempt.take()).beat()
+            await attempt.send(1)
+            return await stage.hang(attempt)
+
+        handle = scripted(freezes, stage.lives(2))
+        await stage.read(handle)
+        assert stage.token_ids == [1, 2]
+        assert stage.attempts.replica_switches == 1
+        await until(lambda: handle.attempts[0].cancelled)
+
+    async def test_b1_a_call_to_a_frozen_replica_that_cannot_take_it_is_made_again(
+        self, stage: Stage, scripted: Scripted
+    ) -> None:
+        async def freezes(attempt: Attempt) -> bytes:
+            await (await attempt.take()).beat()
+            return await stage.hang(attempt)
+
+        handle = scripted(freezes, stage.hang, stage.hang, stage.lives(1))
+        await stage.read(handle, limits=limits(retries=1))
+        assert stage.token_ids == [1]
+        assert stage.attempts.replica_switches == 1
+        await until(lambda: [each.cancelled for each in handle.attempts[:3]] == [True] * 3)
+
+
 SAMPLINGS = [
     pytest.param(Sampling(max_tokens=40, temperature=0, logprobs=2), id="greedy"),
     pytest.param(Sampling(max_tokens=40, seed=5, logprobs=2), id="seeded"),
@@ -522,7 +623,7 @@ async def test_b2_a_death_at_any_token_changes_nothing(
 
 
 async def test_b2_two_deaths_at_any_tokens_change_nothing(
-    receiver: TokenReceiver, engine: SimulatedEngine, short_pauses: None
+    receiver: TokenReceiver, engine: SimulatedEngine, short_pauses: None, deaths_far_apart: None
 ) -> None:
     sampling = Sampling(max_tokens=10, temperature=0)
     whole, _ = await told(receiver, engine, sampling, [])

@@ -1,6 +1,7 @@
 """Run one generation to its end, on as many replicas as that takes."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -20,12 +21,28 @@ from tera.generation import (
 )
 from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.queue import Place, Queue
+from tera.routing.retry_budget import RetryBudget
+
+log = logging.getLogger(__name__)
 
 LAST_FRAME_GRACE_S = 5.0
 """How long tokens may trail the end that the dispatch call has announced."""
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 1.0
 """Pause before asking again while no replica takes the generation."""
+
+FIRST_PATIENCE_S, LONGEST_PATIENCE_S = 0.5, 8.0
+"""Wait for a replica to take the generation while the call may be with a silent one.
+
+Taking needs milliseconds, but a call may also be held because all replicas are full.
+"""
+
+POISON_LOSSES, POISON_WINDOW_S = 2, 10.0
+"""Replicas lost so soon after they had taken a generation, and it is held to be the cause.
+
+A request that makes an engine fail does so in its prefill or in the first steps. A long stream
+whose replicas die minutes apart is an innocent that has seen much.
+"""
 
 
 class ModelHandle(Protocol):
@@ -85,6 +102,7 @@ class Dispatcher:
         self._receiver = receiver
         self._limits = limits
         self._queue = Queue(limits.most_queued, time.monotonic)
+        self._budget = RetryBudget()
         self._ending: set[asyncio.Task[None]] = set()
         """Dispatch calls whose tokens have all come; a task that nobody holds may be collected."""
 
@@ -102,10 +120,12 @@ class Dispatcher:
 
         Raises:
             EngineOverloadedError: too many wait for the model.
-            BackendFailureError: retries or a deadline were used up.
+            BackendFailureError: retries, their budget or a deadline were used up, or the request
+                itself seems to make engines fail.
             InvalidRequestError: the engine refuses the parameters.
         """
         place = self._queue.enter()
+        self._budget.earn()
         try:
             run = self._run(request_id, prompt_token_ids, sampling, attempts, place)
             async with aclosing(run) as deltas:
@@ -126,7 +146,8 @@ class Dispatcher:
         end = loop.time() + self._limits.deadline_s
         take_by = self._take_by(end)
         generated: list[int] = []
-        failures, backoff_s = 0, FIRST_BACKOFF_S
+        failures = _Failures(request_id, self._limits.retries, self._budget)
+        backoff_s, patience_s = FIRST_BACKOFF_S, FIRST_PATIENCE_S
         while True:
             if len(generated) >= sampling.max_tokens:
                 # Every token came and only the word that it was the last was lost.
@@ -143,7 +164,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                attempt = self._attempt(inbox, generation, take_by, end, place)
+                attempt = self._attempt(inbox, generation, take_by, patience_s, end, place)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
@@ -154,34 +175,43 @@ class Dispatcher:
                 # A replica that never took the generation cannot have been harmed by it, so
                 # that is no failure to count: ask again, until the deadline.
                 taken = inbox.replica_id is not None
-                failures += taken
-                if failures > self._limits.retries:
-                    raise BackendFailureError(
-                        "The model's engines failed repeatedly on this request."
-                    ) from error
-                attempts.replica_switches += taken
+                if taken:
+                    failures.add(error, loop.time() - inbox.taken_at)
+                    attempts.replica_switches += 1
             finally:
                 attempts.inboxes.discard(inbox)
                 inbox.close()
             if taken:
                 take_by = self._take_by(end)
+                patience_s = FIRST_PATIENCE_S
                 continue
             if loop.time() + backoff_s > take_by:
                 raise _too_late()
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            patience_s = min(2 * patience_s, LONGEST_PATIENCE_S)
 
     def _take_by(self, end: float) -> float:
         """Return the loop time until which a replica has to take what waits from now on."""
         return min(asyncio.get_running_loop().time() + self._limits.cold_start_deadline_s, end)
 
     async def _attempt(
-        self, inbox: Inbox, generation: Generation, take_by: float, end: float, place: Place
+        self,
+        inbox: Inbox,
+        generation: Generation,
+        take_by: float,
+        patience_s: float,
+        end: float,
+        place: Place,
     ) -> AsyncGenerator[TokenDelta]:
         """Yield what one replica generates."""
         loop = asyncio.get_running_loop()
         call = asyncio.create_task(self._watch(inbox, generation))
-        timer = _fail_at(inbox, take_by)
+        if self._receiver.suspicious and loop.time() + patience_s < take_by:
+            not_taken = ReplicaLostError("The engine replica may have been lost.")
+            timer = loop.call_later(patience_s, inbox.fail, not_taken)
+        else:
+            timer = _fail_at(inbox, take_by)
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
             timer.cancel()
@@ -225,6 +255,47 @@ class Dispatcher:
         # The tokens travel beside the call, so its end can overtake the last frame.
         await asyncio.sleep(LAST_FRAME_GRACE_S)
         inbox.fail(ReplicaLostError("The engine replica's last tokens did not arrive."))
+
+
+class _Failures:
+    """The replicas that failed on one generation, and whether it may go to another."""
+
+    def __init__(self, request_id: str, retries: int, budget: RetryBudget) -> None:
+        self._request_id = request_id
+        self._retries = retries
+        self._budget = budget
+        self._failures = self._losses = self._early_losses = 0
+
+    def add(self, error: EngineError, after_s: float) -> None:
+        """Take note that a replica failed so long after it had taken the generation.
+
+        Raises:
+            BackendFailureError: the generation is given up.
+        """
+        lost = isinstance(error, ReplicaLostError)
+        self._failures += 1
+        self._losses += lost
+        self._early_losses += lost and after_s <= POISON_WINDOW_S
+        if self._early_losses >= POISON_LOSSES:
+            log.error(
+                "Request %s: %d replicas were lost soon after they took it; given up",
+                self._request_id,
+                self._early_losses,
+            )
+            raise BackendFailureError(
+                "This request itself seems to make the model's engines fail."
+            ) from error
+        if self._failures > self._retries:
+            raise BackendFailureError(
+                "The model's engines failed repeatedly on this request."
+            ) from error
+        # One death takes along whatever runs on the replica, and that all of it may move is what
+        # migration is for; the dead replica fails nothing more. So the first loss is free.
+        first_loss = lost and self._losses == 1
+        if not first_loss and not self._budget.spend():
+            raise BackendFailureError(
+                "The model's engines fail too often to try this request again."
+            ) from error
 
 
 def _resumed(

@@ -1,0 +1,26 @@
+"""How much of a model's traffic may be tried again, so that an outage is not multiplied."""
+
+RETRIES_PER_GENERATION = 0.2
+"""Retries stay under this part of the traffic."""
+FIRST_BALANCE = 10.0
+"""A model with little traffic may still retry a few times."""
+LARGEST_BALANCE = 100.0
+"""What hours of health save up is no licence to send everything thrice when an outage begins."""
+
+
+class RetryBudget:
+    """A token bucket that generations fill and retries empty; it needs no clock."""
+
+    def __init__(self) -> None:
+        self._balance = FIRST_BALANCE
+
+    def earn(self) -> None:
+        """Take note of a new generation."""
+        self._balance = min(self._balance + RETRIES_PER_GENERATION, LARGEST_BALANCE)
+
+    def spend(self) -> bool:
+        """Return whether another retry is paid for, and pay."""
+        if self._balance < 1:
+            return False
+        self._balance -= 1
+        return True
