@@ -223,6 +223,12 @@ class ObservabilityConfig(Section):
     labels: dict[str, str] = Field(default_factory=dict)
     """By which the operator selects these objects, such as {release: prometheus}."""
 
+    @model_validator(mode="after")
+    def _there(self) -> Self:
+        if self.rules or self.dashboards or self.tracing.otlp_endpoint:
+            raise ValueError("rules, dashboards and tracing are not there yet; leave them out")
+        return self
+
 
 class NetworkPolicyConfig(Section):
     """Who reaches which pod."""

@@ -60,6 +60,10 @@ CROSS_FIELD = [
         id="cache of one worker",
     ),
     pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is over max (2)", id="min over max"),
+    pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
+    pytest.param(
+        cluster(observability={"rules": True}), "observability: rules, dashboards and tracing", id="not there yet"
+    ),
     pytest.param(models(source=""), "models.one: source is missing", id="no source"),
     pytest.param(
         cluster(gateway={"replicas": {"min": 9, "max": 8}}), "gateway.replicas: min (9) is over max (8)", id="gateways"
@@ -80,6 +84,13 @@ CROSS_FIELD = [
         cluster(gcsFaultTolerance={"enabled": True}), "gcsFaultTolerance: address is missing", id="no GCS Redis"
     ),
 ]  # fmt: skip
+
+CLUSTER_ONLY = [
+    pytest.param(models(pool=""), "models.one.pool: is missing", id="vllm without pool"),
+    pytest.param(
+        models(source="demo://x"), "models.one.source: demo:// is for one machine", id="demo model"
+    ),
+]
 
 SHAPE = [
     pytest.param(models(loraAdapters={}), "models.one.loraAdapters", id="adapters are not there yet"),

@@ -1,0 +1,91 @@
+{{/* The labels that never change: selectors and pod templates have these and no others, since
+     another label there would make a new cluster. */}}
+{{- define "tera.selector" -}}
+app.kubernetes.io/name: tera
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "tera.labels" -}}
+{{ include "tera.selector" . }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "tera.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end }}
+
+{{- define "tera.keysSecret" -}}
+{{ .Values.gateway.auth.existingSecret | default (printf "%s-keys" .Release.Name) }}
+{{- end }}
+
+{{/* One map over another, key by key; what is no map is replaced whole, `false` and 0 too. */}}
+{{- define "tera.merged" -}}
+{{- $merged := deepCopy (first .) -}}
+{{- range $key, $value := last . -}}
+{{- $below := index $merged $key -}}
+{{- if and (kindIs "map" $value) (kindIs "map" $below) -}}
+{{- $value = include "tera.merged" (list $below $value) | fromJson -}}
+{{- end -}}
+{{- $_ := set $merged $key $value -}}
+{{- end -}}
+{{- toJson $merged -}}
+{{- end }}
+
+{{/* Every model with what it inherits, as JSON. */}}
+{{- define "tera.models" -}}
+{{- $none := dict "aliases" list "source" "" "pool" "" "capabilities" (list "completions" "chat") "engine" (dict "kind" "vllm" "args" dict) -}}
+{{- $defaults := include "tera.merged" (list $none .Values.modelDefaults) | fromJson -}}
+{{- $models := dict -}}
+{{- range $name, $model := .Values.models -}}
+{{- $_ := set $models $name (include "tera.merged" (list $defaults $model) | fromJson) -}}
+{{- end -}}
+{{- toJson $models -}}
+{{- end }}
+
+{{/* Those that get an application, as JSON. */}}
+{{- define "tera.deployed" -}}
+{{- $deployed := dict -}}
+{{- range $name, $model := include "tera.models" . | fromJson -}}
+{{- if and $model.enabled (gt (int $model.replicas.max) 0) -}}
+{{- $_ := set $deployed $name $model -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $deployed -}}
+{{- end }}
+
+{{/* Every pool with what it inherits, as JSON. */}}
+{{- define "tera.pools" -}}
+{{- $pools := dict -}}
+{{- range $name, $pool := .Values.gpuPools -}}
+{{- $_ := set $pools $name (include "tera.merged" (list $.Values.poolDefaults $pool) | fromJson) -}}
+{{- end -}}
+{{- toJson $pools -}}
+{{- end }}
+
+{{- define "tera.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 1000
+runAsGroup: 1000
+fsGroup: 1000
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "tera.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "tera.pullSecrets" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,174 @@
+{{/* The pod of a Ray process. Takes root, component, and for a worker: pool, or nothing for the
+     group without GPUs. Nothing here may change with a release that changes no value: a pod template
+     that differs makes a new cluster. */}}
+{{- define "tera.rayPod" -}}
+{{- $root := .root -}}
+{{- $pool := .pool -}}
+{{- $worker := ne .component "head" -}}
+{{- $cache := and $root.Values.modelCache.enabled (or $pool (and $worker (eq $root.Values.modelCache.accessMode "ReadWriteMany"))) -}}
+metadata:
+  labels:
+    {{- include "tera.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+    {{- if $pool }}
+    tera/pool: {{ .name }}
+    {{- end }}
+  {{- if not $worker }}
+  annotations:
+    cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+    karpenter.sh/do-not-disrupt: "true"
+  {{- end }}
+spec:
+  {{- if $worker }}
+  serviceAccountName: {{ $root.Release.Name }}-worker
+  automountServiceAccountToken: false
+  {{- end }}
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: 120
+  {{- include "tera.pullSecrets" $root | indent 2 }}
+  securityContext:
+    {{- include "tera.podSecurity" $root | nindent 4 }}
+  {{- with .nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if $pool }}
+  {{- with $pool.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $pool.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- else if $worker }}
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: kubernetes.io/hostname
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels:
+          {{- include "tera.selector" $root | nindent 10 }}
+          app.kubernetes.io/component: {{ .component }}
+  {{- end }}
+  containers:
+    - name: {{ $worker | ternary "ray-worker" "ray-head" }}
+      image: {{ include "tera.image" $root | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      securityContext:
+        {{- include "tera.containerSecurity" $root | nindent 8 }}
+      ports:
+        {{- if $worker }}
+        - {name: http, containerPort: 8000}
+        {{- else }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        {{- end }}
+        - {name: metrics, containerPort: 8080}
+      env:
+        - {name: HOME, value: /state}
+        - {name: TERA_HOME, value: /state}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+        - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
+        - {name: RAY_SERVE_USE_GRPC_BY_DEFAULT, value: "1"}
+        - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/tera/bin/tera-haproxy}
+        {{- if $worker }}
+        {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
+        {{- end }}
+      resources:
+        {{- include "tera.resources" . | nindent 8 }}
+      {{- if $worker }}
+      # Of the group without GPUs a pod is ready with its proxy. A worker that holds only a stage of a
+      # pipeline has none, so that of a pool is ready with Ray.
+      readinessProbe:
+        httpGet: {{ empty $pool | not | ternary "{path: /api/local_raylet_healthz, port: 52365}" "{path: /-/healthz, port: http}" }}
+        periodSeconds: 5
+        timeoutSeconds: 5
+      livenessProbe:
+        httpGet: {path: /api/local_raylet_healthz, port: 52365}
+        initialDelaySeconds: 30
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 12
+      {{- end }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: state, mountPath: /state}
+        {{- if $pool }}
+        - {name: shm, mountPath: /dev/shm}
+        {{- end }}
+        {{- if $cache }}
+        - {name: models, mountPath: /models}
+        {{- end }}
+        {{- if and $worker (not $pool) }}
+        - {name: keys, mountPath: /keys, readOnly: true}
+        {{- end }}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - {name: state, emptyDir: {}}
+    {{- if $pool }}
+    - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $pool.shmSize }}}}
+    {{- end }}
+    {{- if $cache }}
+    - name: models
+      persistentVolumeClaim: {claimName: {{ include "tera.claim" $root }}}
+    {{- end }}
+    {{- if and $worker (not $pool) }}
+    - name: keys
+      secret:
+        secretName: {{ include "tera.keysSecret" $root }}
+        items: [{key: keys.yaml, path: keys.yaml}]
+    {{- end }}
+{{- end }}
+
+{{- define "tera.claim" -}}
+{{ .Values.modelCache.existingClaim | default (printf "%s-models" .Release.Name) }}
+{{- end }}
+
+{{- define "tera.resources" -}}
+{{- $resources := dict "cpu" .resources.cpu "memory" .resources.memory -}}
+{{- if .pool -}}
+{{- $_ := set $resources .pool.gpuResource (int .pool.gpusPerWorker | toString) -}}
+{{- end -}}
+requests:
+  {{- toYaml $resources | nindent 2 }}
+limits:
+  {{- toYaml $resources | nindent 2 }}
+{{- end }}
+
+{{/* What `tera.config.Runtime` reads, and the weights' whereabouts. */}}
+{{- define "tera.workerEnvironment" -}}
+{{- $values := .root.Values -}}
+{{- $secret := include "tera.keysSecret" .root -}}
+- name: TERA_KEY_PEPPER
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: key-pepper}}
+- name: TERA_CLUSTER_SECRET
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: cluster-secret}}
+{{- if .gateway }}
+- {name: TERA_KEYS_FILE, value: /keys/keys.yaml}
+{{- if $values.redis.embedded }}
+- name: TERA_REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ .root.Release.Name }}-redis, key: password}}
+- {name: TERA_REDIS_URL, value: "redis://:$(TERA_REDIS_PASSWORD)@{{ .root.Release.Name }}-redis:6379/0"}
+{{- else }}
+{{- $external := $values.redis.external }}
+{{- $scheme := $external.tls | ternary "rediss" "redis" }}
+{{- if $external.existingSecret }}
+- name: TERA_REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ $external.existingSecret }}, key: {{ $external.secretKey }}}}
+- {name: TERA_REDIS_URL, value: "{{ $scheme }}://:$(TERA_REDIS_PASSWORD)@{{ $external.address }}/0"}
+{{- else }}
+- {name: TERA_REDIS_URL, value: "{{ $scheme }}://{{ $external.address }}/0"}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if .cache }}
+- {name: HF_HOME, value: /models/huggingface}
+{{- end }}
+{{- with $values.huggingface }}
+{{- if .existingSecret }}
+- name: HF_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretKey }}}}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,116 @@
+{{/* What the schema cannot say. Each message begins with the path of the value, and says the same
+     as `tera config check`. */}}
+{{- define "tera.validate" -}}
+{{- $faults := list -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$" .Release.Name) -}}
+{{- $faults = append $faults (printf "release name: %q must be a DNS label of 40 characters at the most that begins with a letter" .Release.Name) -}}
+{{- end -}}
+{{- $values := .Values -}}
+{{- $pools := include "tera.pools" . | fromJson -}}
+{{- $models := include "tera.models" . | fromJson -}}
+
+{{- $owner := dict -}}
+{{- $gpus := dict -}}
+{{- range $name, $model := $models -}}
+  {{- range $client := prepend $model.aliases $model.id -}}
+    {{- if hasKey $owner $client -}}
+      {{- $faults = append $faults (printf "models.%s: models.%s answers to '%s' too; give each model its own id and aliases" $name (get $owner $client) $client) -}}
+    {{- end -}}
+    {{- $_ := set $owner $client $name -}}
+  {{- end -}}
+  {{- $faults = concat $faults (include "tera.boundsFault" (list (printf "models.%s.replicas" $name) $model.replicas) | fromJsonArray) -}}
+  {{- if and (eq $model.engine.kind "vllm") (not $model.source) -}}
+    {{- $faults = append $faults (printf "models.%s: source is missing; a vllm model needs one, such as hf://org/name" $name) -}}
+  {{- else if and $model.source (not (regexMatch "^(hf|s3|gs|pvc|file|demo)://.+" $model.source)) -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' must begin with one of hf://, s3://, gs://, pvc://, file://, demo://" $name $model.source) -}}
+  {{- end -}}
+  {{- $deployed := and $model.enabled (gt (int $model.replicas.max) 0) -}}
+  {{- if and $deployed (hasPrefix "demo://" $model.source) -}}
+    {{- $faults = append $faults (printf "models.%s.source: demo:// is for one machine" $name) -}}
+  {{- end -}}
+  {{- if not $model.pool -}}
+    {{- if and $deployed (eq $model.engine.kind "vllm") -}}
+      {{- $faults = append $faults (printf "models.%s.pool: is missing; on a cluster a vllm model needs one" $name) -}}
+    {{- end -}}
+  {{- else if not (hasKey $pools $model.pool) -}}
+    {{- $faults = append $faults (printf "models.%s.pool: there is no pool '%s'; the pools are: %s" $name $model.pool (keys $pools | sortAlpha | join ", " | default "none")) -}}
+  {{- else -}}
+    {{- $pool := get $pools $model.pool -}}
+    {{- if gt (int $model.parallelism.tensor) (int $pool.gpusPerWorker) -}}
+      {{- $faults = append $faults (printf "models.%s.parallelism.tensor: %d is over the %d GPU(s) of a worker; lower it, or raise gpuPools.%s.gpusPerWorker" $name (int $model.parallelism.tensor) (int $pool.gpusPerWorker) $model.pool) -}}
+    {{- end -}}
+    {{- if $model.enabled -}}
+      {{- $wanted := mul (int $model.replicas.max) (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
+      {{- $_ := set $gpus $model.pool (add (get $gpus $model.pool | default 0) $wanted) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+
+{{- $orders := dict -}}
+{{- $last := 0 -}}
+{{- $workers := 0 -}}
+{{- range $name, $pool := $pools -}}
+  {{- $last = max $last (int $pool.order) -}}
+  {{- $workers = add $workers (int $pool.maxWorkers) -}}
+{{- end -}}
+{{- range $name, $pool := $pools -}}
+  {{- if eq $name "cpu" -}}
+    {{- $faults = append $faults "gpuPools.cpu: is the group without GPUs; give the pool another name" -}}
+  {{- end -}}
+  {{- $order := printf "%d" (int $pool.order) -}}
+  {{- if hasKey $orders $order -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.order: %s is gpuPools.%s's; %d is free" $name $order (get $orders $order) (add1 $last)) -}}
+  {{- end -}}
+  {{- $_ := set $orders $order $name -}}
+  {{- $wanted := get $gpus $name | default 0 -}}
+  {{- $there := mul (int $pool.maxWorkers) (int $pool.gpusPerWorker) -}}
+  {{- if gt (int $wanted) (int $there) -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.maxWorkers: its models may ask for %d GPUs and its workers have %d; raise maxWorkers, or lower a replicas.max" $name (int $wanted) (int $there)) -}}
+  {{- end -}}
+{{- end -}}
+
+{{- $faults = concat $faults (include "tera.boundsFault" (list "gateway.replicas" $values.gateway.replicas) | fromJsonArray) -}}
+{{- if eq $values.image.tag "latest" -}}
+  {{- $faults = append $faults "image: tag \"latest\" changes under a running cluster; give a version" -}}
+{{- end -}}
+{{- if and $values.redis.embedded $values.redis.external.address -}}
+  {{- $faults = append $faults "redis: external.address is set; set embedded: false to use it" -}}
+{{- end -}}
+{{- if not (or $values.redis.embedded $values.redis.external.address) -}}
+  {{- $faults = append $faults "redis: external.address is missing; give host:port, or set embedded: true" -}}
+{{- end -}}
+{{- if and $values.gcsFaultTolerance.enabled (not $values.gcsFaultTolerance.address) -}}
+  {{- $faults = append $faults "gcsFaultTolerance: address is missing; give host:port of a durable Redis" -}}
+{{- end -}}
+{{- if and (eq $values.upgrade.strategy "NewClusterWithIncrementalUpgrade") (not $values.upgrade.gatewayClassName) -}}
+  {{- $faults = append $faults "upgrade: gatewayClassName is missing; an incremental upgrade needs one" -}}
+{{- end -}}
+{{- if and $values.ingress.enabled (not $values.ingress.host) -}}
+  {{- $faults = append $faults "ingress: host is missing; give the name that clients call" -}}
+{{- end -}}
+{{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
+  {{- $faults = append $faults "httpRoute: parentRefs is empty; name the Gateway that the route belongs to" -}}
+{{- end -}}
+{{- if and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteOnce") (gt (int $workers) 1) -}}
+  {{- $faults = append $faults (printf "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have %d; use ReadWriteMany" (int $workers)) -}}
+{{- end -}}
+{{- with $values.observability -}}
+{{- if or .rules .dashboards .tracing.otlpEndpoint -}}
+  {{- $faults = append $faults "observability: rules, dashboards and tracing are not there yet; leave them out" -}}
+{{- end -}}
+{{- end -}}
+{{- if $faults -}}
+{{- fail (printf "\n%s" (join "\n" $faults)) -}}
+{{- end -}}
+{{- end }}
+
+{{/* A list of no fault or one, as JSON: of a path and the bounds at it. */}}
+{{- define "tera.boundsFault" -}}
+{{- $low := int (last .).min -}}
+{{- $high := int (last .).max -}}
+{{- if and $high (gt $low $high) -}}
+{{- toJson (list (printf "%s: min (%d) is over max (%d); lower min or raise max" (first .) $low $high)) -}}
+{{- else -}}
+[]
+{{- end -}}
+{{- end }}

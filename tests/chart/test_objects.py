@@ -1,0 +1,331 @@
+# ruff: noqa: E501  a table reads best with a case a line
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from jsonschema import Draft202012Validator
+from tests.chart.charts import (
+    VALUES_FILES,
+    notes,
+    one,
+    pods,
+    ray_cluster,
+    ray_templates,
+    render,
+    values_file,
+)
+from tests.chart.refusals import cluster, model
+
+from tera.tenancy.keys import is_well_formed
+
+RAYSERVICE = Draft202012Validator(
+    json.loads(Path(__file__).with_name("rayservice.schema.json").read_text())
+)
+KUBERNETES = "1.33"
+FOREIGN = {"RayService", "PodMonitor", "HTTPRoute"}
+"""Kinds of others' CRDs, which Kubernetes' own schemas do not have."""
+
+Object = dict[str, Any]
+
+EVERYTHING: Object = {
+    **cluster(),
+    "imagePullSecrets": [{"name": "registry"}],
+    "image": {"digest": "sha256:" + "0" * 64},
+    "modelCache": {"enabled": True, "prefetch": True, "storageClassName": "shared"},
+    "huggingface": {"existingSecret": "hub"},
+    "gcsFaultTolerance": {"enabled": True, "address": "durable:6379", "existingSecret": "durable"},
+    "upgrade": {"strategy": "NewClusterWithIncrementalUpgrade", "gatewayClassName": "istio"},
+    "ingress": {"enabled": True, "host": "llm.example.com", "annotations": {"a": "1"}},
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["a.example"]},
+    "observability": {"podMonitor": True, "labels": {"release": "prometheus"}},
+    "head": {"nodeSelector": {"zone": "a"}},
+    "gpuPools": {
+        "l4": {"order": 2, "runtimeClassName": "nvidia", "gpusPerWorker": 2},
+        "a100": {"order": 10, "gpuResource": "nvidia.com/mig-1g.10gb", "nodeSelector": {"x": "y"}},
+        "t4": {"order": 1, "tolerations": []},
+    },
+}
+
+CASES = [
+    *(pytest.param(values_file(name), id=name) for name in VALUES_FILES),
+    pytest.param({}, id="defaults"),
+    pytest.param(EVERYTHING, id="everything"),
+]
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_kubernetes_knows_every_object_and_pod(values: Object) -> None:
+    objects = render(values)
+    own = [each for each in objects if each["kind"] not in FOREIGN]
+    for each in [*own, *pods(objects).values()]:
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_kuberay_knows_the_rayservice(values: Object) -> None:
+    RAYSERVICE.validate(one(render(values), "RayService")["spec"])
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_rayservice_keeps_the_rules_that_only_kuberay_checks(values: Object) -> None:
+    spec = one(render(values, name="a" * 40), "RayService")["spec"]
+    cluster = spec["rayClusterConfig"]
+    assert "headService" not in cluster["headGroupSpec"]
+    groups = cluster["workerGroupSpecs"]
+    assert len({group["groupName"] for group in groups}) == len(groups)
+    for group in groups:
+        assert "resources" not in group["rayStartParams"]
+        assert not group["rayStartParams"].keys() & {"num-cpus", "num-gpus", "memory"}
+        assert group["minReplicas"] == 0
+        # A number there would fight with the autoscaler at every upgrade of the release.
+        assert "replicas" not in group
+    for template in ray_templates(render(values)).values():
+        assert "restartPolicy" not in template["spec"]
+        (container,) = template["spec"]["containers"]
+        names = [variable["name"] for variable in container["env"]]
+        assert len(set(names)) == len(names)
+        assert not [name for name in names if name.startswith(("RAY_REDIS", "REDIS_"))]
+    upgrade = spec["upgradeStrategy"].get("clusterUpgradeOptions")
+    if upgrade:
+        assert upgrade["stepSizePercent"] <= upgrade["maxSurgePercent"] <= 100
+
+
+def test_head_schedules_and_computes_nothing() -> None:
+    cluster = ray_cluster({})
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    # KubeRay makes the account that its autoscaler needs, unless one is named.
+    spec = cluster["headGroupSpec"]["template"]["spec"]
+    assert "serviceAccountName" not in spec
+    assert "automountServiceAccountToken" not in spec
+
+
+def test_pools_are_in_order_after_the_group_without_gpus() -> None:
+    names = [group["groupName"] for group in ray_cluster(EVERYTHING)["workerGroupSpecs"]]
+    assert names == ["cpu", "t4", "l4", "a100"]
+
+
+def test_new_pool_is_appended() -> None:
+    pools = {"l4": {"order": 1}}
+    before = ray_cluster(cluster(gpuPools=pools))
+    after = ray_cluster(cluster(gpuPools={**pools, "a100": {"order": 2}}))
+    assert after["workerGroupSpecs"][:-1] == before["workerGroupSpecs"]
+    del after["workerGroupSpecs"], before["workerGroupSpecs"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param({"models": {"one": model(replicas={"max": 3})}}, id="replicas"),
+        pytest.param({"models": {"one": model(engine={"args": {"a": 1}})}}, id="engine"),
+        pytest.param({"models": {}}, id="model removed"),
+        pytest.param({"gateway": {"replicas": {"max": 9}}}, id="gateways"),
+        pytest.param({"gateway": {"limits": {"onRedisError": "closed"}}}, id="limits"),
+        pytest.param({"ingress": {"enabled": True, "host": "x.example"}}, id="ingress"),
+        pytest.param({"pdb": {"enabled": False}}, id="disruption budget"),
+        pytest.param({"networkPolicy": {"enabled": False}}, id="network policy"),
+    ],
+)
+def test_edit_leaves_the_cluster_as_it_is(edit: Object) -> None:
+    assert ray_cluster({**cluster(), **edit}) == ray_cluster(cluster())
+
+
+def test_workers_have_what_their_pool_says() -> None:
+    group = ray_cluster(EVERYTHING)["workerGroupSpecs"][-1]
+    (container,) = group["template"]["spec"]["containers"]
+    assert group["resources"] == {"GPU": "1", "pool_a100": "1"}
+    assert container["resources"]["limits"]["nvidia.com/mig-1g.10gb"] == "1"
+    assert group["template"]["spec"]["nodeSelector"] == {"x": "y"}
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_pods_have_no_more_rights_than_they_need(values: Object) -> None:
+    for name, pod in pods(render(values)).items():
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        if name != "head":
+            assert spec["automountServiceAccountToken"] is False, name
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_no_secret_is_plain_outside_of_secrets(values: Object) -> None:
+    objects = render(values)
+    secrets = [
+        base64.b64decode(value).decode()
+        for each in objects
+        if each["kind"] == "Secret"
+        for key, value in each["data"].items()
+        if key != "keys.yaml"
+    ]
+    text = json.dumps([each for each in objects if each["kind"] != "Secret"])
+    assert not [secret for secret in secrets if secret.strip() in text]
+    for pod in pods(objects).values():
+        for container in pod["spec"]["containers"]:
+            for variable in container.get("env", []):
+                if re.search("PASSWORD|TOKEN|PEPPER|SECRET", variable["name"]):
+                    assert "secretKeyRef" in variable["valueFrom"], variable["name"]
+
+
+def test_first_key_is_one_that_the_gateway_takes() -> None:
+    for _ in range(5):
+        data = one(render({}), "Secret", "prod-keys")["data"]
+        key = base64.b64decode(data["bootstrap-key"]).decode()
+        assert is_well_formed(key)
+        assert key in base64.b64decode(data["keys.yaml"]).decode()
+
+
+def test_first_key_can_be_left_out() -> None:
+    data = one(render({"gateway": {"auth": {"bootstrapKeys": False}}}), "Secret", "prod-keys")[
+        "data"
+    ]
+    assert base64.b64decode(data["keys.yaml"]) == b"[]\n"
+    assert "bootstrap-key" not in data
+
+
+def test_secrets_of_others_are_used_and_not_made() -> None:
+    objects = render(values_file("production"))
+    assert not [each for each in objects if each["kind"] == "Secret"]
+    text = json.dumps(objects)
+    for name in ("tera-keys", "tera-redis", "tera-ray-redis", "tera-huggingface"):
+        assert name in text
+    assert "rediss://:$(TERA_REDIS_PASSWORD)@redis.data.svc:6379/0" in text
+
+
+def test_two_releases_in_a_namespace_share_nothing() -> None:
+    def names(name: str) -> set[tuple[str, str]]:
+        return {(each["kind"], each["metadata"]["name"]) for each in render(EVERYTHING, name)}
+
+    def labels(name: str) -> list[Object]:
+        return [pod["metadata"]["labels"] for pod in pods(render(EVERYTHING, name)).values()]
+
+    assert not names("one") & names("two")
+    for each in render(EVERYTHING, "one"):
+        for selector in selectors(each):
+            assert not [pod for pod in labels("two") if matches(selector, pod)], each["metadata"]
+
+
+def selectors(each: Object) -> list[Object]:
+    """Return the pod selectors of an object; an empty one means its namespace."""
+    spec = each.get("spec", {})
+    if each["kind"] == "Service":
+        return [{"matchLabels": spec["selector"]}]
+    if each["kind"] == "NetworkPolicy":
+        peers = [peer for rule in spec.get("ingress", []) for peer in rule.get("from", [])]
+        found = [peer["podSelector"] for peer in peers if peer.get("podSelector")]
+        return [spec["podSelector"], *found]
+    return [spec["selector"]] if "selector" in spec else []
+
+
+def matches(selector: Object, labels: Object) -> bool:
+    wanted = selector.get("matchLabels", {})
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", [])
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "meant"),
+    [
+        pytest.param("deny", {"head", "cpu", "t4", "l4", "a100", "prod-redis", "prod-prefetch", "prod-test"}, id="deny"),
+        pytest.param("ray", {"head", "cpu", "t4", "l4", "a100"}, id="ray"),
+        pytest.param("operator", {"head"}, id="operator"),
+        pytest.param("api", {"cpu", "t4", "l4", "a100"}, id="api"),
+        pytest.param("metrics", {"head", "cpu", "t4", "l4", "a100"}, id="metrics"),
+        pytest.param("redis", {"prod-redis"}, id="redis"),
+    ],
+)  # fmt: skip
+def test_policy_is_of_the_pods_that_are_meant(policy: str, meant: set[str]) -> None:
+    objects = render(EVERYTHING)
+    selector = one(objects, "NetworkPolicy", f"prod-{policy}")["spec"]["podSelector"]
+    labels = {name: pod["metadata"]["labels"] for name, pod in pods(objects).items()}
+    assert {name for name, each in labels.items() if matches(selector, each)} == meant
+
+
+NAMESPACES = {"ingress-nginx", "kuberay-system", "monitoring"}
+
+
+def reachable(values: Object, component: str, source: str) -> set[int | None]:
+    """Return the ports of a component that a namespace or component reaches; None is every one."""
+    ports: set[int | None] = set()
+    labels = {"app.kubernetes.io/name": "tera", "app.kubernetes.io/instance": "prod"}
+    for policy in render(values):
+        if policy["kind"] != "NetworkPolicy" or not matches(
+            policy["spec"]["podSelector"], {**labels, "app.kubernetes.io/component": component}
+        ):
+            continue
+        for rule in policy["spec"].get("ingress", []):
+            if "from" not in rule or any(
+                source not in NAMESPACES
+                and matches(peer["podSelector"], {**labels, "app.kubernetes.io/component": source})
+                if "podSelector" in peer
+                else matches(peer["namespaceSelector"], {"kubernetes.io/metadata.name": source})
+                for peer in rule["from"]
+            ):
+                ports |= {port["port"] for port in rule.get("ports", [{"port": None}])}
+    return ports
+
+
+@pytest.mark.parametrize(
+    ("component", "source", "ports"),
+    [
+        pytest.param("gateway", "ingress-nginx", {8000}, id="clients reach the API"),
+        pytest.param("head", "ingress-nginx", set(), id="clients reach no head"),
+        pytest.param("redis", "ingress-nginx", set(), id="clients reach no Redis"),
+        pytest.param("head", "kuberay-system", {8265}, id="the operator submits applications"),
+        pytest.param("gateway", "kuberay-system", set(), id="the operator needs no more"),
+        pytest.param("redis", "gateway", {6379}, id="gateways reach Redis"),
+        pytest.param("redis", "pool", set(), id="engines reach no Redis"),
+        pytest.param("pool", "head", {None}, id="Ray reaches its workers"),
+        pytest.param("head", "test", set(), id="the test is a client"),
+        pytest.param("gateway", "test", {8000}, id="and reaches the API"),
+        pytest.param("head", "monitoring", set(), id="metrics only when they are asked for"),
+    ],
+)
+def test_who_reaches_what(component: str, source: str, ports: set[int]) -> None:
+    found = reachable(cluster(), component, source)
+    # Ray's processes reach each other on every port, the gateway's among them.
+    assert (found if None not in found else {None}) == ports
+
+
+def test_disruption_budgets_count_the_pods_of_each_group() -> None:
+    objects = render(EVERYTHING)
+    labels = {name: pod["metadata"]["labels"] for name, pod in pods(objects).items()}
+    counted = {
+        each["metadata"]["name"]: {
+            name for name, pod in labels.items() if matches(each["spec"]["selector"], pod)
+        }
+        for each in objects
+        if each["kind"] == "PodDisruptionBudget"
+    }
+    assert counted == {
+        "prod-gateway": {"cpu"},
+        "prod-pool-t4": {"t4"},
+        "prod-pool-l4": {"l4"},
+        "prod-pool-a100": {"a100"},
+    }
+
+
+def test_pod_templates_say_nothing_of_the_chart() -> None:
+    for template in ray_templates(render(EVERYTHING)).values():
+        text = json.dumps(template["metadata"])
+        assert "helm.sh" not in text
+        assert "version" not in text
+        assert "checksum" not in text
+
+
+def test_notes_say_where_the_first_key_is() -> None:
+    said = notes(cluster())
+    assert "get secret prod-keys" in said
+    assert "one: org/one on l4, 1 to 1 replica(s)" in said
+    assert "bootstrap-key" not in notes(values_file("production"))
