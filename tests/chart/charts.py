@@ -25,7 +25,7 @@ def render(values: Object, name: str = "prod", namespace: str = "llm") -> list[O
     """Return the objects of a release."""
     rendered = _chart().render(values, name=name, namespace=namespace)
     texts = [text for path, text in rendered.items() if path.endswith(".yaml")]
-    return [each for text in texts for each in yaml.safe_load_all(text) if each]
+    return [each for text in texts for each in yaml.load_all(text, yaml.CSafeLoader) if each]
 
 
 def notes(values: Object, name: str = "prod", namespace: str = "llm") -> str:

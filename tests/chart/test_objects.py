@@ -103,6 +103,17 @@ def test_head_schedules_and_computes_nothing() -> None:
     assert "automountServiceAccountToken" not in spec
 
 
+def test_kuberay_finds_the_pods_for_its_services() -> None:
+    head = ray_cluster({})["headGroupSpec"]["template"]
+    (container,) = head["spec"]["containers"]
+    # BuildServeService makes no service without a port of this name, and BuildServiceForHeadPod
+    # selects by KubeRay's own name of the application.
+    assert {"name": "serve", "containerPort": 8000} in container["ports"]
+    for template in ray_templates(render(EVERYTHING)).values():
+        assert "app.kubernetes.io/name" not in template["metadata"]["labels"]
+        assert not [key for key in template["metadata"]["labels"] if key.startswith("ray.io/")]
+
+
 def test_pools_are_in_order_after_the_group_without_gpus() -> None:
     names = [group["groupName"] for group in ray_cluster(EVERYTHING)["workerGroupSpecs"]]
     assert names == ["cpu", "t4", "l4", "a100"]
@@ -132,6 +143,14 @@ def test_new_pool_is_appended() -> None:
 )
 def test_edit_leaves_the_cluster_as_it_is(edit: Object) -> None:
     assert ray_cluster({**cluster(), **edit}) == ray_cluster(cluster())
+
+
+def test_worker_without_a_proxy_gets_no_request() -> None:
+    # BuildPod gives every worker the label that the API's service selects.
+    for name, template in ray_templates(render(EVERYTHING)).items():
+        (container,) = template["spec"]["containers"]
+        if name != "head":
+            assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": "http"}
 
 
 def test_workers_have_what_their_pool_says() -> None:
@@ -203,16 +222,15 @@ def test_secrets_of_others_are_used_and_not_made() -> None:
 
 
 def test_two_releases_in_a_namespace_share_nothing() -> None:
-    def names(name: str) -> set[tuple[str, str]]:
-        return {(each["kind"], each["metadata"]["name"]) for each in render(EVERYTHING, name)}
-
-    def labels(name: str) -> list[Object]:
-        return [pod["metadata"]["labels"] for pod in pods(render(EVERYTHING, name)).values()]
-
-    assert not names("one") & names("two")
-    for each in render(EVERYTHING, "one"):
+    first, second = render(EVERYTHING, "one"), render(EVERYTHING, "two")
+    names = [
+        {(each["kind"], each["metadata"]["name"]) for each in made} for made in (first, second)
+    ]
+    assert not names[0] & names[1]
+    labels = [pod["metadata"]["labels"] for pod in pods(second).values()]
+    for each in first:
         for selector in selectors(each):
-            assert not [pod for pod in labels("two") if matches(selector, pod)], each["metadata"]
+            assert not [pod for pod in labels if matches(selector, pod)], each["metadata"]
 
 
 def selectors(each: Object) -> list[Object]:
@@ -258,7 +276,7 @@ NAMESPACES = {"ingress-nginx", "kuberay-system", "monitoring"}
 def reachable(values: Object, component: str, source: str) -> set[int | None]:
     """Return the ports of a component that a namespace or component reaches; None is every one."""
     ports: set[int | None] = set()
-    labels = {"app.kubernetes.io/name": "tera", "app.kubernetes.io/instance": "prod"}
+    labels = {"app.kubernetes.io/part-of": "tera", "app.kubernetes.io/instance": "prod"}
     for policy in render(values):
         if policy["kind"] != "NetworkPolicy" or not matches(
             policy["spec"]["podSelector"], {**labels, "app.kubernetes.io/component": component}

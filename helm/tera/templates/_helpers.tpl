@@ -1,12 +1,14 @@
 {{/* The labels that never change: selectors and pod templates have these and no others, since
-     another label there would make a new cluster. */}}
+     another label there would make a new cluster. No app.kubernetes.io/name: KubeRay's head service
+     finds the head by its own. */}}
 {{- define "tera.selector" -}}
-app.kubernetes.io/name: tera
+app.kubernetes.io/part-of: tera
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
 {{- define "tera.labels" -}}
 {{ include "tera.selector" . }}
+app.kubernetes.io/name: tera
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}

@@ -62,6 +62,8 @@ spec:
         {{- else }}
         - {name: gcs-server, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
+        # Nothing answers there: without this name KubeRay makes no service for the API.
+        - {name: serve, containerPort: 8000}
         {{- end }}
         - {name: metrics, containerPort: 8080}
       env:
@@ -78,10 +80,10 @@ spec:
       resources:
         {{- include "tera.resources" . | nindent 8 }}
       {{- if $worker }}
-      # Of the group without GPUs a pod is ready with its proxy. A worker that holds only a stage of a
-      # pipeline has none, so that of a pool is ready with Ray.
+      # KubeRay counts every worker among the API's endpoints, and readiness is all that takes one
+      # out again: without a proxy, as of a worker with a later stage of a pipeline, it must not be ready.
       readinessProbe:
-        httpGet: {{ empty $pool | not | ternary "{path: /api/local_raylet_healthz, port: 52365}" "{path: /-/healthz, port: http}" }}
+        httpGet: {path: /-/healthz, port: http}
         periodSeconds: 5
         timeoutSeconds: 5
       livenessProbe:
