@@ -416,6 +416,17 @@ def load_platform(path: Path) -> PlatformConfig:
     return parse_platform({} if values is None else values)
 
 
+def load_cluster_platform(path: Path) -> PlatformConfig:
+    """Read a values file as Helm does: over the chart's defaults, which are for a cluster.
+
+    Raises:
+        ConfigError: one line for each fault, each beginning with the path of the value.
+    """
+    values = _read_yaml(path)
+    defaults = _read_yaml(_values_file("values.yaml"))
+    return parse_platform(deep_merge(defaults, {} if values is None else values))
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
@@ -552,9 +563,13 @@ def set_environment(variables: Mapping[str, str], *, keep_existing: bool = False
 
 def default_values_file() -> Path:
     """Return the values of the demo platform, from a checkout or from an installed package."""
+    return _values_file("values-local.yaml")
+
+
+def _values_file(name: str) -> Path:
     here = Path(__file__).resolve().parent
-    installed = here / "values-local.yaml"
-    return installed if installed.exists() else here.parents[1] / "helm/tera/values-local.yaml"
+    installed = here / name
+    return installed if installed.exists() else here.parents[1] / "helm/tera" / name
 
 
 class ServeOptions(Section):

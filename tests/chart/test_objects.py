@@ -7,8 +7,10 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from helm_python.chart import lint
 from jsonschema import Draft202012Validator
 from tests.chart.charts import (
+    CHART,
     VALUES_FILES,
     notes,
     one,
@@ -347,3 +349,11 @@ def test_notes_say_where_the_first_key_is() -> None:
     assert "get secret prod-keys" in said
     assert "one: org/one on l4, 1 to 1 replica(s)" in said
     assert "bootstrap-key" not in notes(values_file("production"))
+
+
+@pytest.mark.parametrize("values", CASES)
+def test_helm_has_nothing_to_say_of_the_chart(values: Object) -> None:
+    report = lint(str(CHART), values, strict=True)
+    # Helm would like an icon.
+    assert [each for each in report["messages"] if each["severity"] > 1] == []
+    assert report["errors"] == []

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.chart.charts import VALUES_FILES, platform_of, serve_config_of, values_file
+from tests.chart.charts import CHART, VALUES_FILES, platform_of, serve_config_of, values_file
 from tests.chart.refusals import cluster, model
 
-from tera.config import PlatformConfig
-from tera.manifest import cluster_serve_config
+from tera.config import PlatformConfig, load_cluster_platform, parse_platform
+from tera.manifest import cluster_serve_config, serve_config
 
 Object = dict[str, Any]
 
@@ -23,6 +23,23 @@ def by_name(config: Object) -> Object:
 def test_chart_makes_of_its_values_files_what_python_makes(name: str) -> None:
     values = values_file(name)
     assert by_name(serve_config_of(values)) == by_name(cluster_serve_config(platform_of(values)))
+
+
+@pytest.mark.parametrize("name", VALUES_FILES)
+def test_command_line_reads_values_as_helm_does(name: str) -> None:
+    platform = load_cluster_platform(CHART / f"values-{name}.yaml")
+    assert platform == platform_of(values_file(name))
+
+
+@pytest.mark.parametrize("name", VALUES_FILES)
+def test_one_machine_reads_past_what_only_a_cluster_has(name: str) -> None:
+    values = values_file(name)
+    for each in values["models"].values():
+        each["engine"] = {"kind": "simulated"}
+    for application in serve_config(parse_platform(values))["applications"]:
+        (deployment,) = application["deployments"]
+        assert deployment["ray_actor_options"] == {"num_cpus": 1}
+        assert "placement_group_bundles" not in deployment
 
 
 def test_chart_defaults_are_python_defaults_but_for_what_a_cluster_wants() -> None:

@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from tera.cli.console import out, reported
-from tera.config import load_platform
+from tera.config import load_cluster_platform, load_platform
 from tera.manifest import cluster_serve_config, values_schema
 
 group = typer.Typer(no_args_is_help=True, help="Check and render a values file.")
@@ -26,9 +26,12 @@ def check(file: File) -> None:
 
 @group.command()
 def render(file: File) -> None:
-    """Print the Ray Serve config that a cluster gets; `tera serve` leaves pools out of it."""
+    """Print the Ray Serve config that a cluster gets, over the chart's defaults.
+
+    One machine has neither those nor pools: `tera serve` leaves both out.
+    """
     with reported():
-        config = cluster_serve_config(load_platform(file))
+        config = cluster_serve_config(load_cluster_platform(file))
     sys.stdout.write(yaml.dump(config, Dumper=_PlainDumper, sort_keys=False))
 
 
