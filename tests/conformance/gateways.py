@@ -24,7 +24,8 @@ from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import ReplicaLostError
 from tera.gateway.app import build_app
-from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
+from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode

@@ -16,7 +16,8 @@ from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
 from tera.gateway.app import build_app
-from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
+from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.pipeline import Pipeline
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.observability import Metrics
 from tera.routing.channel import TokenReceiver

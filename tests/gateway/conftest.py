@@ -16,7 +16,9 @@ from tera.config import EngineConfig, GatewayConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.gateway.app import build_app
-from tera.gateway.pipeline import Call, Catalog, Pipeline, ServedModel
+from tera.gateway.call import Call
+from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.generation import ReplicaLoad

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 from tera.contract.chat import ChatRequest
 from tera.gateway.answers import ChatAnswer
-from tera.gateway.pipeline import Call, ChatDelta
+from tera.gateway.call import Call, ChatDelta
 from tera.gateway.render import AnswerPiece
 
 REQUEST = ChatRequest.model_validate(

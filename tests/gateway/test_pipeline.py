@@ -15,7 +15,9 @@ from tera.contract.common import Usage, parse_request
 from tera.contract.completions import CompletionRequest
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import BackendFailureError, ContextLengthError, ModelNotFoundError
-from tera.gateway.pipeline import Call, Catalog, ChatDelta, ChoiceDelta, merged
+from tera.gateway.call import Call, ChatDelta, ChoiceDelta
+from tera.gateway.catalog import Catalog
+from tera.gateway.pipeline import merged
 from tera.gateway.render import AnswerPiece, RenderedChat
 from tera.gateway.simulated_text import SimulatedTextModel
 

@@ -31,7 +31,7 @@ from tera.contract.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from tera.gateway.pipeline import Call, ChatDelta, ChoiceDelta, PositionLogprobs
+from tera.gateway.call import Call, ChatDelta, ChoiceDelta, PositionLogprobs
 
 D_contra = TypeVar("D_contra", contravariant=True)
 

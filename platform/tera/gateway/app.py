@@ -32,8 +32,9 @@ from tera.errors import (
     UnsupportedContentTypeError,
 )
 from tera.gateway.answers import Answer, ChatAnswer, CompletionAnswer
+from tera.gateway.call import Call
 from tera.gateway.limit_headers import LIMIT_HEADERS, limit_headers, retry_headers
-from tera.gateway.pipeline import Call, Pipeline
+from tera.gateway.pipeline import Pipeline
 from tera.gateway.relay import ClientGoneError, EventStream, answered
 from tera.observability import EXPOSITION_TYPE, Metrics
 from tera.tenancy.keys import ApiKey

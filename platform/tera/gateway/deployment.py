@@ -23,7 +23,8 @@ from tera.config import (
 )
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
-from tera.gateway.pipeline import Catalog, Pipeline, ServedModel
+from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.gateway.vllm_text import VllmTextModel

@@ -5,102 +5,40 @@ The file to read first. `app.py` is HTTP around it, `relay.py` turns what it yie
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from tera.config import Capability, ModelConfig
+from tera.config import Capability
 from tera.contract.chat import ChatRequest, NamedToolChoice
-from tera.contract.common import ModelCard, ModelStatus, Usage, usage_of
+from tera.contract.common import ModelCard, ModelStatus
 from tera.contract.completions import CompletionRequest, Prompt, PromptArray
 from tera.errors import (
     ContextLengthError,
     InternalError,
     InvalidValueError,
-    ModelNotFoundError,
     TeraError,
     UnsupportedParameterError,
 )
+from tera.gateway.call import Call, ChatDelta, ChoiceDelta, PositionLogprobs
+from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.render import (
     AnswerParser,
-    AnswerPiece,
     Detokenizer,
     StopStrings,
     TextModel,
-    TokenText,
 )
 from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
 from tera.observability import Metrics
-from tera.routing.dispatch import Attempts, Dispatcher
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress
 from tera.tenancy.usage import Status, UsageRecord
 
-CREATED = 1_767_225_600
-"""`created` of every model: one number on all gateway replicas, the day of the first release."""
-
 Clock = Callable[[], float]
 Delta = TypeVar("Delta")
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model as the gateway knows it."""
-
-    name: str
-    config: ModelConfig
-    text: TextModel
-    dispatcher: Dispatcher
-
-    def card(self, client_name: str, status: ModelStatus) -> ModelCard:
-        """Return the model's entry under the name that the client used."""
-        return ModelCard(
-            id=client_name,
-            created=CREATED,
-            owned_by="simulated" if self.config.engine.kind == "simulated" else "tera",
-            context_length=self.text.context_length,
-            capabilities=self.config.capabilities,
-            status=status,
-        )
-
-
-class Catalog:
-    """The models of this gateway replica; replaced whole when the configuration changes."""
-
-    def __init__(self) -> None:
-        self.models: Mapping[str, ServedModel] = {}
-        self._by_client_name: Mapping[str, ServedModel] = {}
-
-    def replace(self, models: Mapping[str, ServedModel]) -> None:
-        """Serve these models, by short name, from the next request on."""
-        self.models = models
-        self._by_client_name = {
-            client_name: model
-            for model in models.values()
-            for client_name in (model.config.id, *model.config.aliases)
-        }
-
-    def find(self, caller: ApiKey, client_name: str) -> ServedModel:
-        """Return the model that a client names.
-
-        Raises:
-            ModelNotFoundError: it is not there, or not for this caller.
-        """
-        model = self._by_client_name.get(client_name)
-        if model is None or not _may_use(caller, model):
-            raise ModelNotFoundError(
-                f"The model `{client_name}` does not exist or is not deployed, "
-                "or you do not have access to it.",
-                param="model",
-            )
-        return model
-
-    def visible_to(self, caller: ApiKey) -> list[ServedModel]:
-        """Return the models that the caller may use, in the catalog's order."""
-        return [model for model in self.models.values() if _may_use(caller, model)]
 
 
 class Authenticator(Protocol):
@@ -141,84 +79,6 @@ class Admitter(Protocol):
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
         """Return how many tokens a request can ever be admitted with; None is any number."""
         ...
-
-
-@dataclass(slots=True)
-class Call:
-    """One request's facts, filled in on its way; the ledger and the metrics read them."""
-
-    request_id: str
-    route: str
-    arrived: float
-    """Monotonic, in seconds."""
-    started_s: float
-    """The same moment in Unix seconds."""
-    model: str = ""
-    """Short name of the model, once it is known to exist."""
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    first_token_s: float | None = None
-    """Seconds from arrival."""
-    admission: Admission | None = None
-    """What is left of the limits, once they were asked."""
-    attempts: Attempts = field(default_factory=Attempts)
-
-    def usage(self) -> Usage:
-        """Return the counts so far as the client sees them."""
-        return usage_of(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
-
-    def progress(self) -> Progress:
-        """Return what is charged if the request ends now: before its first token, nothing."""
-        prompt_tokens = 0 if self.first_token_s is None else self.prompt_tokens
-        return Progress(prompt_tokens, self.completion_tokens)
-
-    def tell(self, admission: Admission) -> None:
-        """Take note of what is left of the limits."""
-        self.admission = admission
-
-
-@dataclass(frozen=True, slots=True)
-class PositionLogprobs:
-    """The token at one position, and the likeliest ones there, likeliest first."""
-
-    token: TokenText
-    logprob: float | None
-    """None for the first token of a prompt, which nothing predicts."""
-    top: list[tuple[TokenText, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceDelta:
-    """What one choice of an answer gained by one delivery of tokens: maybe nothing to show."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    logprobs: list[PositionLogprobs] | None = None
-    """One for each token that the delta stands for, when asked for."""
-
-    @property
-    def says_something(self) -> bool:
-        """Whether a client has to hear of it; inside of a character there is no text yet."""
-        return bool(self.text or self.logprobs) or self.finish_reason is not None
-
-
-@dataclass(frozen=True, slots=True)
-class ChatDelta:
-    """What one choice of a chat answer gained by one delivery of tokens: maybe nothing."""
-
-    index: int
-    piece: AnswerPiece
-    finish_reason: str | None = None
-    logprobs: list[PositionLogprobs] | None = None
-
-    @property
-    def says_something(self) -> bool:
-        """Whether a client has to hear of it."""
-        said = self.piece.content or self.piece.reasoning or self.piece.tool_calls
-        return bool(said or self.logprobs) or self.finish_reason is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,12 +412,6 @@ def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
     token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
     likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
     return PositionLogprobs(token, entry.logprob, likely)
-
-
-def _may_use(caller: ApiKey, model: ServedModel) -> bool:
-    if caller.models is None:
-        return True
-    return not {model.config.id, *model.config.aliases}.isdisjoint(caller.models)
 
 
 def _require(model: ServedModel, capability: Capability) -> None:
