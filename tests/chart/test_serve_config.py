@@ -147,7 +147,7 @@ def values(draw: st.DrawFn) -> Object:
 
 
 @given(values())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_chart_makes_of_any_values_what_python_makes(made: Object) -> None:
     assert by_name(serve_config_of(made)) == by_name(cluster_serve_config(platform_of(made)))
 
