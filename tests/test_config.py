@@ -17,6 +17,7 @@ from tera.config import (
     load_platform,
     model_directory,
     parse_platform,
+    revision_args,
     set_environment,
 )
 from tera.errors import ConfigError
@@ -302,8 +303,15 @@ def test_model_directory(tmp_path: Path) -> None:
         return model_directory(parse_platform(values).models["demo"], tmp_path)
 
     assert directory("hf://org/name") == "org/name"
+    assert directory("hf://org/name@v1") == "org/name"
+    assert directory("s3://bucket/model") == "s3://bucket/model"
     assert directory("file:///models/x") == "/models/x"
     assert directory("demo://tiny", dtype="float32") == str(tmp_path / "models/tiny-float32")
+
+
+def test_a_sources_revision_is_told_to_vllm() -> None:
+    assert revision_args("hf://org/name@v1") == {"revision": "v1", "tokenizer_revision": "v1"}
+    assert revision_args("hf://org/name") == revision_args("file:///a@b") == {}
 
 
 def test_runtime_comes_back_from_the_environment_it_made(

@@ -542,7 +542,17 @@ def model_directory(model: ModelConfig, home: Path) -> str:
     if scheme == "demo":
         dtype = model.engine.args.get("dtype", "bfloat16")
         return str(home / "models" / f"{rest}-{dtype}")
-    return rest
+    if scheme == "hf":
+        return rest.partition("@")[0]
+    # vLLM streams from object stores by their whole address.
+    return model.source if scheme in ("s3", "gs") else rest
+
+
+def revision_args(source: str) -> dict[str, JsonValue]:
+    """Return vLLM's arguments for the revision that a source names, such as hf://org/name@v1."""
+    scheme, _, rest = source.partition("://")
+    revision = rest.partition("@")[2] if scheme == "hf" else ""
+    return {"revision": revision, "tokenizer_revision": revision} if revision else {}
 
 
 FRONTEND_ARGS = ("tool_call_parser", "chat_template")

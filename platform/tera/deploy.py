@@ -18,6 +18,7 @@ from tera.config import (
     Section,
     engine_args,
     model_directory,
+    revision_args,
 )
 from tera.engine.base import Engine
 from tera.engine.deployment import EngineReplica
@@ -49,7 +50,7 @@ class EngineStarter:
         model = ModelConfig(id="-", source=self.args.source, engine=engine)
         return await VllmEngine.start(
             model_directory(model, Runtime.from_environment().home),
-            engine_args(engine.args),
+            {**revision_args(self.args.source), **engine_args(engine.args)},
             tensor_parallel=parallelism.tensor,
             pipeline_parallel=parallelism.pipeline,
             stall_s=ENGINE_STALL_S,

@@ -20,6 +20,7 @@ from tera.config import (
     Section,
     load_keys_file,
     model_directory,
+    revision_args,
 )
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
@@ -131,7 +132,8 @@ class GatewayReplica:
             return SimulatedTextModel(config.engine.args)
         path = model_directory(config, self._runtime.home)
         # Seconds of imports and file reading: in a thread, the streams of other models go on.
-        return await asyncio.to_thread(VllmTextModel.load, path, config.engine.args)
+        args = {**revision_args(config.source), **config.engine.args}
+        return await asyncio.to_thread(VllmTextModel.load, path, args)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
         handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, application_name(name))
