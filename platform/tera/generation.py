@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 ENGINE_STALL_S = 30.0
-"""An engine that has work and makes no step for so long is stuck, to Serve and to gateways.
+"""An engine that has work and makes no step for so long fails its health check.
 
 Above the longest step: one prefill of a whole batch on a slow machine.
 """

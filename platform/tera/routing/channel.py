@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 CHECK_S = 0.25
 """Between two looks at whether the replicas live: what detection may take longer than its limit."""
+REPLACEMENT_S = 15.0
+"""Serve replaces a stalled replica within so long after `ENGINE_STALL_S`, if it can.
+
+It has to come first: an engine whose generations were taken away looks idle to its health check,
+so it would be kept, and would be the first to be given work.
+"""
 SUSPECT_S = 60.0
 """How long Serve may take to replace a silent replica, to which it sends work until then.
 
@@ -182,7 +188,12 @@ class TokenReceiver:
     """
 
     def __init__(
-        self, host: str, secret: str, *, port: int = 0, stall_s: float = ENGINE_STALL_S
+        self,
+        host: str,
+        secret: str,
+        *,
+        port: int = 0,
+        stall_s: float = ENGINE_STALL_S + REPLACEMENT_S,
     ) -> None:
         if not secret:
             raise ValueError("a token channel needs a cluster secret")
