@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 CHECK_S = 0.25
 """Between two looks at whether the replicas live: what detection may take longer than its limit."""
-REPLACEMENT_S = 15.0
+REPLACEMENT_S = 30.0
 """Serve replaces a stalled replica within so long after `ENGINE_STALL_S`, if it can.
 
 It has to come first: an engine whose generations were taken away looks idle to its health check,
