@@ -46,7 +46,7 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
         return {
             "models": [_model(name, values, applications) for name, values in catalog.items()],
             "gateway": [
-                {"replica_id": replica["replica_id"], "pid": replica["pid"]}
+                {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
                 for replica in _replicas(gateway, GATEWAY_DEPLOYMENT)
             ],
             "redis": _redis(state),
@@ -64,6 +64,7 @@ def _catalog(gateway: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replicas(application: dict[str, Any], deployment: str) -> list[dict[str, Any]]:
+    """Return what Serve knows of the replicas; one that is starting may have no `pid` yet."""
     found = application.get("deployments", {}).get(deployment, {})
     replicas: list[dict[str, Any]] = found.get("replicas", [])
     return replicas
@@ -90,7 +91,7 @@ def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> d
         "replicas": [
             {
                 "replica_id": replica["replica_id"],
-                "pid": replica["pid"],
+                "pid": replica.get("pid"),
                 "running": loads.get(replica["replica_id"], {}).get("running"),
                 "waiting": loads.get(replica["replica_id"], {}).get("waiting"),
                 "draining": replica["state"] == "STOPPING",
