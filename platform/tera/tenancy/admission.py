@@ -26,6 +26,7 @@ from tera.errors import InternalError
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress, RedisLimiter, Scope, scopes_of
 from tera.tenancy.local_limits import LocalLimiter
+from tera.tenancy.redis import end
 from tera.tenancy.tenants import effective_limits
 from tera.tenancy.usage import UsageRecord, encode_record
 
@@ -186,7 +187,7 @@ class Admissions:
         # A burst right after the start would otherwise begin with as many logins.
         await asyncio.gather(*(self._in_background(self._redis.ping()) for _ in range(CONNECTIONS)))
         for work in (self._renew, self._beat, self._reclaim, self._settle_all):
-            self._stack.push_async_callback(_end, asyncio.create_task(work()))
+            self._stack.push_async_callback(end, asyncio.create_task(work()))
         return self
 
     async def __aexit__(
@@ -198,7 +199,7 @@ class Admissions:
         """Settle what has ended, for some seconds at the most, and stop."""
         await self._stack.aclose()
         if self._probing is not None:
-            await _end(self._probing)
+            await end(self._probing)
         with suppress(RedisError, TimeoutError):
             async with asyncio.timeout(DRAIN_S):
                 while self._unsettled:
@@ -476,11 +477,3 @@ def _is_refusal(error: RedisError) -> bool:
 
 def _nothing() -> Progress:
     return Progress(0, 0)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    # Again until it ends: redis-py sends through `asyncio.wait_for`, which before Python 3.12
-    # loses a cancellation that comes just as the send is done (bpo-42130).
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=0.01)

@@ -1,5 +1,6 @@
 """How Tera connects to Redis: bounded waits, and no hidden second tries."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from tera.errors import ConfigError, InternalError
 
 _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
+_CANCEL_AGAIN_S = 0.01
 _MAX_CONNECTIONS = 32
 """More would not make Redis, which runs one command at a time, any faster."""
 
@@ -70,3 +72,10 @@ async def reaching(what: str) -> AsyncGenerator[None]:
         yield
     except RedisError as error:
         raise InternalError(f"{what} cannot be reached.") from error
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a task that talks to Redis, again until it has ended; see `connect`."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)

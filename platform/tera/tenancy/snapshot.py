@@ -29,6 +29,7 @@ from tera.tenancy.keys import (
     is_well_formed,
     require_pepper,
 )
+from tera.tenancy.redis import end
 from tera.tenancy.tenants import BLOCKED, decode_tenant
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ _BEARER = re.compile(rf"[ \t]*(?i:bearer)[ \t]+({KEY_PATTERN})[ \t]*")
 _RETRY_INTERVAL_S: Final = 1.0
 """While Redis is away it is tried this often, however many requests come (contract L-8)."""
 _LAST_USED_INTERVAL_S: Final = 60.0
-_CANCEL_AGAIN_S: Final = 0.01
 
 _MISSING_TEXT: Final = (
     "You did not provide an API key. Send it in the header `Authorization: Bearer sk-tera-...`."
@@ -166,11 +166,7 @@ class KeySnapshot:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Again until it ends: redis-py sends through `asyncio.wait_for`, which before Python 3.12
-        # loses a cancellation that comes just as the send is done (bpo-42130).
-        while not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
+        await end(self._task)
         # Best effort: when a key was last used may be off by a minute anyway.
         with suppress(RedisError):
             await self._write_last_used(self._used_s.copy())

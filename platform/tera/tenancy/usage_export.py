@@ -31,7 +31,7 @@ from redis.exceptions import RedisError
 
 from tera.config import UsageConfig
 from tera.errors import TeraError
-from tera.tenancy.redis import reaching
+from tera.tenancy.redis import end, reaching
 from tera.tenancy.usage import (
     PAGE_ENTRIES,
     STORE,
@@ -53,7 +53,6 @@ _TRIM_ENTRIES: Final = 10_000
 _PASS_BYTES: Final = 256 * 1024 * 1024
 """A larger file is read in several passes, each of which remembers a part of the request ids."""
 _FILES: Final = "[0-9][0-9][0-9][0-9]/[0-9][0-9]/[0-9][0-9]/[0-9][0-9].jsonl"
-_CANCEL_AGAIN_S: Final = 0.01
 
 # The lock has a holder's token, or `resting` between the passes: then another pass would find
 # little, and only one by hand is let in (ARGV[3]).
@@ -169,10 +168,7 @@ class UsageExporter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Again until it ends: before Python 3.12 redis-py may lose a cancellation (bpo-42130).
-        while not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
+        await end(self._task)
 
     async def _run(self) -> None:
         while True:
