@@ -79,7 +79,9 @@ class Stage:
         prompt: Sequence[int] = PROMPT,
     ) -> AsyncGenerator[TokenDelta]:
         sampling = sampling or Sampling(max_tokens=9)
-        return self.dispatcher(handle, limits).run("request", list(prompt), sampling, self.attempts)
+        return self.dispatcher(handle, limits).run(
+            "request", "tenant", list(prompt), sampling, self.attempts
+        )
 
     async def read(
         self,
@@ -493,7 +495,9 @@ async def test_b1_the_budget_ends_retries_of_engines_that_fail_on_everything(
     dispatcher = stage.dispatcher(handle)
     for _ in range(100):
         with pytest.raises(BackendFailureError):
-            await anext(dispatcher.run("request", PROMPT, Sampling(max_tokens=9), Attempts()))
+            await anext(
+                dispatcher.run("request", "tenant", PROMPT, Sampling(max_tokens=9), Attempts())
+            )
     assert len(handle.attempts) <= 100 + FIRST_BALANCE + 100 * RETRIES_PER_GENERATION
 
 

@@ -19,6 +19,7 @@ class Call:
     """Monotonic, in seconds."""
     started_s: float
     """The same moment in Unix seconds."""
+    tenant: str = ""
     model: str = ""
     """Short name of the model, once it is known to exist."""
     prompt_tokens: int = 0

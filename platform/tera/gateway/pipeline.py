@@ -150,7 +150,7 @@ class Pipeline:
             BackendFailureError: the engines failed.
         """
         model = self._catalog.find(caller, request.model)
-        call.model = model.name
+        call.model, call.tenant = model.name, caller.tenant
         _require(model, "completions")
         text = model.text
         prompts = [await _token_ids(text, prompt, at) for prompt, at in _located(request)]
@@ -195,7 +195,7 @@ class Pipeline:
             BackendFailureError: the engines failed.
         """
         model = self._catalog.find(caller, request.model)
-        call.model = model.name
+        call.model, call.tenant = model.name, caller.tenant
         _require(model, "chat")
         text = model.text
         rendered = await text.render_chat(request)
@@ -329,7 +329,7 @@ class Pipeline:
         stops = StopStrings(choice.stops)
         echo = choice.echo or ""
         generation = model.dispatcher.run(
-            call.request_id, choice.token_ids, choice.sampling, call.attempts
+            call.request_id, call.tenant, choice.token_ids, choice.sampling, call.attempts
         )
         first = True
         async with aclosing(generation) as deltas:

@@ -109,6 +109,7 @@ class Dispatcher:
     async def run(
         self,
         request_id: str,
+        tenant: str,
         prompt_token_ids: list[int],
         sampling: Sampling,
         attempts: Attempts,
@@ -119,12 +120,13 @@ class Dispatcher:
         one sequence, no id twice. Closing the generator stops the engine's work.
 
         Raises:
-            EngineOverloadedError: too many wait for the model.
+            EngineOverloadedError: too many wait for the model, or the place there went to a tenant
+                with fewer.
             BackendFailureError: retries, their budget or a deadline were used up, or the request
                 itself seems to make engines fail.
             InvalidRequestError: the engine refuses the parameters.
         """
-        place = self._queue.enter()
+        place = self._queue.enter(tenant)
         self._budget.earn()
         try:
             run = self._run(request_id, prompt_token_ids, sampling, attempts, place)
@@ -153,7 +155,9 @@ class Dispatcher:
                 # Every token came and only the word that it was the last was lost.
                 yield TokenDelta(0, [], FinishReason.LENGTH)
                 return
+            place.check()
             inbox = self._receiver.open()
+            place.on_eviction = inbox.fail
             attempts.inboxes.add(inbox)
             generation = _resumed(
                 inbox.generation_id,

@@ -13,14 +13,34 @@ SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 class Place:
     """One generation's place in the queue; given up once, whatever happens to it."""
 
-    def __init__(self, queue: "Queue") -> None:
+    def __init__(self, queue: "Queue", tenant: str) -> None:
         self._queue: Queue | None = queue
+        self.tenant = tenant
+        self.on_eviction: Callable[[EngineOverloadedError], None] | None = None
+        """Told if another tenant's generation gets the place."""
+        self._eviction: EngineOverloadedError | None = None
 
     def leave(self, *, taken: bool = False) -> None:
         """Give the place up: a replica has taken the generation, or nobody wants it any more."""
         queue, self._queue = self._queue, None
         if queue is not None:
-            queue.left(taken=taken)
+            queue.left(self, taken=taken)
+
+    def evict(self, error: EngineOverloadedError) -> None:
+        """Take the place away."""
+        self.leave()
+        self._eviction = error
+        if self.on_eviction is not None:
+            self.on_eviction(error)
+
+    def check(self) -> None:
+        """Do nothing while the place is kept.
+
+        Raises:
+            EngineOverloadedError: it was taken away.
+        """
+        if self._eviction is not None:
+            raise self._eviction
 
 
 class Queue:
@@ -28,12 +48,18 @@ class Queue:
 
     Serve's own bound counts what is on its way to replicas too and so refuses bursts that would
     fit; this one counts what waits, and knows how fast that becomes less.
+
+    One tenant's flood does not shut others out: in a full queue the latest generation of whoever
+    has the most there makes room for one of a tenant that has fewer (longest queue drop, Suter,
+    Lakshman, Stiliadis and Choudhury, 1998).
     """
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
         """`clock` gives monotonic seconds."""
         self._most = most
         self._clock = clock
+        self._places: dict[str, dict[Place, None]] = {}
+        """By tenant, in order of arrival."""
         self._waiting = 0
         self._taken_at: deque[float] = deque(maxlen=REMEMBERED)
 
@@ -42,24 +68,36 @@ class Queue:
         """How many wait now."""
         return self._waiting
 
-    def enter(self) -> Place:
+    def enter(self, tenant: str) -> Place:
         """Return a place in the queue.
 
         Raises:
             EngineOverloadedError: it is full; `retry_after_s` is when a place should be free.
         """
         if self._waiting >= self._most:
-            wait_s = self._wait_s()
-            raise EngineOverloadedError(
-                f"The model is overloaded: {self._waiting} requests wait for it here. "
-                f"Try again in {wait_s:.0f} s.",
-                retry_after_s=wait_s,
-            )
+            longest = max(self._places.values(), key=len, default={})
+            if len(longest) <= len(self._places.get(tenant, ())) + 1:
+                raise self._overloaded()
+            next(reversed(longest)).evict(self._overloaded())
+        place = Place(self, tenant)
+        self._places.setdefault(tenant, {})[place] = None
         self._waiting += 1
-        return Place(self)
+        return place
 
-    def left(self, *, taken: bool) -> None:
+    def _overloaded(self) -> EngineOverloadedError:
+        wait_s = self._wait_s()
+        return EngineOverloadedError(
+            f"The model is overloaded: {self._waiting} requests wait for it here. "
+            f"Try again in {wait_s:.0f} s.",
+            retry_after_s=wait_s,
+        )
+
+    def left(self, place: Place, *, taken: bool) -> None:
         """Take note that a place was given up; see `Place.leave`."""
+        places = self._places[place.tenant]
+        del places[place]
+        if not places:
+            del self._places[place.tenant]
         self._waiting -= 1
         if taken:
             self._taken_at.append(self._clock())
