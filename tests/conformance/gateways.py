@@ -215,7 +215,12 @@ class InProcessGateway(Gateway):
 
     async def _start(self) -> None:
         await self._receiver.__aenter__()
-        flaky = {"only_prompts_with": "FAULT", "fail_after_tokens": 5}
+        flaky = {
+            "only_prompts_with": "FAULT",
+            "fail_after_tokens": 5,
+            # The error comes beside the tokens, and without a pause it could come first.
+            "slow_step_s": 0.01,
+        }
         models = [
             self._served("small", "sim/small", faults=flaky, aliases=("sim",)),
             self._served("chat", "Sim/Chat-Only", capabilities=("chat",)),

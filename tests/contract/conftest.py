@@ -30,6 +30,11 @@ BROKEN_MODEL = "sim/broken"
 CHAT_MODEL = "sim/chat"
 CONTEXT_TOKENS = 256
 
+_BREAKS: dict[str, JsonValue] = {
+    "fail_after_tokens": 3,
+    # The error comes beside the tokens, and without a pause it could come first.
+    "slow_step_s": 0.01,
+}
 _LIMITS = DispatchLimits(
     deadline_s=60, first_token_deadline_s=60, cold_start_deadline_s=60, retries=0
 )
@@ -67,9 +72,7 @@ class Gateway:
         self._catalog.replace(
             {
                 "small": self._model("small", MODEL, {}, ("completions", "chat")),
-                "broken": self._model(
-                    "broken", BROKEN_MODEL, {"fail_after_tokens": 3}, ("completions", "chat")
-                ),
+                "broken": self._model("broken", BROKEN_MODEL, _BREAKS, ("completions", "chat")),
                 "chat": self._model("chat", CHAT_MODEL, {}, ("chat",)),
             }
         )

@@ -54,7 +54,12 @@ class Gateway:
         free: dict[str, JsonValue] = {"prefill_tokens_per_s": 0, "decode_step_s": 0}
         self._args: dict[str, JsonValue] = {
             "profile": {**free, "context_tokens": CONTEXT_TOKENS, **(profile or {})},
-            "faults": {"only_prompts_with": "FAULT", "fail_after_tokens": 3},
+            # The error comes beside the tokens, and without a pause it could come first.
+            "faults": {
+                "only_prompts_with": "FAULT",
+                "fail_after_tokens": 3,
+                "slow_step_s": 0.01,
+            },
         }
         self._deaths = list(deaths)
         self._text = text
