@@ -71,6 +71,18 @@ async def test_deltas_arrive_in_order_with_replica_and_load(receiver: TokenRecei
         assert receiver.loads == {"replica-1": load}
 
 
+async def test_who_asks_hears_of_the_taking_at_once_and_once(receiver: TokenReceiver) -> None:
+    inbox = receiver.open()
+    heard: list[str | None] = []
+    inbox.on_taken = lambda: heard.append(inbox.replica_id)
+    taken = StepFrame(ReplicaLoad(), [TokenDelta(inbox.generation_id, [])])
+    receiver.deliver("replica-1", taken)
+    assert heard == ["replica-1"]  # and nothing has run in between
+    receiver.deliver("replica-1", taken)
+    assert heard == ["replica-1"]
+    inbox.close()
+
+
 async def test_one_frame_for_all_generations_of_a_step() -> None:
     async with RecordingReceiver() as receiver, sender() as there:
         inboxes = [receiver.open() for _ in range(50)]

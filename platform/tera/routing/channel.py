@@ -53,6 +53,8 @@ class Inbox:
         """Loop time at which it did."""
         self.finished = False
         """The delta with the finish reason has arrived."""
+        self.on_taken: Callable[[], None] | None = None
+        """Called when a replica has taken the generation, before its first delta is read."""
         self._forget = forget
         self._loop = asyncio.get_running_loop()
         self._deltas: deque[TokenDelta] = deque()
@@ -97,6 +99,8 @@ class Inbox:
         if self.replica_id is None:
             self.replica_id = replica_id
             self.taken_at = self._loop.time()
+            if self.on_taken is not None:
+                self.on_taken()
 
     def close(self) -> None:
         """Stop listening: later deltas of this attempt are dropped."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -158,6 +159,7 @@ class Dispatcher:
             place.check()
             inbox = self._receiver.open()
             place.on_eviction = inbox.fail
+            inbox.on_taken = partial(place.leave, taken=True)
             attempts.inboxes.add(inbox)
             generation = _resumed(
                 inbox.generation_id,
@@ -168,7 +170,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                attempt = self._attempt(inbox, generation, take_by, patience_s, end, place)
+                attempt = self._attempt(inbox, generation, take_by, patience_s, end)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
@@ -206,7 +208,6 @@ class Dispatcher:
         take_by: float,
         patience_s: float,
         end: float,
-        place: Place,
     ) -> AsyncGenerator[TokenDelta]:
         """Yield what one replica generates."""
         loop = asyncio.get_running_loop()
@@ -219,7 +220,6 @@ class Dispatcher:
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
             timer.cancel()
-            place.leave(taken=True)
             if generation.resumed_tokens == 0 and not delta.token_ids:
                 first = loop.time() + self._limits.first_token_deadline_s
                 timer = _fail_at(inbox, min(first, end))

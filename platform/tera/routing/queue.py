@@ -75,7 +75,7 @@ class Queue:
             EngineOverloadedError: it is full; `retry_after_s` is when a place should be free.
         """
         if self._waiting >= self._most:
-            longest = max(self._places.values(), key=len, default={})
+            longest = max(self._places.values(), key=len)
             if len(longest) <= len(self._places.get(tenant, ())) + 1:
                 raise self._overloaded()
             next(reversed(longest)).evict(self._overloaded())
