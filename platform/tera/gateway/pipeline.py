@@ -149,9 +149,7 @@ class Pipeline:
             RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
-        model = self._catalog.find(caller, request.model)
-        call.model, call.tenant = model.name, caller.tenant
-        _require(model, "completions")
+        model = self._model(caller, request.model, "completions", call)
         text = model.text
         prompts = [await _token_ids(text, prompt, at) for prompt, at in _located(request)]
         for prompt in prompts:
@@ -194,9 +192,7 @@ class Pipeline:
             RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
-        model = self._catalog.find(caller, request.model)
-        call.model, call.tenant = model.name, caller.tenant
-        _require(model, "chat")
+        model = self._model(caller, request.model, "chat", call)
         text = model.text
         rendered = await text.render_chat(request)
         prompt_tokens = len(rendered.token_ids)
@@ -229,6 +225,24 @@ class Pipeline:
             async with aclosing(merged(answers)) as deltas:
                 async for delta in deltas:
                     yield delta
+
+    def _model(
+        self, caller: ApiKey, client_name: str, capability: Capability, call: Call
+    ) -> ServedModel:
+        """Return the model that a client names, which the call takes note of.
+
+        Raises:
+            ModelNotFoundError: the model is not there, or not for this caller.
+            UnsupportedParameterError: it is not for this route.
+        """
+        model = self._catalog.find(caller, client_name)
+        call.model, call.tenant = model.name, caller.tenant
+        if capability not in model.config.capabilities:
+            others = ", ".join(model.config.capabilities) or "nothing"
+            raise UnsupportedParameterError(
+                f"'model' does not serve {capability}; it serves {others}.", param="model"
+            )
+        return model
 
     def _rest(
         self, caller: ApiKey, model: ServedModel, request: ChatRequest, prompt_tokens: int
@@ -412,15 +426,6 @@ def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
     token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
     likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
     return PositionLogprobs(token, entry.logprob, likely)
-
-
-def _require(model: ServedModel, capability: Capability) -> None:
-    """Refuse a model on a route that it does not serve."""
-    if capability not in model.config.capabilities:
-        others = ", ".join(model.config.capabilities) or "nothing"
-        raise UnsupportedParameterError(
-            f"'model' does not serve {capability}; it serves {others}.", param="model"
-        )
 
 
 def _located(request: CompletionRequest) -> list[tuple[Prompt, str]]:
