@@ -15,6 +15,7 @@ import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
+from tests.routing.conftest import failing_after
 from tests.serve.conftest import Platform
 
 from tera.config import CorsConfig, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
@@ -215,12 +216,7 @@ class InProcessGateway(Gateway):
 
     async def _start(self) -> None:
         await self._receiver.__aenter__()
-        flaky = {
-            "only_prompts_with": "FAULT",
-            "fail_after_tokens": 5,
-            # The error comes beside the tokens, and without a pause it could come first.
-            "slow_step_s": 0.01,
-        }
+        flaky = {"only_prompts_with": "FAULT", **failing_after(5)}
         models = [
             self._served("small", "sim/small", faults=flaky, aliases=("sim",)),
             self._served("chat", "Sim/Chat-Only", capabilities=("chat",)),

@@ -9,7 +9,7 @@ import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineHandle
+from tests.routing.conftest import HOST, SECRET, EngineHandle, failing_after
 
 from tera.config import Capability, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
 from tera.contract.common import ModelStatus
@@ -30,11 +30,6 @@ BROKEN_MODEL = "sim/broken"
 CHAT_MODEL = "sim/chat"
 CONTEXT_TOKENS = 256
 
-_BREAKS: dict[str, JsonValue] = {
-    "fail_after_tokens": 3,
-    # The error comes beside the tokens, and without a pause it could come first.
-    "slow_step_s": 0.01,
-}
 _LIMITS = DispatchLimits(
     deadline_s=60, first_token_deadline_s=60, cold_start_deadline_s=60, retries=0
 )
@@ -72,7 +67,9 @@ class Gateway:
         self._catalog.replace(
             {
                 "small": self._model("small", MODEL, {}, ("completions", "chat")),
-                "broken": self._model("broken", BROKEN_MODEL, _BREAKS, ("completions", "chat")),
+                "broken": self._model(
+                    "broken", BROKEN_MODEL, failing_after(3), ("completions", "chat")
+                ),
                 "chat": self._model("chat", CHAT_MODEL, {}, ("chat",)),
             }
         )

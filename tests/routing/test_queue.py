@@ -58,33 +58,39 @@ def test_b4_the_told_wait_follows_the_rate_at_which_replicas_take() -> None:
     assert wait_s(queue) == LONGEST_WAIT_S
 
 
-async def test_b4_a_generation_waits_until_a_replica_takes_it(receiver: TokenReceiver) -> None:
-    may_take = asyncio.Event()
+class HeldModel:
+    """A model whose replicas take nothing until they may, and then end each at once."""
 
-    async def script(attempt: Attempt) -> bytes:
-        await may_take.wait()
+    def __init__(self, receiver: TokenReceiver, most_queued: int) -> None:
+        self.may_take = asyncio.Event()
+        self.handle = ScriptedHandle(self._script)
+        limits = DispatchLimits(60, 60, 60, retries=0, most_queued=most_queued)
+        self._dispatcher = Dispatcher(self.handle, receiver, limits)
+
+    async def _script(self, attempt: Attempt) -> bytes:
+        await self.may_take.wait()
         await attempt.take()
         await attempt.send(1, finish=FinishReason.LENGTH)
         return ended()
 
-    handle = ScriptedHandle(script)
-    limits = DispatchLimits(60, 60, 60, retries=0, most_queued=2)
-    dispatcher = Dispatcher(handle, receiver, limits)
-
-    async def run() -> list[int]:
-        deltas = dispatcher.run("request", "tenant", [1, 2], Sampling(max_tokens=1), Attempts())
+    async def run(self, tenant: str) -> list[int]:
+        sampling = Sampling(max_tokens=1)
+        deltas = self._dispatcher.run("request", tenant, [1, 2], sampling, Attempts())
         async with aclosing(deltas):
             return [token_id async for delta in deltas for token_id in delta.token_ids]
 
-    waiting = [asyncio.create_task(run()) for _ in range(2)]
-    await until(lambda: len(handle.attempts) == 2)
+
+async def test_b4_a_generation_waits_until_a_replica_takes_it(receiver: TokenReceiver) -> None:
+    model = HeldModel(receiver, most_queued=2)
+    waiting = [asyncio.create_task(model.run("tenant")) for _ in range(2)]
+    await until(lambda: len(model.handle.attempts) == 2)
     with pytest.raises(EngineOverloadedError):
-        await run()
-    assert len(handle.attempts) == 2
-    may_take.set()
+        await model.run("tenant")
+    assert len(model.handle.attempts) == 2
+    model.may_take.set()
     assert await asyncio.gather(*waiting) == [[1], [1]]
-    assert await run() == [1]
-    await handle.close()
+    assert await model.run("tenant") == [1]
+    await model.handle.close()
 
 
 async def test_b4_who_gives_up_waiting_leaves_the_queue(receiver: TokenReceiver) -> None:
@@ -130,30 +136,14 @@ def test_b4_a_flood_makes_room_for_others_and_not_for_itself() -> None:
 async def test_b4_who_loses_its_place_to_another_tenant_hears_of_it(
     receiver: TokenReceiver,
 ) -> None:
-    may_take = asyncio.Event()
-
-    async def script(attempt: Attempt) -> bytes:
-        await may_take.wait()
-        await attempt.take()
-        await attempt.send(1, finish=FinishReason.LENGTH)
-        return ended()
-
-    handle = ScriptedHandle(script)
-    limits = DispatchLimits(60, 60, 60, retries=0, most_queued=2)
-    dispatcher = Dispatcher(handle, receiver, limits)
-
-    async def run(tenant: str) -> list[int]:
-        deltas = dispatcher.run("request", tenant, [1, 2], Sampling(max_tokens=1), Attempts())
-        async with aclosing(deltas):
-            return [token_id async for delta in deltas for token_id in delta.token_ids]
-
-    flood = [asyncio.create_task(run("flood")) for _ in range(2)]
-    await until(lambda: len(handle.attempts) == 2)
-    guest = asyncio.create_task(run("guest"))
+    model = HeldModel(receiver, most_queued=2)
+    flood = [asyncio.create_task(model.run("flood")) for _ in range(2)]
+    await until(lambda: len(model.handle.attempts) == 2)
+    guest = asyncio.create_task(model.run("guest"))
     with pytest.raises(EngineOverloadedError) as refused:
         await flood[1]
     assert refused.value.retry_after_s is not None
-    await until(lambda: handle.attempts[1].cancelled)
-    may_take.set()
+    await until(lambda: model.handle.attempts[1].cancelled)
+    model.may_take.set()
     assert await asyncio.gather(flood[0], guest) == [[1], [1]]
-    await handle.close()
+    await model.handle.close()
