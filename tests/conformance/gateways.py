@@ -15,7 +15,6 @@ import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import failing_after
 from tests.serve.conftest import Platform
 
 from tera.config import CorsConfig, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
@@ -216,7 +215,7 @@ class InProcessGateway(Gateway):
 
     async def _start(self) -> None:
         await self._receiver.__aenter__()
-        flaky = {"only_prompts_with": "FAULT", **failing_after(5)}
+        flaky = {"only_prompts_with": "FAULT", "fail_after_tokens": 5}
         models = [
             self._served("small", "sim/small", faults=flaky, aliases=("sim",)),
             self._served("chat", "Sim/Chat-Only", capabilities=("chat",)),

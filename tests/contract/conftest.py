@@ -9,7 +9,7 @@ import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineHandle, failing_after
+from tests.routing.conftest import HOST, SECRET, EngineHandle
 
 from tera.config import Capability, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
 from tera.contract.common import ModelStatus
@@ -68,7 +68,7 @@ class Gateway:
             {
                 "small": self._model("small", MODEL, {}, ("completions", "chat")),
                 "broken": self._model(
-                    "broken", BROKEN_MODEL, failing_after(3), ("completions", "chat")
+                    "broken", BROKEN_MODEL, {"fail_after_tokens": 3}, ("completions", "chat")
                 ),
                 "chat": self._model("chat", CHAT_MODEL, {}, ("chat",)),
             }

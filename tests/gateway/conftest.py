@@ -10,7 +10,7 @@ import pytest_asyncio
 from pydantic import JsonValue
 from starlette.types import ASGIApp, Message
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineHandle, failing_after, until
+from tests.routing.conftest import HOST, SECRET, EngineHandle, until
 
 from tera.config import EngineConfig, GatewayConfig, ModelConfig
 from tera.contract.common import ModelStatus
@@ -54,7 +54,7 @@ class Gateway:
         free: dict[str, JsonValue] = {"prefill_tokens_per_s": 0, "decode_step_s": 0}
         self._args: dict[str, JsonValue] = {
             "profile": {**free, "context_tokens": CONTEXT_TOKENS, **(profile or {})},
-            "faults": {"only_prompts_with": "FAULT", **failing_after(3)},
+            "faults": {"only_prompts_with": "FAULT", "fail_after_tokens": 3},
         }
         self._deaths = list(deaths)
         self._text = text

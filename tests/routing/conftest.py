@@ -7,7 +7,6 @@ from contextlib import aclosing, suppress
 import pytest
 import pytest_asyncio
 import uvloop
-from pydantic import JsonValue
 
 from tera import wire
 from tera.engine.base import Engine
@@ -138,14 +137,6 @@ class Attempt:
     async def close(self) -> None:
         if self._replica is not None:
             await self._replica.close()
-
-
-def failing_after(tokens: int) -> dict[str, JsonValue]:
-    """Return the faults of a simulated engine that sends some tokens and fails.
-
-    The error comes beside the tokens, and without a pause between them it could come first.
-    """
-    return {"fail_after_tokens": tokens, "slow_step_s": 0.01}
 
 
 Script = Callable[[Attempt], Awaitable[bytes]]
