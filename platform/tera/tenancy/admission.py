@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
@@ -37,7 +38,12 @@ SLICES: Final = 3
 MOST_SLICES: Final = 40
 """Redis counts as away when it leaves a call unanswered for three slices: 75 ms in which this
 process was there to read. A slice that ends late does not count, for then the process was busy and
-the answer may be waiting for it; but at most these many are waited for."""
+the answer may be waiting for it; nor one in which this thread had to wait for a CPU, for then a
+Redis on this machine had to as well; and one in which another call was answered begins the count
+anew. But at most these many are waited for."""
+STARVED_S: Final = SLICE_S / 5
+"""Wait for a CPU in one slice above which the machine counts as overloaded; otherwise it is 0.1 ms."""
+SCHEDULER_STATISTICS: Final = Path("/proc/thread-self/schedstat")
 CONNECTIONS: Final = 8
 """Calls to admit at a time, each on a connection; more of them would only wait in Redis."""
 PROBE_INTERVAL_S: Final = 1.0
@@ -373,11 +379,15 @@ class Admissions:
         loop = asyncio.get_running_loop()
         unanswered = 0
         for _ in range(MOST_SLICES):
-            due = loop.time() + SLICE_S
+            due, answered = loop.time() + SLICE_S, self._limiter.answered
+            starved_s = _waited_for_cpu_s()
             await asyncio.wait({call}, timeout=SLICE_S)
             if call.done():
                 break
-            unanswered += loop.time() - due < SLICE_S / 2
+            if self._limiter.answered != answered:
+                unanswered = 0
+            elif loop.time() < due + SLICE_S / 2 and _waited_for_cpu_s() < starved_s + STARVED_S:
+                unanswered += 1
             if unanswered == SLICES:
                 break
         if not call.done():
@@ -473,6 +483,14 @@ def _is_refusal(error: RedisError) -> bool:
     if not isinstance(error, ResponseError) or isinstance(error, OutOfMemoryError | ReadOnlyError):
         return False
     return _CANNOT_SERVE.search(str(error)) is None
+
+
+def _waited_for_cpu_s() -> float:
+    """Return how long this thread has been ready to run and without a CPU; 0 where Linux is not."""
+    try:
+        return int(SCHEDULER_STATISTICS.read_bytes().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def _nothing() -> Progress:

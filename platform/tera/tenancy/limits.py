@@ -175,6 +175,8 @@ class _Together:
         self._redis = redis
         self._waiting: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._sending: set[asyncio.Task[None]] = set()
+        self.answered = 0
+        """Round trips that came to their end."""
 
     async def run(self, sha: str, given: tuple[Any, ...]) -> Any:
         """Return the script's answer; `given` is the number of keys, the keys, the arguments.
@@ -206,6 +208,7 @@ class _Together:
                 for given, _ in calls:
                     pipeline.evalsha(*given)
                 answers = await pipeline.execute(raise_on_error=False)
+            self.answered += 1
         except Exception as error:  # noqa: BLE001  each of those who wait gets it
             answers = [error] * len(calls)
         for (_, future), answer in zip(calls, answers, strict=True):
@@ -236,6 +239,11 @@ class RedisLimiter:
         self._together = _Together(redis)
         self._lease_us = round(lease_s * 1e6)
         self.now_us = now_us
+
+    @property
+    def answered(self) -> int:
+        """Round trips that Redis has answered."""
+        return self._together.answered
 
     async def admit(
         self, tenant: str, request_id: str, scopes: Sequence[Scope], tokens: int, record: bytes
