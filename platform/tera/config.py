@@ -55,6 +55,8 @@ TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,
 
 Capability = Literal["completions", "chat"]
 
+Routing = Literal["prefix_affinity", "least_loaded"]
+
 SOURCE_SCHEMES = ("hf", "s3", "gs", "pvc", "file", "demo")
 
 
@@ -124,6 +126,9 @@ class ModelConfig(Section):
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
     scaling: Scaling = Scaling()
+    routing: Routing = "prefix_affinity"
+    """`prefix_affinity` sends a prompt to a replica that has its beginning cached and is not too
+    busy, `least_loaded` to any of the least busy ones; applied in place."""
     capabilities: tuple[Capability, ...] = Field(default=("completions", "chat"), strict=False)
 
     @model_validator(mode="after")
@@ -149,6 +154,7 @@ class ModelDefaults(Section):
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
     scaling: Scaling = Scaling()
+    routing: Routing = "prefix_affinity"
 
 
 class RequestLimits(Section):

@@ -22,6 +22,10 @@ HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 10
 DRAIN_S = 30
 
 
+SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
+"""How often what waits and runs is counted, and over how long it is averaged. With Serve's 10 and
+30 s a burst is over, or has grown, before it is seen for what it is."""
+
 POOL_SHARE = 0.001
 """Of a worker's `pool_<name>` resource: keeps a replica on its pool and limits nothing."""
 
@@ -150,6 +154,7 @@ def _autoscaling(replicas: ReplicaBounds, scaling: Scaling) -> dict[str, Any]:
         "upscale_delay_s": scaling.upscale_delay_seconds,
         "downscale_delay_s": scaling.downscale_delay_seconds,
         "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_seconds,
+        **SCALING_METRICS,
     }
 
 

@@ -23,6 +23,7 @@ from tera.generation import (
     encode,
 )
 from tera.routing.channel import TokenReceiver
+from tera.routing.switchboard import Route
 
 SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
 HOST = "127.0.0.1"
@@ -113,11 +114,16 @@ class FakeReplica:
 class Attempt:
     """One dispatched generation, on a replica of its own."""
 
-    def __init__(self, generation: Generation, name: str) -> None:
+    def __init__(self, generation: Generation, route: Route, name: str) -> None:
         self.generation = generation
         self.name = name
         self.cancelled = False
+        self._route = route
         self._replica: FakeReplica | None = None
+
+    def offered(self) -> None:
+        """Be the replica that was chosen."""
+        self._route.offered(self.name)
 
     async def take(self) -> FakeReplica:
         self._replica = await FakeReplica.connect(self.generation.reply_to, self.name)
@@ -153,9 +159,9 @@ class ScriptedHandle:
         self._scripts = scripts
         self.attempts: list[Attempt] = []
 
-    async def generate(self, generation: bytes) -> bytes:
+    async def generate(self, generation: bytes, route: Route) -> bytes:
         number = len(self.attempts)
-        attempt = Attempt(decode_generation(generation), f"replica-{number}")
+        attempt = Attempt(decode_generation(generation), route, f"replica-{number}")
         self.attempts.append(attempt)
         try:
             return await self._scripts[min(number, len(self._scripts) - 1)](attempt)
@@ -180,7 +186,7 @@ class EngineHandle:
         self._transports: list[asyncio.Transport] = []
         self.dispatched: list[Generation] = []
 
-    async def generate(self, generation: bytes) -> bytes:
+    async def generate(self, generation: bytes, route: Route) -> bytes:
         asked = decode_generation(generation)
         number = len(self.dispatched)
         self.dispatched.append(asked)

@@ -34,6 +34,22 @@ class RecordingReceiver(TokenReceiver):
         super().deliver(replica_id, frame)
 
 
+class RecordingWatcher:
+    """Keeps what it hears of replicas."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def report(self, replica_id: str, load: ReplicaLoad) -> None:
+        self.heard.append(f"{replica_id} has {load.running + load.waiting}")
+
+    def trust(self, replica_id: str) -> None:
+        self.heard.append(f"trust {replica_id}")
+
+    def suspect(self, replica_id: str) -> None:
+        self.heard.append(f"suspect {replica_id}")
+
+
 @asynccontextmanager
 async def sender(
     secret: str = SECRET, load: Callable[[], ReplicaLoad] = ReplicaLoad
@@ -546,15 +562,17 @@ class TestHeartbeats:
     async def test_a_replica_that_thaws_is_hung_up_on_and_may_come_back(
         self, receiver: TokenReceiver
     ) -> None:
+        watcher = RecordingWatcher()
+        receiver.watch("frozen", watcher)
         lost_inbox = receiver.open()
         frozen = await FakeReplica.connect(receiver.address, "frozen")
         await frozen.beat()
         await frozen.send(TokenDelta(lost_inbox.generation_id, [1]))
-        await until(lambda: receiver.suspicious)
+        await until(lambda: watcher.heard[-1:] == ["suspect frozen"])
         await until(lambda: not receiver.links)
         await frozen.closed()
         thawed = await FakeReplica.connect(receiver.address, "frozen")
-        assert not receiver.suspicious
+        assert watcher.heard == ["trust frozen", "frozen has 0", "suspect frozen", "trust frozen"]
         lost_inbox.close()
         inbox = receiver.open()
         await thawed.send(
@@ -573,7 +591,6 @@ class TestHeartbeats:
             heard = len(receiver.heartbeats)
             await until(lambda: len(receiver.heartbeats) > heard + 5)
             assert not link.closed
-            assert not receiver.suspicious
 
     async def test_an_engine_that_makes_no_step_loses_its_generations_though_it_beats(
         self,
@@ -589,7 +606,6 @@ class TestHeartbeats:
             assert (await inbox.get()).token_ids == [1]
             with pytest.raises(ReplicaLostError):
                 await inbox.get()
-            assert not receiver.suspicious
 
     async def test_an_engine_busy_for_others_only_keeps_its_connection(self) -> None:
         stuck = ReplicaLoad(running=1, kv_usage_ratio=0.1)
@@ -599,13 +615,36 @@ class TestHeartbeats:
             await until(lambda: len(receiver.heartbeats) > 5)
             assert not link.closed
 
-    async def test_calls_that_nobody_took_are_asked_again_when_a_replica_falls_silent(
+    async def test_a_call_that_a_silent_replica_was_to_take_is_made_again_and_no_other(
         self, receiver: TokenReceiver
     ) -> None:
-        untaken = receiver.open()
+        untaken, elsewhere = receiver.open(), receiver.open()
+        untaken.offered_to, elsewhere.offered_to = "frozen", "another"
         frozen = await FakeReplica.connect(receiver.address, "frozen")
         await frozen.beat()
         with pytest.raises(ReplicaLostError):
             await untaken.get()
         assert untaken.replica_id is None
+        assert not elsewhere.next_is_here
         await frozen.closed()
+
+
+async def test_a_watcher_hears_of_its_replicas_load_when_it_changes(
+    receiver: TokenReceiver,
+) -> None:
+    watcher = RecordingWatcher()
+    receiver.watch("replica", watcher)
+    busy, idle = ReplicaLoad(running=2, waiting=1), ReplicaLoad()
+    replica = await FakeReplica.connect(receiver.address)
+    other = await FakeReplica.connect(receiver.address, "other")
+    for load in (busy, busy, idle, busy):
+        await replica.beat(load)
+        await other.beat(load)
+    await until(lambda: watcher.heard[-1] == "replica has 3" and len(watcher.heard) == 4)
+    assert watcher.heard[1:] == ["replica has 3", "replica has 0", "replica has 3"]
+    receiver.watch("replica", None)
+    await replica.beat(idle)
+    await replica.lose()
+    await until(lambda: receiver.loads.keys() == {"other"})
+    assert len(watcher.heard) == 4
+    await other.close()

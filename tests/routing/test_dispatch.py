@@ -567,18 +567,31 @@ class TestSilence:
         assert stage.attempts.replica_switches == 1
         await until(lambda: handle.attempts[0].cancelled)
 
-    async def test_b1_a_call_to_a_frozen_replica_that_cannot_take_it_is_made_again(
+    async def test_b1_a_call_that_its_replica_does_not_take_is_made_again(
         self, stage: Stage, scripted: Scripted
     ) -> None:
         async def freezes(attempt: Attempt) -> bytes:
-            await (await attempt.take()).beat()
+            attempt.offered()
             return await stage.hang(attempt)
 
-        handle = scripted(freezes, stage.hang, stage.hang, stage.lives(1))
+        handle = scripted(freezes, freezes, stage.lives(1))
         await stage.read(handle, limits=limits(retries=1))
         assert stage.token_ids == [1]
-        assert stage.attempts.replica_switches == 1
-        await until(lambda: [each.cancelled for each in handle.attempts[:3]] == [True] * 3)
+        assert stage.attempts.replica_switches == 0
+        await until(lambda: [each.cancelled for each in handle.attempts[:2]] == [True] * 2)
+
+    async def test_b3_a_call_waits_for_a_replica_as_long_as_none_has_room(
+        self, stage: Stage, scripted: Scripted
+    ) -> None:
+        async def waits(attempt: Attempt) -> bytes:
+            await asyncio.sleep(4 * dispatch.FIRST_PATIENCE_S)
+            attempt.offered()
+            return await stage.lives(1)(attempt)
+
+        handle = scripted(waits)
+        await stage.read(handle)
+        assert stage.token_ids == [1]
+        assert len(handle.attempts) == 1
 
 
 SAMPLINGS = [

@@ -47,7 +47,9 @@
       "target_ongoing_requests" $scaling.targetOngoingRequests
       "upscale_delay_s" $scaling.upscaleDelaySeconds
       "downscale_delay_s" $scaling.downscaleDelaySeconds
-      "downscale_to_zero_delay_s" $scaling.downscaleToZeroDelaySeconds) -}}
+      "downscale_to_zero_delay_s" $scaling.downscaleToZeroDelaySeconds
+      "metrics_interval_s" 1.0
+      "look_back_period_s" 2.0) -}}
 {{- end }}
 
 {{/* Where a model's replicas go; the gateway's go where those of a model without a pool do. */}}

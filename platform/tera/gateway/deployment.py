@@ -34,6 +34,7 @@ from tera.observability import Metrics, log_json_lines, merge_expositions
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
 from tera.routing.serve_handle import ServeModelHandle
+from tera.routing.switchboard import Switchboard
 from tera.tenancy.admission import Admissions
 from tera.tenancy.key_store import KeyStore, import_keys
 from tera.tenancy.redis import connect
@@ -74,6 +75,8 @@ class GatewayReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()
         self._catalog = Catalog()
+        self._handles: dict[str, ServeModelHandle] = {}
+        """By model; they outlive its settings, since they know what its replicas have cached."""
         self._stack = AsyncExitStack()
         self._receiver = await self._stack.enter_async_context(
             TokenReceiver(runtime.channel_host or _node_address(), runtime.cluster_secret)
@@ -119,6 +122,8 @@ class GatewayReplica:
                 name, config, text, self._dispatcher(name, config, gateway.requests)
             )
         self._config = gateway
+        for gone in self._handles.keys() - models.keys():
+            del self._handles[gone]
         first = not self._catalog.models
         self._catalog.replace(models)
         self._statuses.look_soon()
@@ -140,7 +145,12 @@ class GatewayReplica:
         return await asyncio.to_thread(VllmTextModel.load, path, args)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
-        handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, application_name(name))
+        handle = self._handles.get(name)
+        if handle is None:
+            handle = self._handles[name] = ServeModelHandle(
+                ENGINE_DEPLOYMENT, application_name(name), Switchboard(), self._receiver
+            )
+        handle.switchboard.prefix_affinity = config.routing == "prefix_affinity"
         limits = DispatchLimits(
             deadline_s=requests.deadline_seconds,
             first_token_deadline_s=requests.first_token_deadline_seconds,
@@ -148,7 +158,7 @@ class GatewayReplica:
             retries=requests.retries,
             most_queued=config.scaling.max_queued_requests,
         )
-        return Dispatcher(ServeModelHandle(handle), self._receiver, limits)
+        return Dispatcher(handle, self._receiver, limits)
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Return whether this replica can serve: it knows the keys, and a model can answer."""

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import msgspec
 
@@ -32,11 +32,22 @@ REPLACEMENT_S = 30.0
 It has to come first: an engine whose generations were taken away looks idle to its health check,
 so it would be kept, and would be the first to be given work.
 """
-SUSPECT_S = 60.0
-"""How long Serve may take to replace a silent replica, to which it sends work until then.
 
-Three failed health checks of up to 12 s each, and some for the replacement.
-"""
+
+class Watcher(Protocol):
+    """Who wants to know how a replica is doing."""
+
+    def report(self, replica_id: str, load: ReplicaLoad) -> None:
+        """Hear of a replica's load, when it has changed."""
+        ...
+
+    def trust(self, replica_id: str) -> None:
+        """Hear that a replica has connected."""
+        ...
+
+    def suspect(self, replica_id: str) -> None:
+        """Hear that a replica's connection has broken, or was given up."""
+        ...
 
 
 class Inbox:
@@ -47,6 +58,8 @@ class Inbox:
 
     def __init__(self, generation_id: int, forget: Callable[[int], None]) -> None:
         self.generation_id = generation_id
+        self.offered_to: str | None = None
+        """The replica that the generation is sent to, as far as that is known."""
         self.replica_id: str | None = None
         """The replica that took the generation, once it has said so."""
         self.taken_at = 0.0
@@ -206,8 +219,7 @@ class TokenReceiver:
         self._server: asyncio.Server | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._generation_ids = itertools.count(1)
-        self._suspects: dict[str, float] = {}
-        """Replicas that fell silent, and the loop time until which Serve may still ask them."""
+        self._watchers: dict[str, Watcher] = {}
         self._check: asyncio.TimerHandle | None = None
         self.secret = secret
         self.stall_s = stall_s
@@ -251,9 +263,20 @@ class TokenReceiver:
         inbox = self._inboxes[generation_id] = Inbox(generation_id, self._forget)
         return inbox
 
+    def watch(self, replica_id: str, watcher: Watcher | None) -> None:
+        """Tell a replica's watcher, its only one, what becomes of it; None is nobody."""
+        if watcher is None:
+            self._watchers.pop(replica_id, None)
+        else:
+            self._watchers[replica_id] = watcher
+
     def deliver(self, replica_id: str, frame: StepFrame) -> None:
         """Hand a frame's deltas to their inboxes; those of given-up attempts find none."""
-        self.loads[replica_id] = frame.load
+        if self.loads.get(replica_id) != frame.load:
+            self.loads[replica_id] = frame.load
+            watcher = self._watchers.get(replica_id)
+            if watcher is not None:
+                watcher.report(replica_id, frame.load)
         for delta in frame.deltas:
             inbox = self._inboxes.get(delta.generation_id)
             if inbox is not None:
@@ -263,20 +286,24 @@ class TokenReceiver:
     def lose(self, replica_id: str) -> None:
         """Fail every generation of a replica whose connection broke."""
         self.loads.pop(replica_id, None)
+        self.doubt(replica_id)  # first, so that nothing that fails now is sent there again
         for inbox in list(self._inboxes.values()):
-            if inbox.replica_id == replica_id:
+            if replica_id == (inbox.replica_id or inbox.offered_to):
                 inbox.fail(ReplicaLostError("The engine replica was lost."))
         if self.on_lost is not None:
             self.on_lost()
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether a call that no replica takes may be with one that fell silent."""
-        return bool(self._suspects)
-
     def trust(self, replica_id: str) -> None:
         """Take note that a replica speaks, again perhaps."""
-        self._suspects.pop(replica_id, None)
+        watcher = self._watchers.get(replica_id)
+        if watcher is not None:
+            watcher.trust(replica_id)
+
+    def doubt(self, replica_id: str) -> None:
+        """Take note that a replica may be lost."""
+        watcher = self._watchers.get(replica_id)
+        if watcher is not None:
+            watcher.suspect(replica_id)
 
     def _check_at(self, when: float) -> None:
         self._check = asyncio.get_running_loop().call_at(when, self._check_links, when)
@@ -284,8 +311,6 @@ class TokenReceiver:
     def _check_links(self, due: float) -> None:
         now = asyncio.get_running_loop().time()
         self._check_at(now + CHECK_S)
-        for replica_id in [each for each, until in self._suspects.items() if until < now]:
-            del self._suspects[replica_id]
         late_s = now - due
         working = {inbox.replica_id for inbox in self._inboxes.values()}
         for link in list(self.links):
@@ -296,18 +321,10 @@ class TokenReceiver:
                 link.pulse.excuse(late_s)
             if link.pulse.is_silent(now):
                 log.warning("Engine replica %s fell silent; given up", link.replica_id)
-                self._suspect(link.replica_id, now)
                 link.abort()
             elif link.replica_id in working and link.pulse.is_stalled(now):
                 log.warning("Engine replica %s makes no step; given up", link.replica_id)
                 link.abort()
-
-    def _suspect(self, replica_id: str, now: float) -> None:
-        self._suspects[replica_id] = now + SUSPECT_S
-        # Nobody knows which replica a call is with until one takes it: all are asked again.
-        for inbox in list(self._inboxes.values()):
-            if inbox.replica_id is None:
-                inbox.fail(ReplicaLostError("The engine replica may have been lost."))
 
     def _forget(self, generation_id: int) -> None:
         self._inboxes.pop(generation_id, None)

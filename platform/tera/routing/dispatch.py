@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from tera.generation import (
 from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.queue import Place, Queue
 from tera.routing.retry_budget import RetryBudget
+from tera.routing.switchboard import Route
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ LAST_FRAME_GRACE_S = 5.0
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 1.0
 """Pause before asking again while no replica takes the generation."""
 
-FIRST_PATIENCE_S, LONGEST_PATIENCE_S = 0.5, 8.0
-"""Wait for a replica to take the generation while the call may be with a silent one.
+FIRST_PATIENCE_S, LONGEST_PATIENCE_S = 2.0, 8.0
+"""Wait for a replica to take the generation that it is sent, which needs milliseconds.
 
-Taking needs milliseconds, but a call may also be held because all replicas are full.
+A replica that this gateway replica has no connection with may be frozen, and no heartbeat tells.
 """
 
 POISON_LOSSES, POISON_WINDOW_S = 2, 10.0
@@ -49,8 +50,12 @@ whose replicas die minutes apart is an innocent that has seen much.
 class ModelHandle(Protocol):
     """What sends a generation to one of a model's replicas."""
 
-    def generate(self, generation: bytes) -> Coroutine[None, None, bytes]:
+    def generate(self, generation: bytes, route: Route) -> Coroutine[None, None, bytes]:
         """Return the encoded `GenerationEnd`; cancelling this aborts the replica's work.
+
+        Args:
+            generation: an encoded `Generation`.
+            route: what the choice of the replica is made of, and who is told of it.
 
         Raises:
             EngineError: the replica was lost or failed.
@@ -130,7 +135,7 @@ class Dispatcher:
         place = self._queue.enter(tenant)
         self._budget.earn()
         try:
-            run = self._run(request_id, prompt_token_ids, sampling, attempts, place)
+            run = self._run(request_id, tenant, prompt_token_ids, sampling, attempts, place)
             async with aclosing(run) as deltas:
                 async for delta in deltas:
                     yield delta
@@ -140,6 +145,7 @@ class Dispatcher:
     async def _run(
         self,
         request_id: str,
+        tenant: str,
         prompt_token_ids: list[int],
         sampling: Sampling,
         attempts: Attempts,
@@ -170,7 +176,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                attempt = self._attempt(inbox, generation, take_by, patience_s, end)
+                attempt = self._attempt(inbox, generation, tenant, take_by, patience_s, end)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
@@ -205,21 +211,22 @@ class Dispatcher:
         self,
         inbox: Inbox,
         generation: Generation,
+        tenant: str,
         take_by: float,
         patience_s: float,
         end: float,
     ) -> AsyncGenerator[TokenDelta]:
         """Yield what one replica generates."""
         loop = asyncio.get_running_loop()
-        call = asyncio.create_task(self._watch(inbox, generation))
-        if self._receiver.suspicious and loop.time() + patience_s < take_by:
-            not_taken = ReplicaLostError("The engine replica may have been lost.")
-            timer = loop.call_later(patience_s, inbox.fail, not_taken)
-        else:
-            timer = _fail_at(inbox, take_by)
+        offers = _Offers(inbox, patience_s, self._receiver.doubt)
+        tokens = len(generation.token_ids) + generation.sampling.max_tokens
+        route = Route(tenant, generation.token_ids, tokens, offers.offered)
+        call = asyncio.create_task(self._watch(inbox, generation, route))
+        timer = _fail_at(inbox, take_by)
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
             timer.cancel()
+            offers.end()
             if generation.resumed_tokens == 0 and not delta.token_ids:
                 first = loop.time() + self._limits.first_token_deadline_s
                 timer = _fail_at(inbox, min(first, end))
@@ -233,6 +240,7 @@ class Dispatcher:
             yield delta
         finally:
             timer.cancel()
+            offers.end()
             if inbox.finished:
                 # Its answer is on the way; a cancel would only cost the replica work.
                 self._ending.add(call)
@@ -240,10 +248,10 @@ class Dispatcher:
             else:
                 call.cancel()
 
-    async def _watch(self, inbox: Inbox, generation: Generation) -> None:
+    async def _watch(self, inbox: Inbox, generation: Generation, route: Route) -> None:
         """Tell the inbox how the dispatch call ended."""
         try:
-            decode_end(await self._handle.generate(encode(generation)))
+            decode_end(await self._handle.generate(encode(generation), route))
         except asyncio.CancelledError:
             # Not only by us: Serve cancels the calls to a replica that it ends.
             inbox.fail(ReplicaLostError("The engine replica gave the generation up."))
@@ -259,6 +267,34 @@ class Dispatcher:
         # The tokens travel beside the call, so its end can overtake the last frame.
         await asyncio.sleep(LAST_FRAME_GRACE_S)
         inbox.fail(ReplicaLostError("The engine replica's last tokens did not arrive."))
+
+
+class _Offers:
+    """Gives a replica up that does not take what it is sent."""
+
+    def __init__(self, inbox: Inbox, patience_s: float, doubt: Callable[[str], None]) -> None:
+        self._inbox = inbox
+        self._patience_s = patience_s
+        self._doubt = doubt
+        self._timer: asyncio.TimerHandle | None = None
+
+    def offered(self, replica_id: str) -> None:
+        """Take note that the generation is on its way to a replica, after another perhaps."""
+        self.end()
+        self._inbox.offered_to = replica_id
+        self._timer = asyncio.get_running_loop().call_later(
+            self._patience_s, self._give_up, replica_id
+        )
+
+    def end(self) -> None:
+        """Wait for nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self, replica_id: str) -> None:
+        self._doubt(replica_id)
+        self._inbox.fail(ReplicaLostError("The engine replica may have been lost."))
 
 
 class _Failures:

@@ -42,7 +42,7 @@ the answer may be waiting for it; nor one in which this thread had to wait for a
 Redis on this machine had to as well; and one in which another call was answered begins the count
 anew. But at most these many are waited for."""
 STARVED_S: Final = SLICE_S / 5
-"""Wait for a CPU in one slice above which the machine counts as overloaded; otherwise it is 0.1 ms."""
+"""Wait for a CPU in one slice above which the machine counts as overloaded; else it is 0.1 ms."""
 SCHEDULER_STATISTICS: Final = Path("/proc/thread-self/schedstat")
 CONNECTIONS: Final = 8
 """Calls to admit at a time, each on a connection; more of them would only wait in Redis."""
