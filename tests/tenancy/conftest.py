@@ -35,8 +35,8 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         self._directory.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ class RedisServer:
         assert spec is not None
         assert spec.origin is not None
         binary = Path(spec.origin).parent / "bin" / "redis-server"
-        arguments = f"--bind 127.0.0.1 --port {self._port} --save --appendonly yes".split()
+        arguments = f"--bind 127.0.0.1 --port {self.port} --save --appendonly yes".split()
         arguments.insert(arguments.index("--save") + 1, "")
         self._process = subprocess.Popen(  # noqa: S603  our own arguments
             [binary, *arguments, "--dir", self._directory],
@@ -92,6 +92,16 @@ def clock() -> FakeClock:
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path / "redis")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def second_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "second")
     server.start()
     try:
         yield server

@@ -5,11 +5,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from tests.tenancy.conftest import RedisServer
+from tests.tenancy.proxy import Proxy
 
 from tera.config import Limits, LimitsConfig, TenantLimits
 from tera.errors import ConcurrencyLimitError, InternalError, RequestRateLimitError
@@ -180,56 +181,6 @@ async def test_s8_a_request_that_is_given_up_while_it_is_admitted_holds_nothing(
         await until(free)
 
 
-class Proxy:
-    """Stands before Redis and lets every answer wait for `delay_s`."""
-
-    def __init__(self, url: str) -> None:
-        self._port = int(url.rsplit(":", 1)[1].split("/")[0])
-        self._pairs: set[asyncio.Task[None]] = set()
-        self.delay_s = 0.0
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._server.close()
-        for pair in list(self._pairs):
-            pair.cancel()
-        await asyncio.gather(*self._pairs, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pair = asyncio.current_task()
-        assert pair is not None
-        self._pairs.add(pair)
-        writers = [writer]
-        try:
-            with suppress(OSError):
-                from_redis, to_redis = await asyncio.open_connection("127.0.0.1", self._port)
-                writers.append(to_redis)
-                await asyncio.gather(
-                    self._forward(reader, to_redis, lambda: 0.0),
-                    self._forward(from_redis, writer, lambda: self.delay_s),
-                )
-        finally:
-            self._pairs.discard(pair)
-            for each in writers:
-                each.transport.abort()
-
-    async def _forward(
-        self,
-        source: asyncio.StreamReader,
-        sink: asyncio.StreamWriter,
-        delay_s: Callable[[], float],
-    ) -> None:
-        while data := await source.read(65536):
-            await asyncio.sleep(delay_s())
-            sink.write(data)
-            await sink.drain()
-        raise ConnectionResetError  # one end has gone, so the other shall too
-
-
 Break = Callable[[RedisServer, Redis, Proxy], Awaitable[None]]
 
 
@@ -285,7 +236,7 @@ async def test_l8_a_gateway_goes_on_with_its_share_and_reconciles(
 ) -> None:
     limits = tenant(requests_per_minute=20)
     async with (
-        Proxy(redis_server.url) as proxy,
+        Proxy(redis_server) as proxy,
         gateway(proxy.url, "one", default=limits) as one,
         gateway(proxy.url, "two", default=limits) as two,
     ):
@@ -323,6 +274,62 @@ async def admitted_in_a_row(one: Gateway) -> int:
 
 async def has_all(redis: Redis, request_ids: set[str]) -> bool:
     return request_ids <= {record.request_id for record in await records(redis)}
+
+
+@pytest.mark.parametrize(
+    "cut", [pytest.param(True, id="connections-cut"), pytest.param(False, id="connections-kept")]
+)
+async def test_l8_a_failover_is_an_outage_until_the_address_leads_to_a_server_that_writes(
+    redis_server: RedisServer,
+    second_server: RedisServer,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: bool,
+) -> None:
+    monkeypatch.setattr(admission, "RECLAIM_INTERVAL_S", 3600)  # so that SET is the probe's alone
+    async with (
+        Proxy(redis_server) as proxy,
+        gateway(proxy.url, default=tenant(token_budget=1000)) as one,
+        connect(second_server.url, timeout_s=1.0) as second,
+    ):
+        finished, running = [await one.admit() for _ in range(2)]
+        one.finish(finished)
+        await second.replicaof("127.0.0.1", redis_server.port)
+        await until(lambda: has_all(second, {finished.opening.request_id}))
+
+        await second.replicaof("NO", "ONE")
+        await redis.replicaof("127.0.0.1", second_server.port)
+        during = [await one.admit() for _ in range(5)]
+        assert all(held.local for held in during)
+        assert one.admissions.degraded
+        for held in (running, *during):
+            one.finish(held)
+
+        async def refused_probes() -> int:
+            stats = await redis.info("commandstats")
+            return int(stats.get("cmdstat_set", {}).get("rejected_calls", 0))
+
+        async def probed() -> bool:
+            return await refused_probes() > 0
+
+        await until(probed)
+        probes = await refused_probes()
+        assert one.admissions.degraded
+        proxy.server = second_server
+        if cut:
+            await proxy.cut()
+        await until(lambda: not one.admissions.degraded)
+        # The next probe found it: within `PROBE_INTERVAL_S`.
+        assert await refused_probes() == probes
+
+        everything = {held.opening.request_id for held in (finished, running, *during)}
+        await until(lambda: has_all(second, everything))
+        await until(lambda: not one.admissions.unsettled)
+        entries = [fields[b"id"].decode() for _, fields in await second.xrange(STREAM)]
+        assert sorted(entries) == sorted(everything)
+        (budget,) = [key async for key in second.scan_iter("tera:{acme}:budget:*")]
+        assert await second.hget(budget, "tenant") == b"%d 0" % (7 * len(everything))
+        assert one.admissions.outages == 1
 
 
 async def test_l8_closed_refuses_while_redis_is_away(redis_server: RedisServer) -> None:

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from tests.tenancy.proxy import Proxy
 
 from tera.errors import ConfigError
 from tera.tenancy.redis import connect
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
     from tests.tenancy.conftest import RedisServer
 
 
@@ -37,6 +40,27 @@ async def test_a_burst_waits_for_a_connection_and_does_not_fail(redis_server: Re
         assert await client.get("count") == b"500"
     finally:
         await client.aclose()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(("SET", "name", "value"), id="command"),
+        pytest.param(("EVAL", "redis.call('INCR', KEYS[1])", "1", "name"), id="script"),
+    ],
+)
+async def test_all_connections_leave_a_server_that_has_become_read_only(
+    redis_server: RedisServer, second_server: RedisServer, redis: Redis, write: tuple[str, ...]
+) -> None:
+    async with Proxy(redis_server) as proxy, connect(proxy.url, timeout_s=1.0) as client:
+        await asyncio.gather(*(client.ping() for _ in range(8)))
+        await redis.replicaof("127.0.0.1", second_server.port)
+        proxy.server = second_server
+        assert await client.ping()  # as before: the connections are there
+        with pytest.raises(ResponseError):
+            await client.execute_command(*write)
+        await asyncio.gather(*(client.incr("count") for _ in range(8)))
+        assert await client.get("count") == b"8"
 
 
 async def test_replies_are_bytes(redis_server: RedisServer) -> None:

@@ -1,13 +1,15 @@
-"""How Tera connects to Redis: bounded waits, and no hidden second tries."""
+"""How Tera connects to Redis: bounded waits, no hidden second tries, and failing over."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from tera.errors import ConfigError, InternalError
 
@@ -23,9 +25,10 @@ def connect(url: str, *, timeout_s: float) -> Redis:
 
     Nothing is sent yet: an unreachable server shows at the first command. A command is tried
     once, because a second try would double the wait that `timeout_s` promises, and the first
-    may have taken effect. Replies are bytes, so that one damaged value cannot make a whole
-    reply unreadable. The caller owns the client and closes it with `aclose()`, after
-    everything that was built on it is closed.
+    may have taken effect. A connection to a server that has become read-only is not used again:
+    after a failover the same address leads to another one. Replies are bytes, so that one
+    damaged value cannot make a whole reply unreadable. The caller owns the client and closes it
+    with `aclose()`, after everything that was built on it is closed.
 
     Before Python 3.12 a command may lose a cancellation that comes just as it is sent
     (bpo-42130, redis-py uses `asyncio.wait_for`): cancel again where that matters.
@@ -38,7 +41,7 @@ def connect(url: str, *, timeout_s: float) -> Redis:
         ConfigError: `url` is not the address of a Redis.
     """
     try:
-        pool = BlockingConnectionPool.from_url(
+        pool = _FollowingPool.from_url(
             url,
             # A burst waits for a connection; the ordinary pool fails the 101st command at once
             # with the ConnectionError that means that Redis is away.
@@ -59,6 +62,43 @@ def connect(url: str, *, timeout_s: float) -> Redis:
             "rediss://host:port/0 or unix:///path."
         ) from None
     return Redis.from_pool(pool)
+
+
+class _Following(AbstractConnection):
+    """Notes that its server takes no writes."""
+
+    read_only = False
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except ResponseError as error:
+            # Older servers quote it in a script's error.
+            if isinstance(error, ReadOnlyError) or "-READONLY " in str(error):
+                self.read_only = True
+            raise
+
+
+class _FollowingPool(BlockingConnectionPool):
+    """Closes its connections when one of them meets a server that has become read-only.
+
+    Nobody else may: when an address leads to another server, connections that are open stay where
+    they are, and a primary that was made a replica goes on answering.
+    """
+
+    def make_connection(self) -> AbstractConnection:
+        kind = type("Following", (_Following, self.connection_class), {})
+        connection: AbstractConnection = kind(**self.connection_kwargs)
+        return connection
+
+    async def release(self, connection: AbstractConnection) -> None:
+        # Not earlier: of a pipeline, other commands' replies are still to be read.
+        if isinstance(connection, _Following) and connection.read_only:
+            connection.read_only = False
+            async with self._condition:  # none is handed out meanwhile
+                await connection.disconnect()
+                await self.disconnect(inuse_connections=False)
+        await super().release(connection)
 
 
 @asynccontextmanager
