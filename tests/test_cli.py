@@ -21,7 +21,7 @@ from tests.tenancy.test_usage import append, record
 from typer.testing import CliRunner
 
 from tera.cli import app
-from tera.config import LimitsConfig, TenantLimits
+from tera.config import parse_platform
 from tera.local.state import LocalSecrets, LocalState
 from tera.tenancy.redis import connect
 from tera.tenancy.usage import UsageRecord
@@ -259,7 +259,7 @@ gateway:
             ray_address="",
             redis_url=server.url,
             redis_pid=None,
-            limits=LimitsConfig(default=TenantLimits(requests_per_minute=7)),
+            platform=parse_platform({"gateway": {"limits": {"default": {"requestsPerMinute": 7}}}}),
         ).write(home)
         monkeypatch.delenv("TERA_KEY_PEPPER")
         monkeypatch.delenv("TERA_REDIS_URL")

@@ -203,6 +203,24 @@ class TestFile:
         with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
             load_platform(tmp_path / "absent.yaml")
 
+    def test_later_files_go_over_earlier_ones_as_helm_merges_them(self, tmp_path: Path) -> None:
+        texts = [
+            "gateway: {cors: {origins: [a, b]}, requests: {retries: 1, keepAliveSeconds: 5}}",
+            "# nothing",
+            "gateway: {cors: {origins: [c]}, requests: {retries: 3}}",
+        ]
+        paths = [tmp_path / f"{number}.yaml" for number in range(len(texts))]
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text)
+        gateway = load_platform(*paths).gateway
+        assert gateway.cors.origins == ("c",)
+        assert (gateway.requests.retries, gateway.requests.keep_alive_seconds) == (3, 5)
+        assert load_platform(*reversed(paths)).gateway.cors.origins == ("a", "b")
+
+    def test_file_that_is_no_map_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"values\.yaml: values: must be a map"):
+            self.load(tmp_path, "- models")
+
     def test_default_values_load(self) -> None:
         platform = load_platform(default_values_file())
         assert len(platform.deployed_models()) == 1

@@ -7,7 +7,7 @@
 import datetime
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -412,25 +412,41 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_platform(path: Path) -> PlatformConfig:
-    """Read a values file.
+def load_platform(*paths: Path) -> PlatformConfig:
+    """Read values files, each over those before it, as Helm merges them.
 
     Raises:
         ConfigError: one line for each fault, each beginning with the path of the value.
     """
-    values = _read_yaml(path)
-    return parse_platform({} if values is None else values)
+    return parse_platform(_merged(paths))
 
 
-def load_cluster_platform(path: Path) -> PlatformConfig:
-    """Read a values file as Helm does: over the chart's defaults, which are for a cluster.
+def load_cluster_platform(*paths: Path) -> PlatformConfig:
+    """Read values files as Helm does: over the chart's defaults, which are for a cluster.
 
     Raises:
         ConfigError: one line for each fault, each beginning with the path of the value.
     """
-    values = _read_yaml(path)
-    defaults = _read_yaml(_values_file("values.yaml"))
-    return parse_platform(deep_merge(defaults, {} if values is None else values))
+    return parse_platform(_merged((_values_file("values.yaml"), *paths)))
+
+
+_HELM_HEADINGS: Final = ("COMPUTED VALUES", "USER-SUPPLIED VALUES")
+"""First lines of what `helm get values` prints, unless it is asked for YAML."""
+
+
+def _merged(paths: Iterable[Path]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for path in paths:
+        values = _read_yaml(path)
+        if values is None:
+            continue
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: values: must be a map, such as models: {{}}")
+        helm = {key for key in _HELM_HEADINGS if key in values and values[key] is None}
+        merged = deep_merge(
+            merged, {key: value for key, value in values.items() if key not in helm}
+        )
+    return merged
 
 
 def _read_yaml(path: Path) -> Any:
@@ -552,6 +568,14 @@ def model_directory(model: ModelConfig, home: Path) -> str:
         return rest.partition("@")[0]
     # vLLM streams from object stores by their whole address.
     return model.source if scheme in ("s3", "gs") else rest
+
+
+def reads_hub(models: Iterable[ModelConfig]) -> bool:
+    """Return whether any of these models has weights that are not on this machine."""
+    return any(
+        model.engine.kind == "vllm" and not model.source.startswith(("demo://", "file://"))
+        for model in models
+    )
 
 
 def revision_args(source: str) -> dict[str, JsonValue]:

@@ -40,7 +40,7 @@ def serve_config(
     platform: PlatformConfig, *, host: str = "127.0.0.1", port: int = HTTP_PORT
 ) -> dict[str, Any]:
     """Return the Serve config of a platform on one machine, which has no pools."""
-    return _serve_config(platform, host, port, lambda _: {"ray_actor_options": {"num_cpus": 1}})
+    return _serve_config(platform, host, port, _local_placement)
 
 
 def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
@@ -66,17 +66,31 @@ def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
 def _serve_config(
     platform: PlatformConfig, host: str, port: int, placement: Placement
 ) -> dict[str, Any]:
-    models = platform.deployed_models()
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
         # A line per request and replica costs 4 % of a short request's CPU; the metrics count them.
         "logging_config": {"enable_access_log": False},
-        "applications": [
-            *(_model_application(name, model, placement) for name, model in models.items()),
-            _gateway_application(platform, models, placement),
-        ],
+        "applications": _applications(platform, placement),
     }
+
+
+def applications(platform: PlatformConfig, *, on_cluster: bool) -> dict[str, dict[str, Any]]:
+    """Return a platform's applications by name, as its Serve config has them, unchecked."""
+    placement = _cluster_placement if on_cluster else _local_placement
+    return {each["name"]: each for each in _applications(platform, placement)}
+
+
+def _applications(platform: PlatformConfig, placement: Placement) -> list[dict[str, Any]]:
+    models = platform.deployed_models()
+    return [
+        *(_model_application(name, model, placement) for name, model in models.items()),
+        _gateway_application(platform, models, placement),
+    ]
+
+
+def _local_placement(_: ModelConfig | None) -> dict[str, Any]:
+    return {"ray_actor_options": {"num_cpus": 1}}
 
 
 def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 from tests.engine.conftest import Asker, until
 
-from tera.engine.simulated import CRASH_STATUS, SimulatedEngine
+from tera.engine.simulated import CRASH_STATUS, SimulatedArgs, SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import (
     ConfigError,
@@ -156,6 +156,10 @@ async def test_structured_output_is_unsupported(asker: Asker) -> None:
 async def test_impossible_prompts_are_refused(asker: Asker, token_ids: list[int]) -> None:
     with pytest.raises(InvalidRequestError):
         await asker.deltas(token_ids, GREEDY)
+
+
+def test_null_takes_an_argument_away() -> None:
+    assert SimulatedArgs.parse({"max_model_len": None}) == SimulatedArgs()
 
 
 @pytest.mark.parametrize(

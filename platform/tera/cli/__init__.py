@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 
 import typer
 
-from tera.cli import config, keys, platform, tenants, usage
+from tera.cli import config, keys, plan, platform, tenants, usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +15,8 @@ app = typer.Typer(
 )
 app.command()(platform.serve)
 app.command()(platform.status)
+app.command()(plan.plan)
+app.command()(plan.apply)
 app.add_typer(keys.group, name="keys")
 app.add_typer(tenants.group, name="tenants")
 app.add_typer(usage.group, name="usage")

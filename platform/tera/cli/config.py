@@ -1,37 +1,34 @@
 """`tera config`: a values file, checked and rendered."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 import yaml
 
-from tera.cli.console import out, reported
+from tera.cli.console import ValuesFiles, out, reported
 from tera.config import load_cluster_platform, load_platform
 from tera.manifest import cluster_serve_config, values_schema
 
 group = typer.Typer(no_args_is_help=True, help="Check and render a values file.")
 
-File = Annotated[Path, typer.Option("-f", "--file")]
-
 
 @group.command()
-def check(file: File) -> None:
+def check(file: ValuesFiles) -> None:
     """Say whether a values file is right, and where it is not."""
     with reported():
-        platform = load_platform(file)
-    out.print(f"{file}: fine; {len(platform.deployed_models())} model(s) to deploy")
+        platform = load_platform(*file)
+    names = ", ".join(map(str, file))
+    out.print(f"{names}: fine; {len(platform.deployed_models())} model(s) to deploy")
 
 
 @group.command()
-def render(file: File) -> None:
+def render(file: ValuesFiles) -> None:
     """Print the Ray Serve config that a cluster gets, over the chart's defaults.
 
     One machine has neither those nor pools: `tera serve` leaves both out.
     """
     with reported():
-        config = cluster_serve_config(load_cluster_platform(file))
+        config = cluster_serve_config(load_cluster_platform(*file))
     sys.stdout.write(yaml.dump(config, Dumper=_PlainDumper, sort_keys=False))
 
 

@@ -17,8 +17,9 @@ from tera.errors import ConfigError, TeraError
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
-ValuesFile = Annotated[
-    Path | None, typer.Option("-f", "--file", help="A values.yaml; the demo platform without.")
+ValuesFiles = Annotated[
+    list[Path],
+    typer.Option("-f", "--file", help="A values.yaml; a later one goes over those before it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -1,12 +1,13 @@
 """`tera serve` and `tera status`: a platform on this machine."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from tera.cli.console import Json, ValuesFile, out, print_json, reported
+from tera.cli.console import Json, out, print_json, reported
 from tera.config import Runtime, ServeOptions, default_values_file, load_platform
 from tera.local.state import LocalSecrets, LocalState
 
@@ -14,7 +15,14 @@ _REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting", "draining")
 
 
 def serve(
-    file: ValuesFile = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-f",
+            "--file",
+            help="A values.yaml, a later one over those before it; the demo platform without.",
+        ),
+    ] = None,
     port: Annotated[int | None, typer.Option(help="8000, or TERA_PORT.")] = None,
     host: Annotated[str | None, typer.Option(help="127.0.0.1, or TERA_HOST.")] = None,
 ) -> None:
@@ -24,7 +32,7 @@ def serve(
 
     with reported():
         options = ServeOptions.from_environment()
-        platform = load_platform(file or default_values_file())
+        platform = load_platform(*(file or [default_values_file()]))
         home = Runtime.from_environment().home
         asyncio.run(
             run(platform, home, host or options.host, port or options.port, StageConsole(out))

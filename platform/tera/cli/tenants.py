@@ -125,7 +125,7 @@ def _values(file: Path | None) -> LimitsConfig | None:
     if runtime.key_pepper:
         return None  # The environment names a platform, which need not be the one that runs here.
     try:
-        return LocalState.read(runtime.home).limits
+        return LocalState.read(runtime.home).platform.gateway.limits
     except ConfigError:
         return None
 

@@ -90,13 +90,16 @@ class SimulatedArgs(Section):
 
     @classmethod
     def parse(cls, args: dict[str, JsonValue]) -> "SimulatedArgs":
-        """Return the parsed arguments.
+        """Return the parsed arguments; one that is null is as if it was not there.
+
+        A values file that puts this engine in the place of another sets the other's to null.
 
         Raises:
             ConfigError: one line for each fault, each beginning with the path of the value.
         """
         try:
-            return cls.model_validate(args)
+            given = {name: value for name, value in args.items() if value is not None}
+            return cls.model_validate(given)
         except ValidationError as error:
             lines = (
                 f"engine.args.{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import psutil
 
 from tera.config import set_environment
 from tera.errors import ConfigError
+from tera.local.state import LocalSecrets, LocalState
 
 LOGICAL_CPUS = 1024
 """Ray counts CPUs to place replicas; on one machine they share what there is."""
@@ -67,13 +68,6 @@ class LocalCluster:
         client = _get_global_client()
         assert client is not None
         client.deploy_apps(ServeDeploySchema.model_validate(config))
-
-    def statuses(self) -> dict[str, tuple[str, str]]:
-        """Return each application's status and message, by name."""
-        from ray import serve
-
-        applications = serve.status().applications
-        return {name: (app.status, _reason(app)) for name, app in applications.items()}
 
     async def stop(self) -> None:
         """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`."""
@@ -197,13 +191,49 @@ def free_range(first: int) -> int:
     raise ConfigError("No free range of ports for replicas; stop other platforms first.")
 
 
+@contextmanager
+def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
+    """Connect a command to the running platform's Ray, and yield Serve's client.
+
+    Raises:
+        ConfigError: Ray does not answer.
+    """
+    set_environment({**local_secrets.ray_environment(), "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"})
+    # Ray Serve reads its settings when it is imported, so this comes after they are set.
+    import ray
+    from ray.serve.context import _get_global_client
+
+    _quieten_serve()
+    try:
+        ray.init(
+            address=state.ray_address,
+            namespace="serve",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        client = _get_global_client()
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
+    assert client is not None
+    try:
+        yield client
+    finally:
+        ray.shutdown()
+
+
+def application_statuses() -> dict[str, tuple[str, str]]:
+    """Return each application's status and message, by name."""
+    from ray import serve
+
+    applications = serve.status().applications
+    return {name: (app.status, _reason(app)) for name, app in applications.items()}
+
+
 Progress = Callable[[str], None]
 
 
-async def wait_until_deployed(
-    cluster: LocalCluster, names: set[str], on_ready: Progress, deadline_s: float
-) -> None:
-    """Return once every named application runs.
+async def wait_until_deployed(names: set[str], on_ready: Progress, deadline_s: float) -> None:
+    """Return once every named application runs, in the Serve that this process is connected to.
 
     Raises:
         ConfigError: one failed, or the time is up; the message says why.
@@ -211,7 +241,7 @@ async def wait_until_deployed(
     waiting = set(names)
     end = time.monotonic() + deadline_s
     while waiting:
-        statuses = await asyncio.to_thread(cluster.statuses)
+        statuses = await asyncio.to_thread(application_statuses)
         for name in sorted(waiting):
             status, reason = statuses.get(name, ("NOT_STARTED", ""))
             if status == "RUNNING":

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar, cast, get_args
 
 import psutil
 
-from tera.config import PlatformConfig, Runtime, engine_args, set_environment
+from tera.config import PlatformConfig, Runtime, engine_args, reads_hub, set_environment
 from tera.engine.vllm import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
@@ -114,11 +114,12 @@ async def running(
         ConfigError: it cannot run here; the message says what to do.
     """
     began = time.monotonic()
-    _check_engines(platform)
-    _check_machine(platform, host, port)
+    check_engines(platform)
+    _check_port(host, port)
+    check_memory(vllm_replicas(platform))
     async with AsyncExitStack() as stack:
         stack.enter_context(_lock(home))
-        await _make_models(platform, home, console)
+        await make_models(platform, home, console)
         redis_url, redis_pid = await _start_redis(platform, home, stack, console)
         local_secrets = LocalSecrets.of(home)
         runtime = local_secrets.runtime(redis_url, home)
@@ -130,7 +131,7 @@ async def running(
         cluster = LocalCluster(host, port)
         stack.push_async_callback(cluster.stop)
         stack.callback(console.stage, "Shutdown")
-        with _stage(console, "Ray"):
+        with stage(console, "Ray"):
             await _uninterrupted(asyncio.to_thread(cluster.start))
 
         base_url = f"http://{host}:{port}"
@@ -140,17 +141,17 @@ async def running(
             ray_address=cluster.ray_address,
             redis_url=redis_url,
             redis_pid=redis_pid,
-            limits=platform.gateway.limits,
+            platform=platform,
         )
         stack.callback((home / "state.json").unlink, missing_ok=True)
         state.write(home)
 
-        with _stage(console, "Engines and gateway"):
+        with stage(console, "Engines and gateway"):
             config = serve_config(platform, host=host, port=port)
             await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
             names = {application["name"] for application in config["applications"]}
             await wait_until_deployed(
-                cluster, names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
+                names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
             )
             await _until_ready(host, port)
 
@@ -168,7 +169,7 @@ async def running(
 
 
 @contextmanager
-def _stage(console: Console, name: str) -> Iterator[None]:
+def stage(console: Console, name: str) -> Iterator[None]:
     """Show a stage for as long as the block runs."""
     console.stage(name)
     try:
@@ -189,15 +190,18 @@ async def _uninterrupted(work: Awaitable[T]) -> T:
         raise
 
 
-def _check_engines(platform: PlatformConfig) -> None:
-    """Refuse arguments that an engine would refuse, after minutes of Serve starting it again."""
+def check_engines(platform: PlatformConfig) -> None:
+    """Refuse arguments that an engine would refuse, after minutes of Serve starting it again.
+
+    Raises:
+        ConfigError: one line for each fault, each beginning with the path of the value.
+    """
     for name, model in platform.deployed_models().items():
         if model.engine.kind == "vllm":
             check_args(engine_args(model.engine.args), f"models.{name}.engine.args")
 
 
-def _check_machine(platform: PlatformConfig, host: str, port: int) -> None:
-    """Refuse what would fail later, and less clearly."""
+def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -207,15 +211,24 @@ def _check_machine(platform: PlatformConfig, host: str, port: int) -> None:
                 f"Port {port} on {host} cannot be used ({error.strerror}). "
                 "Stop what listens there, or choose another with TERA_PORT or --port."
             ) from error
-    engines = sum(
-        model.replicas.min
-        for model in platform.deployed_models().values()
-        if model.engine.kind == "vllm"
-    )
+
+
+def vllm_replicas(platform: PlatformConfig) -> int:
+    """Return how many replicas with a model in memory a platform has at the least."""
+    models = platform.deployed_models().values()
+    return sum(model.replicas.min for model in models if model.engine.kind == "vllm")
+
+
+def check_memory(replicas: int) -> None:
+    """Refuse more vLLM replicas than there is memory for.
+
+    Raises:
+        ConfigError: says how much is missing.
+    """
     available = psutil.virtual_memory().available
-    if available < engines * ENGINE_BYTES:
+    if available < replicas * ENGINE_BYTES:
         raise ConfigError(
-            f"{engines} vLLM replica(s) need about {engines * ENGINE_BYTES / 1024**3:.0f} GiB of "
+            f"{replicas} vLLM replica(s) need about {replicas * ENGINE_BYTES / 1024**3:.0f} GiB of "
             f"free memory and {available / 1024**3:.1f} GiB are free. Free some, or lower "
             "replicas.min."
         )
@@ -236,7 +249,8 @@ def _lock(home: Path) -> Iterator[None]:
         yield
 
 
-async def _make_models(platform: PlatformConfig, home: Path, console: Console) -> None:
+async def make_models(platform: PlatformConfig, home: Path, console: Console) -> None:
+    """Make the demo models that a platform has, where they are not made yet."""
     wanted: dict[tuple[str, Dtype], None] = {}
     for model in platform.deployed_models().values():
         scheme, _, name = model.source.partition("://")
@@ -246,7 +260,7 @@ async def _make_models(platform: PlatformConfig, home: Path, console: Console) -
                 raise ConfigError(f"{model.id}: a demo model's dtype is bfloat16 or float32")
             wanted[name, cast(Dtype, dtype)] = None
     for name, dtype in wanted:
-        with _stage(console, f"Model {name} in {dtype}"):
+        with stage(console, f"Model {name} in {dtype}"):
             await asyncio.to_thread(
                 ensure_demo_model, name, home / "models", dtype, console.progress
             )
@@ -257,7 +271,7 @@ async def _start_redis(
 ) -> tuple[str, int | None]:
     """Return the URL of the Redis to use, and its process id if it is ours."""
     if platform.redis.embedded:
-        with _stage(console, "Redis"):
+        with stage(console, "Redis"):
             server = await stack.enter_async_context(await EmbeddedRedis.start(home / "redis"))
         return server.url, server.pid
     external = platform.redis.external
@@ -273,8 +287,7 @@ def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take half of the machine
     }
-    sources = [model.source for model in platform.deployed_models().values()]
-    if all(source.startswith(("demo://", "file://")) or not source for source in sources):
+    if not reads_hub(platform.deployed_models().values()):
         variables["HF_HUB_OFFLINE"] = "1"
     return variables
 

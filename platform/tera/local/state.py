@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Self
 
-from tera.config import LimitsConfig, Runtime, Section
+from tera.config import PlatformConfig, Runtime, Section
 from tera.errors import ConfigError
 
 
@@ -18,8 +18,8 @@ class LocalState(Section):
     redis_url: str
     redis_pid: int | None
     """None with a Redis that is not ours."""
-    limits: LimitsConfig = LimitsConfig()
-    """As the values have them."""
+    platform: PlatformConfig = PlatformConfig()
+    """What it was told to be, at its start or since."""
 
     @classmethod
     def read(cls, home: Path) -> Self:

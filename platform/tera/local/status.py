@@ -1,6 +1,5 @@
 """What a running platform is doing, read from Ray Serve and its replicas."""
 
-import logging
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,8 +7,7 @@ from urllib.parse import urlsplit
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tera.config import set_environment
-from tera.errors import ConfigError
+from tera.local.cluster import attached
 from tera.local.state import LocalSecrets, LocalState
 from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT
 
@@ -22,25 +20,8 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
     Raises:
         ConfigError: Ray does not answer.
     """
-    set_environment({**secrets.ray_environment(), "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"})
-    # Ray Serve reads its settings when it is imported, so this comes after they are set.
-    import ray
-    from ray.serve.context import _get_global_client
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address=state.ray_address,
-            namespace="serve",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        client = _get_global_client()
-        assert client is not None
+    with attached(state, secrets) as client:
         applications = client.get_serve_details()["applications"]
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
-    try:
         gateway = applications.get(GATEWAY_APPLICATION, {})
         catalog = _catalog(gateway)
         return {
@@ -51,8 +32,6 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
             ],
             "redis": _redis(state),
         }
-    finally:
-        ray.shutdown()
 
 
 def _catalog(gateway: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""`tera plan` and `tera apply`: an edit of the values, foretold and made."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tera.cli.console import Json, ValuesFiles, out, print_json, reported
+from tera.config import Runtime, load_cluster_platform, load_platform
+from tera.errors import ConfigError
+from tera.local.state import LocalState
+from tera.manifest import cluster_serve_config
+from tera.plan import Change, Effect, Plan
+from tera.plan import plan as planned
+
+_WORDS: Final[dict[Effect, str]] = {
+    "in_place": "applied in place",
+    "reloads": "loads again, alone",
+    "application_added": "an application is added",
+    "application_removed": "its application is removed",
+    "group_appended": "a worker group is appended",
+    "cluster_replaced": "a new cluster takes over",
+    "redis_restarts": "Redis restarts; limits go on as in an outage",
+    "objects": "other Kubernetes objects change",
+    "not_taken": "not taken by what runs",
+    "nothing": "nothing",
+}
+
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(help="The values before the edit; those of the platform that runs here without."),
+]
+
+
+def plan(file: ValuesFiles, against: Against = None, as_json: Json = False) -> None:
+    """Say what an edit of the values would restart."""
+    with reported():
+        found = _against_files(file, against) if against else _against_running(file)
+    if as_json:
+        print_json(_json(found))
+    else:
+        _show(found)
+
+
+def apply(file: ValuesFiles) -> None:
+    """Give the platform that runs on this machine other values, and wait until it has them."""
+    from tera.local.apply import apply as run
+    from tera.local.apply import check_plan
+    from tera.local.console import StageConsole
+
+    with reported():
+        new = load_platform(*file)
+        home = Runtime.from_environment().home
+        found = planned(LocalState.read(home).platform, new, on_cluster=False)
+        check_plan(found)
+        _show(found)
+        if found.changes:
+            asyncio.run(run(new, home, StageConsole(out)))
+
+
+def _against_running(files: Sequence[Path]) -> Plan:
+    new = load_platform(*files)
+    try:
+        old = LocalState.read(Runtime.from_environment().home).platform
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} Or name the values before with --against.") from error
+    return planned(old, new, on_cluster=False)
+
+
+def _against_files(files: Sequence[Path], against: Sequence[Path]) -> Plan:
+    """Return the plan for where the old values run: a cluster, unless they are not for one."""
+    try:
+        old = load_cluster_platform(*against)
+    except ConfigError as error:
+        lines = error.message.splitlines()
+        raise ConfigError("\n".join(f"--against: {line}" for line in lines)) from error
+    try:
+        cluster_serve_config(old)
+    except ConfigError:
+        return planned(load_platform(*against), load_platform(*files), on_cluster=False)
+    new = load_cluster_platform(*files)
+    cluster_serve_config(new)
+    return planned(old, new)
+
+
+def _json(found: Plan) -> dict[str, Any]:
+    return {
+        "target": "cluster" if found.on_cluster else "machine",
+        "changes": [
+            {
+                "part": change.part,
+                "paths": list(change.paths),
+                "effect": change.effect,
+                "restarts": list(change.restarts),
+                "note": change.note,
+            }
+            for change in found.changes
+        ],
+        "restarts": list(found.restarts),
+    }
+
+
+def _show(found: Plan) -> None:
+    if not found.changes:
+        out.print("No value differs: nothing changes.")
+        return
+    table = Table("edit", "effect", "restarts")
+    for change in found.changes:
+        effect = _WORDS[change.effect] + (f" ({change.note})" if change.note else "")
+        table.add_row(escape("\n".join(change.paths)), effect, _restarts(change))
+    out.print(table)
+    out.print(_sum(found))
+
+
+def _restarts(change: Change) -> str:
+    if change.effect == "cluster_replaced":
+        return "all"
+    return ", ".join(change.restarts) or "nothing"
+
+
+def _sum(found: Plan) -> str:
+    if found.replaces_cluster:
+        return "Everything restarts: a new cluster takes over when it is ready."
+    if not found.restarts:
+        return "Nothing restarts."
+    return f"Restarts: {', '.join(found.restarts)}; nothing else."

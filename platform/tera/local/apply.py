@@ -1,0 +1,64 @@
+"""`tera apply`: other values for the platform that runs on this machine."""
+
+import asyncio
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tera.config import PlatformConfig
+from tera.errors import ConfigError
+from tera.local.cluster import attached, wait_until_deployed
+from tera.local.serve import (
+    ENGINE_DEADLINE_S,
+    Console,
+    check_engines,
+    check_memory,
+    make_models,
+    stage,
+    vllm_replicas,
+)
+from tera.local.state import LocalSecrets, LocalState
+from tera.manifest import serve_config
+from tera.plan import Plan
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that has what a running platform does not take.
+
+    Raises:
+        ConfigError: one line for each value, each beginning with its path.
+    """
+    refused = [
+        f"{path}: {change.note}"
+        for change in plan.changes
+        if change.effect == "not_taken"
+        for path in change.paths
+    ]
+    if refused:
+        raise ConfigError("\n".join(refused))
+
+
+async def apply(new: PlatformConfig, home: Path, console: Console) -> None:
+    """Turn the platform that runs in `home` into `new`, and return when it is.
+
+    Raises:
+        ConfigError: none runs here; or `new` cannot run here, and nothing has changed; or an
+            engine did not start.
+    """
+    state, local_secrets = LocalState.read(home), LocalSecrets.of(home)
+    check_engines(new)
+    check_memory(max(0, vllm_replicas(new) - vllm_replicas(state.platform)))
+    await make_models(new, home, console)
+    where = urlsplit(state.base_url)
+    assert where.hostname is not None
+    assert where.port is not None
+    config = serve_config(new, host=where.hostname, port=where.port)
+    with stage(console, "Engines and gateway"), attached(state, local_secrets) as client:
+        from ray.serve.schema import ServeDeploySchema
+
+        await asyncio.to_thread(client.deploy_apps, ServeDeploySchema.model_validate(config))
+        # From here on this is what runs, whether or not all of it starts.
+        state.model_copy(update={"platform": new}).write(home)
+        names = {application["name"] for application in config["applications"]}
+        await wait_until_deployed(
+            names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
+        )

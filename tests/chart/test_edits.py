@@ -1,0 +1,161 @@
+"""What an edit of the values changes among the rendered objects, and that `tera plan` says so."""
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from tests.chart.charts import VALUES_FILES, platform_of, render, values_file
+from tests.test_plan import CLUSTER, EDITS, IN_PLACE, RELOADING, VALUES
+
+from tera.config import deep_merge
+from tera.plan import plan
+
+Object = dict[str, Any]
+
+# KubeRay compares clusters without these (kuberay#4568).
+MUTED_OF_A_GROUP = ("replicas", "minReplicas", "maxReplicas", "workersToDelete")
+MUTED_OF_A_POD = ("tolerations", "schedulingGates")
+
+IMMUTABLE = {
+    "PersistentVolumeClaim": ("accessModes", "storageClassName"),
+    "StatefulSet": ("volumeClaimTemplates",),
+}
+
+
+def objects(values: Object) -> dict[tuple[str, str], Object]:
+    """Return a release's objects by kind and name, without what is random in them."""
+    found = {(each["kind"], each["metadata"]["name"]): each for each in render(values)}
+    for each in found.values():
+        if each["kind"] == "Secret":
+            del each["data"]
+    return found
+
+
+def compared(cluster: Object) -> Object:
+    """Return a cluster as KubeRay compares it."""
+    cluster = copy.deepcopy(cluster)
+    for group in cluster["workerGroupSpecs"]:
+        for key in MUTED_OF_A_GROUP:
+            group.pop(key, None)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        for key in MUTED_OF_A_POD:
+            group["template"]["spec"].pop(key, None)
+    return cluster
+
+
+def what_kuberay_does(old: Object, new: Object) -> str:
+    """Return what becomes of a running cluster, as KubeRay decides it.
+
+    In the order of `generateRayClusterAction` of its RayService controller.
+    """
+    if compared(old) == compared(new):
+        return "not_taken" if old != new else "nothing"
+    before, after = compared(old), compared(new)
+    groups = before["workerGroupSpecs"]
+    after["workerGroupSpecs"] = after["workerGroupSpecs"][: len(groups)]
+    return "group_appended" if after == before else "cluster_replaced"
+
+
+def what_the_plan_says(effects: set[str]) -> str:
+    for effect in ("cluster_replaced", "group_appended", "not_taken"):
+        if effect in effects:
+            return effect
+    return "nothing"
+
+
+def refused(old: Object, new: Object) -> bool:
+    """Return whether Kubernetes refuses to change an object that there is."""
+    return any(
+        old[key]["spec"].get(name) != new[key]["spec"].get(name)
+        for key in old.keys() & new.keys()
+        for name in IMMUTABLE.get(key[0], ())
+    )
+
+
+def check(before: Object, after: Object) -> None:
+    """Hold the plan against the rendered objects."""
+    found = plan(platform_of(before), platform_of(after))
+    old, new = objects(before), objects(after)
+    clusters = [
+        next(each for each in side.values() if each["kind"] == "RayService")["spec"]
+        for side in (old, new)
+    ]
+    cluster_effects = {
+        change.effect
+        for change in found.changes
+        if "Kubernetes refuses" not in change.note and "strategy is None" not in change.note
+    }
+    if after.get("upgrade", {}).get("strategy") != "None":
+        done = what_kuberay_does(*(spec["rayClusterConfig"] for spec in clusters))
+        if not refused(old, new):
+            assert what_the_plan_says(cluster_effects) == done
+    else:
+        assert "cluster_replaced" not in cluster_effects
+    assert any("Kubernetes refuses" in change.note for change in found.changes) is refused(old, new)
+    if {change.effect for change in found.changes} <= {"nothing"}:
+        assert old == new
+
+
+TABLE = [*IN_PLACE, *RELOADING, *CLUSTER]
+
+
+@pytest.mark.parametrize("edit", [pytest.param(case.values[0], id=case.id) for case in TABLE])
+def test_plan_says_what_the_rendered_objects_do(edit: Object) -> None:
+    check(VALUES, deep_merge(VALUES, edit))
+    check(deep_merge(VALUES, edit), VALUES)
+
+
+def merged(edits: list[Object]) -> Object:
+    values = VALUES
+    for edit in edits:
+        values = deep_merge(values, edit)
+    return values
+
+
+@given(EDITS, EDITS)
+@settings(max_examples=40, deadline=None)
+def test_plan_says_what_the_rendered_objects_do_of_any_edits(
+    before: list[Object], after: list[Object]
+) -> None:
+    check(merged(before), merged(after))
+
+
+def lines(values: Object) -> list[str]:
+    """Return a release as lines of its values and their paths."""
+
+    def walk(value: Any, at: str) -> list[str]:
+        if isinstance(value, dict):
+            return [line for key, below in value.items() for line in walk(below, f"{at}.{key}")]
+        if isinstance(value, list):
+            return [line for n, below in enumerate(value) for line in walk(below, f"{at}.{n}")]
+        return [f"{at}: {line}" for line in str(value).splitlines() or [""]]
+
+    return [line for key, each in objects(values).items() for line in walk(each, ".".join(key))]
+
+
+@pytest.mark.parametrize(("name", "model"), [("cpu", "simulated"), ("production", "qwen-7b")])
+def test_edit_of_replicas_max_renders_the_same_but_for_that_number(name: str, model: str) -> None:
+    values = values_file(name)
+    highest = values["models"][model]["replicas"]["max"]
+    before = lines(values)
+    after = lines(deep_merge(values, {"models": {model: {"replicas": {"max": highest - 1}}}}))
+    assert len(before) == len(after)
+    changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+    # In Serve's bounds of the model, and in the gateways' catalog.
+    assert len(changed) == 2
+    for old, new in changed:
+        assert "max" in old
+        assert old.replace(str(highest), str(highest - 1)) == new
+
+
+@pytest.mark.parametrize("name", VALUES_FILES)
+def test_second_model_changes_the_serve_config_alone(name: str) -> None:
+    values = values_file(name)
+    more = deep_merge(
+        values, {"models": {"another": {"id": "x/another", "engine": {"kind": "simulated"}}}}
+    )
+    before, after = objects(values), objects(more)
+    service = ("RayService", "prod")
+    del before[service]["spec"]["serveConfigV2"], after[service]["spec"]["serveConfigV2"]
+    assert after == before

@@ -1,0 +1,530 @@
+# ruff: noqa: E501  a table reads best with a case a line
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tera.cli import app
+from tera.config import PlatformConfig, deep_merge, parse_platform
+from tera.errors import ConfigError
+from tera.plan import Change, Plan, plan
+
+CHART = Path(__file__).parents[1] / "helm/tera"
+
+Object = dict[str, Any]
+
+VALUES: Object = {
+    "models": {
+        "one": {"id": "org/one", "source": "hf://org/one", "pool": "l4"},
+        "two": {"id": "org/two", "source": "hf://org/two", "pool": "h100"},
+        "off": {
+            "id": "org/off",
+            "enabled": False,
+            "engine": {"kind": "simulated"},
+        },
+    },
+    "gpuPools": {"l4": {"order": 1, "gpusPerWorker": 2}, "h100": {"order": 3}},
+    "modelCache": {"enabled": True},
+}
+ALL = ("model-one", "model-two", "gateway")
+
+
+def platform(*edits: Object) -> PlatformConfig:
+    values: Object = VALUES
+    for edit in edits:
+        values = deep_merge(values, edit)
+    return parse_platform(values)
+
+
+def without(section: str, name: str) -> PlatformConfig:
+    """Return the platform without one of its models or pools."""
+    rest = {key: value for key, value in VALUES[section].items() if key != name}
+    return parse_platform({**VALUES, section: rest})
+
+
+def model(**values: Any) -> Object:
+    return {"models": {"one": values}}
+
+
+def pool(**values: Any) -> Object:
+    return {"gpuPools": {"l4": values}}
+
+
+def only(found: Plan) -> Change:
+    (change,) = found.changes
+    return change
+
+
+IN_PLACE = [
+    pytest.param(model(replicas={"max": 4}), "models.one.replicas.max", id="replicas.max"),
+    pytest.param(model(replicas={"min": 0}), "models.one.replicas.min", id="replicas.min"),
+    pytest.param(
+        model(scaling={"upscaleDelaySeconds": 1}),
+        "models.one.scaling.upscaleDelaySeconds",
+        id="scaling",
+    ),
+    pytest.param(
+        model(scaling={"maxOngoingRequests": 9}),
+        "models.one.scaling.maxOngoingRequests",
+        id="ongoing requests",
+    ),
+    pytest.param(
+        model(scaling={"maxQueuedRequests": 9}), "models.one.scaling.maxQueuedRequests", id="queue"
+    ),
+    pytest.param(model(aliases=["default"]), "models.one.aliases", id="aliases"),
+    pytest.param(model(id="org/another"), "models.one.id", id="id"),
+    pytest.param(model(capabilities=["chat"]), "models.one.capabilities", id="capabilities"),
+    pytest.param(
+        {"gateway": {"limits": {"default": {"requestsPerMinute": 5}}}},
+        "gateway.limits.default.requestsPerMinute",
+        id="limits",
+    ),
+    pytest.param(
+        {"gateway": {"limits": {"tenants": {"acme": {}}}}},
+        "gateway.limits.tenants.acme",
+        id="a tenant",
+    ),
+    pytest.param({"gateway": {"replicas": {"max": 9}}}, "gateway.replicas.max", id="gateways"),
+    pytest.param({"gateway": {"cors": {"origins": ["*"]}}}, "gateway.cors.origins", id="cors"),
+    pytest.param(
+        {"gateway": {"requests": {"retries": 0}}}, "gateway.requests.retries", id="requests"
+    ),
+    pytest.param(
+        {"gateway": {"usage": {"retentionDays": 3}}}, "gateway.usage.retentionDays", id="usage"
+    ),
+]
+
+
+@pytest.mark.parametrize("on_cluster", [True, False])
+@pytest.mark.parametrize(("edit", "path"), IN_PLACE)
+def test_edit_is_applied_in_place(edit: Object, path: str, on_cluster: bool) -> None:
+    found = plan(platform(), platform(edit), on_cluster=on_cluster)
+    change = only(found)
+    assert (change.effect, change.paths, found.restarts) == ("in_place", (path,), ())
+
+
+RELOADING = [
+    pytest.param(
+        model(engine={"args": {"max_model_len": 9}}),
+        "models.one.engine.args.max_model_len",
+        id="engine.args",
+    ),
+    pytest.param(model(engine={"kind": "simulated"}), "models.one.engine.kind", id="engine.kind"),
+    pytest.param(model(source="hf://org/one@v2"), "models.one.source", id="source"),
+    pytest.param(
+        model(parallelism={"tensor": 2}), "models.one.parallelism.tensor", id="parallelism"
+    ),
+]
+
+
+@pytest.mark.parametrize("on_cluster", [True, False])
+@pytest.mark.parametrize(("edit", "path"), RELOADING)
+def test_edit_reloads_its_model_alone(edit: Object, path: str, on_cluster: bool) -> None:
+    found = plan(platform(), platform(edit), on_cluster=on_cluster)
+    change = only(found)
+    assert (change.effect, change.paths, found.restarts) == ("reloads", (path,), ("model-one",))
+
+
+def test_another_pool_reloads_the_model_where_there_are_pools() -> None:
+    moved = platform(model(pool="h100"))
+    assert plan(platform(), moved).restarts == ("model-one",)
+    assert plan(platform(), moved, on_cluster=False).restarts == ()
+
+
+@pytest.mark.parametrize("on_cluster", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new", "path", "effect"),
+    [
+        pytest.param(without("models", "one"), platform(), "models.one", "application_added", id="added"),
+        pytest.param(platform(), platform({"models": {"off": {"enabled": True}}}), "models.off.enabled", "application_added", id="enabled"),
+        pytest.param(platform(model(replicas={"min": 0, "max": 0})), platform(model(replicas={"min": 0})), "models.one.replicas.max", "application_added", id="max from 0"),
+        pytest.param(platform(), without("models", "two"), "models.two", "application_removed", id="removed"),
+        pytest.param(platform(), platform(model(enabled=False)), "models.one.enabled", "application_removed", id="disabled"),
+        pytest.param(platform(), platform({"models": {"off": {"aliases": ["x"]}}}), "models.off.aliases", "nothing", id="not deployed"),
+    ],
+)  # fmt: skip
+def test_model_comes_and_goes_alone(
+    old: PlatformConfig, new: PlatformConfig, path: str, effect: str, on_cluster: bool
+) -> None:
+    found = plan(old, new, on_cluster=on_cluster)
+    change = only(found)
+    assert (change.effect, change.paths, found.restarts) == (effect, (path,), ())
+
+
+CLUSTER = [
+    pytest.param(
+        {"gpuPools": {"a100": {"order": 4}}}, "gpuPools.a100", "group_appended", id="new pool"
+    ),
+    pytest.param(
+        {"gpuPools": {"a100": {"order": 2}}},
+        "gpuPools.a100",
+        "cluster_replaced",
+        id="pool in the middle",
+    ),
+    pytest.param(pool(order=4), "gpuPools.l4.order", "cluster_replaced", id="pools reordered"),
+    pytest.param(pool(order=2), "gpuPools.l4.order", "nothing", id="pools in the same order"),
+    pytest.param(pool(maxWorkers=40), "gpuPools.l4.maxWorkers", "not_taken", id="maxWorkers"),
+    pytest.param(pool(tolerations=[]), "gpuPools.l4.tolerations", "not_taken", id="tolerations"),
+    pytest.param(
+        pool(resources={"cpu": "7"}),
+        "gpuPools.l4.resources.cpu",
+        "cluster_replaced",
+        id="a pool's pods",
+    ),
+    pytest.param(
+        pool(idleTimeoutSeconds=1),
+        "gpuPools.l4.idleTimeoutSeconds",
+        "cluster_replaced",
+        id="a pool's group",
+    ),
+    pytest.param({"image": {"tag": "1.2.3"}}, "image.tag", "cluster_replaced", id="image"),
+    pytest.param({"rayVersion": "2.61.0"}, "rayVersion", "cluster_replaced", id="rayVersion"),
+    pytest.param(
+        {"head": {"resources": {"cpu": "4"}}}, "head.resources.cpu", "cluster_replaced", id="head"
+    ),
+    pytest.param(
+        {"gateway": {"resources": {"cpu": "4"}}},
+        "gateway.resources.cpu",
+        "cluster_replaced",
+        id="gateways' pods",
+    ),
+    pytest.param(
+        {"gateway": {"auth": {"existingSecret": "x"}}},
+        "gateway.auth.existingSecret",
+        "cluster_replaced",
+        id="keys",
+    ),
+    pytest.param(
+        {"gateway": {"auth": {"bootstrapKeys": False}}},
+        "gateway.auth.bootstrapKeys",
+        "nothing",
+        id="first key",
+    ),
+    pytest.param(
+        {"huggingface": {"existingSecret": "x"}},
+        "huggingface.existingSecret",
+        "cluster_replaced",
+        id="huggingface",
+    ),
+    pytest.param(
+        {"huggingface": {"secretKey": "x"}},
+        "huggingface.secretKey",
+        "nothing",
+        id="key of no Secret",
+    ),
+    pytest.param(
+        {"modelCache": {"existingClaim": "x"}},
+        "modelCache.existingClaim",
+        "cluster_replaced",
+        id="model cache",
+    ),
+    pytest.param(
+        {"modelCache": {"size": "300Gi"}}, "modelCache.size", "objects", id="size of the cache"
+    ),
+    pytest.param(
+        {"modelCache": {"storageClassName": "x"}},
+        "modelCache.storageClassName",
+        "not_taken",
+        id="class of the cache",
+    ),
+    pytest.param(
+        {"redis": {"image": "valkey/valkey:9"}}, "redis.image", "redis_restarts", id="Valkey"
+    ),
+    pytest.param({"redis": {"storage": "9Gi"}}, "redis.storage", "not_taken", id="Valkey's volume"),
+    pytest.param(
+        {"rayAuth": {"enabled": False}}, "rayAuth.enabled", "cluster_replaced", id="Ray's tokens"
+    ),
+    pytest.param({"upgrade": {"strategy": "None"}}, "upgrade.strategy", "in_place", id="upgrade"),
+    pytest.param({"pdb": {"enabled": False}}, "pdb.enabled", "objects", id="disruption budgets"),
+    pytest.param(
+        {"networkPolicy": {"ingressNamespace": ""}},
+        "networkPolicy.ingressNamespace",
+        "objects",
+        id="network policy",
+    ),
+    pytest.param(
+        {"observability": {"podMonitor": True}}, "observability.podMonitor", "objects", id="metrics"
+    ),
+    pytest.param({"ingress": {"className": "x"}}, "ingress.className", "nothing", id="no ingress"),
+    pytest.param({"global": {"x": 1}}, "global.x", "nothing", id="global"),
+]
+
+
+@pytest.mark.parametrize(("edit", "path", "effect"), CLUSTER)
+def test_edit_of_the_cluster(edit: Object, path: str, effect: str) -> None:
+    found = plan(platform(), platform(edit))
+    change = only(found)
+    assert (change.effect, change.paths) == (effect, (path,))
+    restarts = {"cluster_replaced": ALL, "redis_restarts": ("redis",)}
+    assert found.restarts == restarts.get(effect, ())
+
+
+@pytest.mark.parametrize(("edit", "path", "effect"), CLUSTER)
+def test_one_machine_has_no_cluster_to_change(edit: Object, path: str, effect: str) -> None:
+    change = only(plan(platform(), platform(edit), on_cluster=False))
+    assert (change.effect, change.paths) == ("nothing", (path,))
+
+
+def test_pool_that_is_removed_makes_a_new_cluster() -> None:
+    old = platform(model(pool="h100"))
+    new = parse_platform(
+        {**VALUES, **platform_form(old, "models"), "gpuPools": {"h100": {"order": 3}}}
+    )
+    change = only(plan(old, new))
+    assert (change.effect, change.paths) == ("cluster_replaced", ("gpuPools.l4",))
+    assert "running cluster takes no such edit" in change.note
+
+
+def platform_form(whole: PlatformConfig, section: str) -> Object:
+    values = whole.model_dump(mode="json", by_alias=True)
+    return {section: values[section]}
+
+
+def test_what_a_running_cluster_keeps_comes_with_the_next_one() -> None:
+    image = {"image": {"tag": "1.2.3"}}
+    found = plan(
+        platform(), platform(image, pool(maxWorkers=40), {"gpuPools": {"a100": {"order": 4}}})
+    )
+    assert {change.effect for change in found.changes} == {"cluster_replaced"}
+    assert found.restarts == ALL
+
+
+def test_without_a_strategy_the_running_cluster_stays() -> None:
+    never = {"upgrade": {"strategy": "None"}}
+    new = platform(never, {"image": {"tag": "1.2.3"}}, model(replicas={"max": 2}))
+    found = plan(platform(never), new)
+    assert {change.paths: change.effect for change in found.changes} == {
+        ("models.one.replicas.max",): "in_place",
+        ("image.tag",): "not_taken",
+    }
+    assert found.restarts == ()
+
+
+def test_several_edits_at_once_are_told_apart() -> None:
+    new = platform(
+        model(replicas={"max": 2}, engine={"args": {"seed": 1, "dtype": "float16"}}),
+        {
+            "models": {
+                "two": {"aliases": ["b"]},
+                "three": {"id": "c", "engine": {"kind": "simulated"}},
+            }
+        },
+        {"gateway": {"limits": {"onRedisError": "closed"}}},
+        pool(maxWorkers=40),
+    )
+    found = plan(platform(), new)
+    assert [(change.part, change.effect, change.paths) for change in found.changes] == [
+        ("models.one", "reloads", ("models.one.engine.args.seed", "models.one.engine.args.dtype")),
+        ("models.one", "in_place", ("models.one.replicas.max",)),
+        ("models.two", "in_place", ("models.two.aliases",)),
+        ("models.three", "application_added", ("models.three",)),
+        ("gateway", "in_place", ("gateway.limits.onRedisError",)),
+        ("gpuPools.l4", "not_taken", ("gpuPools.l4.maxWorkers",)),
+    ]
+    assert found.restarts == ("model-one",)
+
+
+def test_defaults_are_edits_of_what_inherits_them() -> None:
+    found = plan(platform(), platform({"modelDefaults": {"replicas": {"max": 2}}}))
+    effects = {path: change.effect for change in found.changes for path in change.paths}
+    assert effects == {
+        "modelDefaults.replicas.max": "nothing",
+        "models.one.replicas.max": "in_place",
+        "models.two.replicas.max": "in_place",
+        "models.off.replicas.max": "nothing",
+    }
+
+
+def test_one_machine_keeps_the_redis_that_it_was_started_with() -> None:
+    elsewhere = {"redis": {"embedded": False, "external": {"address": "redis:6379"}}}
+    change = only(plan(platform(), platform(elsewhere), on_cluster=False))
+    assert (change.effect, change.paths) == (
+        "not_taken",
+        ("redis.embedded", "redis.external.address"),
+    )
+    assert only(plan(platform(), platform(elsewhere))).effect == "cluster_replaced"
+
+
+def test_one_machine_that_asks_no_hub_does_not_begin_to() -> None:
+    local = parse_platform({"models": {"a": {"id": "a", "source": "demo://a"}}})
+    hub = {
+        "models": {"a": {"id": "a", "source": "demo://a"}, "b": {"id": "b", "source": "hf://b/b"}}
+    }
+    change = only(plan(local, parse_platform(hub), on_cluster=False))
+    assert (change.effect, change.paths) == ("not_taken", ("models.b",))
+    moved = parse_platform({"models": {"a": {"id": "a", "source": "hf://b/b"}}})
+    assert only(plan(local, moved, on_cluster=False)).effect == "not_taken"
+
+
+REPLICAS = st.tuples(st.integers(0, 3), st.integers(1, 3)).map(
+    lambda bounds: {"min": min(bounds), "max": max(bounds)}
+)
+SCALING = st.fixed_dictionaries(
+    {},
+    optional={
+        "targetOngoingRequests": st.floats(0.5, 99),
+        "maxOngoingRequests": st.integers(1, 99),
+        "maxQueuedRequests": st.integers(1, 99),
+        "downscaleDelaySeconds": st.integers(0, 99),
+        "coldStartDeadlineSeconds": st.integers(1, 99),
+    },
+)
+LIMITS = st.fixed_dictionaries(
+    {}, optional={"requestsPerMinute": st.integers(0, 9), "tokenBudget": st.integers(0, 9)}
+)
+NUMBERS = st.fixed_dictionaries(
+    {
+        "models": st.fixed_dictionaries(
+            {name: st.fixed_dictionaries({}, optional={"replicas": REPLICAS, "scaling": SCALING}) for name in ("one", "two")}
+        ),
+        "gateway": st.fixed_dictionaries(
+            {}, optional={"replicas": REPLICAS, "limits": st.fixed_dictionaries({"default": LIMITS})}
+        ),
+    }
+)  # fmt: skip
+
+
+def fits(edits: list[Object]) -> bool:
+    try:
+        platform(*edits)
+    except ConfigError:
+        return False
+    return True
+
+
+EDITS = st.lists(
+    st.one_of(
+        NUMBERS,
+        *(st.just(case.values[0]) for case in [*IN_PLACE, *RELOADING, *CLUSTER]),
+    ),
+    max_size=4,
+).filter(fits)
+
+
+@given(EDITS)
+@settings(deadline=None)
+def test_no_edit_is_no_plan(edits: list[Object]) -> None:
+    for on_cluster in (True, False):
+        assert plan(platform(*edits), platform(*edits), on_cluster=on_cluster).changes == ()
+
+
+@given(NUMBERS, NUMBERS)
+@settings(deadline=None)
+def test_edit_of_numbers_restarts_nothing(before: Object, after: Object) -> None:
+    for on_cluster in (True, False):
+        found = plan(platform(before), platform(after), on_cluster=on_cluster)
+        assert {change.effect for change in found.changes} <= {"in_place"}
+        assert found.restarts == ()
+
+
+@given(EDITS, EDITS)
+@settings(deadline=None)
+def test_every_edit_is_in_the_plan_once(before: list[Object], after: list[Object]) -> None:
+    old, new = platform(*before), platform(*after)
+    found = plan(old, new)
+    paths = [path for change in found.changes for path in change.paths]
+    assert len(set(paths)) == len(paths)
+    assert bool(paths) == (old != new)
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TERA_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def tera(self, *arguments: str, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == code, (result.output, result.exception)
+        return result
+
+    def file(self, directory: Path, name: str, values: Object) -> str:
+        path = directory / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    def test_table_and_json_say_the_same(self, tmp_path: Path) -> None:
+        old = self.file(tmp_path, "old", VALUES)
+        new = self.file(tmp_path, "new", deep_merge(VALUES, model(engine={"args": {"seed": 1}})))
+        table = self.tera("plan", "-f", new, "--against", old).stdout
+        assert "models.one.engine.args.seed" in table
+        assert "Restarts: model-one; nothing else." in table
+        assert json.loads(self.tera("plan", "-f", new, "--against", old, "--json").stdout) == {
+            "target": "cluster",
+            "changes": [
+                {
+                    "part": "models.one",
+                    "paths": ["models.one.engine.args.seed"],
+                    "effect": "reloads",
+                    "restarts": ["model-one"],
+                    "note": "",
+                }
+            ],
+            "restarts": ["model-one"],
+        }
+
+    def test_no_edit_is_said(self, tmp_path: Path) -> None:
+        file = self.file(tmp_path, "values", VALUES)
+        assert "nothing changes" in self.tera("plan", "-f", file, "--against", file).stdout
+        planned = json.loads(self.tera("plan", "-f", file, "--against", file, "--json").stdout)
+        assert (planned["changes"], planned["restarts"]) == ([], [])
+
+    def test_later_files_go_over_earlier_ones_on_both_sides(self, tmp_path: Path) -> None:
+        base = self.file(tmp_path, "base", VALUES)
+        two = self.file(tmp_path, "two", model(replicas={"max": 2}))
+        three = self.file(tmp_path, "three", model(replicas={"max": 3}))
+        arguments = ("plan", "-f", base, "-f", two, "-f", three, "--against", base)
+        for more, effects in ((), ["in_place"]), (("--against", three), []):
+            found = json.loads(self.tera(*arguments, *more, "--json").stdout)
+            assert [change["effect"] for change in found["changes"]] == effects
+
+    def test_what_helm_says_of_a_release_can_be_compared_with(self, tmp_path: Path) -> None:
+        file = self.file(tmp_path, "values", VALUES)
+        computed = deep_merge(yaml.safe_load((CHART / "values.yaml").read_text()), VALUES)
+        live = tmp_path / "live.yaml"
+        live.write_text("COMPUTED VALUES:\n" + yaml.safe_dump(computed))
+        assert "nothing changes" in self.tera("plan", "-f", file, "--against", str(live)).stdout
+
+    def test_values_for_one_machine_are_compared_as_it_has_them(self, tmp_path: Path) -> None:
+        demo = {"models": {"a": {"id": "a", "source": "demo://a"}}}
+        old = self.file(tmp_path, "old", demo)
+        new = self.file(tmp_path, "new", {**demo, "image": {"tag": "1.2.3"}})
+        planned = json.loads(self.tera("plan", "-f", new, "--against", old, "--json").stdout)
+        assert (planned["target"], planned["restarts"]) == ("machine", [])
+
+    @pytest.mark.parametrize(
+        ("edit", "complaint"),
+        [
+            pytest.param(model(replica=1), "models.one.replica: unknown key", id="unknown key"),
+            pytest.param(model(pool="x"), "models.one.pool: there is no pool", id="no such pool"),
+            pytest.param(model(pool=""), "models.one.pool: is missing", id="no pool on a cluster"),
+        ],
+    )
+    def test_bad_values_are_refused_with_their_path(
+        self, tmp_path: Path, edit: Object, complaint: str
+    ) -> None:
+        old = self.file(tmp_path, "old", VALUES)
+        new = self.file(tmp_path, "new", deep_merge(VALUES, edit))
+        refused = self.tera("plan", "-f", new, "--against", old, code=2)
+        assert complaint in refused.stderr
+        assert refused.stdout == ""
+
+    def test_bad_values_before_the_edit_are_told_apart(self, tmp_path: Path) -> None:
+        old = self.file(tmp_path, "old", deep_merge(VALUES, model(replica=1)))
+        new = self.file(tmp_path, "new", VALUES)
+        refused = self.tera("plan", "-f", new, "--against", old, code=2)
+        assert "--against: models.one.replica: unknown key" in refused.stderr
+
+    @pytest.mark.parametrize("command", ["plan", "apply"])
+    def test_without_a_platform_here_it_says_what_to_do(self, tmp_path: Path, command: str) -> None:
+        file = self.file(tmp_path, "values", VALUES)
+        refused = self.tera(command, "-f", file, code=2)
+        assert "No platform runs" in refused.stderr
+        assert "tera serve" in refused.stderr
+        assert ("--against" in refused.stderr) is (command == "plan")
