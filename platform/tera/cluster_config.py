@@ -217,7 +217,9 @@ class ObservabilityConfig(Section):
     """Objects of the Prometheus operator and Grafana, whose CRDs must be there."""
 
     pod_monitor: bool = False
+    """Whether Prometheus reads each pod's metrics."""
     rules: bool = False
+    """Whether Prometheus raises alerts; of the metrics that `podMonitor` has it read."""
     dashboards: bool = False
     tracing: TracingConfig = TracingConfig()
     labels: dict[str, str] = Field(default_factory=dict)
@@ -225,8 +227,10 @@ class ObservabilityConfig(Section):
 
     @model_validator(mode="after")
     def _there(self) -> Self:
-        if self.rules or self.dashboards or self.tracing.otlp_endpoint:
-            raise ValueError("rules, dashboards and tracing are not there yet; leave them out")
+        if self.dashboards or self.tracing.otlp_endpoint:
+            raise ValueError("dashboards and tracing are not there yet; leave them out")
+        if self.rules and not self.pod_monitor:
+            raise ValueError("rules alert on metrics that nobody reads; set podMonitor: true")
         return self
 
 

@@ -62,7 +62,10 @@ CROSS_FIELD = [
     pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is over max (2)", id="min over max"),
     pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
     pytest.param(
-        cluster(observability={"rules": True}), "observability: rules, dashboards and tracing", id="not there yet"
+        cluster(observability={"dashboards": True}), "observability: dashboards and tracing", id="not there yet"
+    ),
+    pytest.param(
+        cluster(observability={"rules": True}), "observability: rules alert on metrics", id="rules without metrics"
     ),
     pytest.param(models(source=""), "models.one: source is missing", id="no source"),
     pytest.param(

@@ -28,7 +28,7 @@ RAYSERVICE = Draft202012Validator(
     json.loads(Path(__file__).with_name("rayservice.schema.json").read_text())
 )
 KUBERNETES = "1.33"
-FOREIGN = {"RayService", "PodMonitor", "HTTPRoute"}
+FOREIGN = {"RayService", "PodMonitor", "PrometheusRule", "HTTPRoute"}
 """Kinds of others' CRDs, which Kubernetes' own schemas do not have."""
 
 Object = dict[str, Any]
@@ -43,7 +43,7 @@ EVERYTHING: Object = {
     "upgrade": {"strategy": "NewClusterWithIncrementalUpgrade", "gatewayClassName": "istio"},
     "ingress": {"enabled": True, "host": "llm.example.com", "annotations": {"a": "1"}},
     "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["a.example"]},
-    "observability": {"podMonitor": True, "labels": {"release": "prometheus"}},
+    "observability": {"podMonitor": True, "rules": True, "labels": {"release": "prometheus"}},
     "head": {"nodeSelector": {"zone": "a"}},
     "gpuPools": {
         "l4": {"order": 2, "runtimeClassName": "nvidia", "gpusPerWorker": 2},

@@ -95,8 +95,10 @@
   {{- $faults = append $faults (printf "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have %d; use ReadWriteMany" (int $workers)) -}}
 {{- end -}}
 {{- with $values.observability -}}
-{{- if or .rules .dashboards .tracing.otlpEndpoint -}}
-  {{- $faults = append $faults "observability: rules, dashboards and tracing are not there yet; leave them out" -}}
+{{- if or .dashboards .tracing.otlpEndpoint -}}
+  {{- $faults = append $faults "observability: dashboards and tracing are not there yet; leave them out" -}}
+{{- else if and .rules (not .podMonitor) -}}
+  {{- $faults = append $faults "observability: rules alert on metrics that nobody reads; set podMonitor: true" -}}
 {{- end -}}
 {{- end -}}
 {{- if $faults -}}
