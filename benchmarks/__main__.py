@@ -11,10 +11,16 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from benchmarks import chain, limits, text, vllm
+from benchmarks import chain, kills, limits, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {"chain": chain.run, "limits": limits.run, "text": text.run, "vllm": vllm.run}
+BENCHMARKS = {
+    "chain": chain.run,
+    "kills": kills.run,
+    "limits": limits.run,
+    "text": text.run,
+    "vllm": vllm.run,
+}
 
 
 def main() -> None:

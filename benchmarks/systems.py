@@ -30,6 +30,21 @@ class System:
     port: int
     model: str
     api_key: str = "none"
+    home: Path = Path()
+    """TERA_HOME of a `tera serve`, for the commands that talk to it."""
+
+    def command(self, *arguments: str) -> str:
+        """Return what a `tera` command prints."""
+        env = shutil.which("env")
+        assert env is not None
+        tera_program = str(Path(sys.executable).with_name("tera"))
+        return subprocess.run(  # noqa: S603  our own program
+            [env, f"TERA_HOME={self.home}", tera_program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 class StartError(Exception):
@@ -58,7 +73,7 @@ def tera(values: str | None, models: Path | None = None) -> Iterator[System]:
             ready = home / "local.env"
             _wait(process, directory, ready.exists)
             found = dict(line.split("=", 1) for line in ready.read_text().splitlines())
-            yield System("Tera", process, port, found["TERA_MODEL"], found["TERA_API_KEY"])
+            yield System("Tera", process, port, found["TERA_MODEL"], found["TERA_API_KEY"], home)
 
 
 @contextmanager
