@@ -645,7 +645,7 @@ class Runtime(Section):
     channel_host: str = ""
     """Address that engine replicas reach this process at; empty is the node's own."""
     keys_file: Path | None = None
-    """API keys that are made elsewhere, read when a gateway replica starts; see `KeyEntry`."""
+    """API keys that are made elsewhere; gateway replicas follow its changes; see `KeyEntry`."""
     home: Path = Path(".tera")
     """State of one machine: models, embedded Redis, logs, secrets."""
 

@@ -11,8 +11,14 @@ import pytest
 
 from tera.config import KeyEntry, Limits
 from tera.errors import ConfigError, InternalError
-from tera.tenancy.key_store import KeyNotFoundError, KeyRevokedError, KeyStore, import_keys
-from tera.tenancy.keys import KEYS, LAST_USED, REVOKED, VERSION, generate_key, hash_key
+from tera.tenancy.key_store import (
+    KeyNotFoundError,
+    KeyRevokedError,
+    KeyStore,
+    import_records,
+    records_of,
+)
+from tera.tenancy.keys import KEYS, LAST_USED, REVOKED, VERSION, ApiKey, generate_key, hash_key
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -274,6 +280,10 @@ class TestRotate:
             await store.rotate("key_" + "0" * 24)
 
 
+async def import_keys(store: KeyStore, entries: list[KeyEntry]) -> list[ApiKey]:
+    return await import_records(store, records_of(store, entries))
+
+
 class TestImportKeys:
     async def test_importing_again_changes_nothing(self, store: KeyStore, redis: Redis) -> None:
         digest = hash_key(generate_key(), PEPPER)
@@ -325,3 +335,4 @@ class TestImportKeys:
         assert raised.value.message.startswith("1: ")
         assert mistyped not in raised.value.message
         assert mistyped not in repr(entries)
+        assert await store.list() == []

@@ -19,7 +19,6 @@ from tera.config import (
     RequestLimits,
     Runtime,
     Section,
-    load_keys_file,
     model_directory,
     revision_args,
 )
@@ -36,7 +35,8 @@ from tera.routing.dispatch import Dispatcher, DispatchLimits
 from tera.routing.serve_handle import ServeModelHandle
 from tera.routing.switchboard import Switchboard
 from tera.tenancy.admission import Admissions
-from tera.tenancy.key_store import KeyStore, import_keys
+from tera.tenancy.key_store import KeyStore
+from tera.tenancy.keys_file import KeysFile
 from tera.tenancy.redis import connect
 from tera.tenancy.snapshot import KeySnapshot
 from tera.tenancy.usage_export import UsageExporter
@@ -84,8 +84,8 @@ class GatewayReplica:
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
         if runtime.keys_file is not None:
-            entries = load_keys_file(runtime.keys_file)
-            await import_keys(KeyStore(redis, runtime.key_pepper, time.time), entries)
+            store = KeyStore(redis, runtime.key_pepper, time.time)
+            await self._stack.enter_async_context(KeysFile(runtime.keys_file, store))
         self._keys = await self._stack.enter_async_context(
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )

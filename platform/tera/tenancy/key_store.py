@@ -13,6 +13,7 @@ from tera.config import KeyEntry, Limits
 from tera.errors import ConfigError, TeraError
 from tera.tenancy.keys import (
     CHANGED,
+    FILES,
     KEYS,
     LAST_USED,
     REVOKED,
@@ -161,6 +162,32 @@ class KeyStore:
             ConfigError: not one well-formed key or hash, or a setting is not possible.
             KeyRevokedError: it was revoked.
         """
+        return await self.import_record(
+            self.record_of(
+                tenant,
+                key=key,
+                key_hash=key_hash,
+                models=models,
+                limits=limits,
+                expires_s=expires_s,
+            )
+        )
+
+    def record_of(
+        self,
+        tenant: str,
+        *,
+        key: str | None = None,
+        key_hash: str | None = None,
+        models: Iterable[str] | None = None,
+        limits: Limits | None = None,
+        expires_s: float | None = None,
+    ) -> ApiKey:
+        """Return the record of a key from elsewhere, which `import_record` takes.
+
+        Raises:
+            ConfigError: not one well-formed key or hash, or a setting is not possible.
+        """
         require_tenant(tenant)
         if (key is None) == (key_hash is None):
             raise ConfigError("Import a key by itself or by its hash: give one of both.")
@@ -171,7 +198,7 @@ class KeyStore:
             key_hash, hint = hash_key(key, self._pepper), hint_of(key)
         if key_hash is None or not _KEY_HASH.fullmatch(key_hash):
             raise ConfigError("A key's hash must be 64 hexadecimal digits in lower case.")
-        imported = ApiKey(
+        return ApiKey(
             key_id=id_of(key_hash),
             tenant=tenant,
             key_hash=key_hash,
@@ -181,11 +208,28 @@ class KeyStore:
             expires_s=expires_s,
             limits=_limits(limits),
         )
+
+    async def import_record(self, imported: ApiKey) -> ApiKey:
+        """See `import_key`.
+
+        Raises:
+            KeyRevokedError: it was revoked.
+        """
         while True:
             stored, known = await self._find(imported.key_id)
             wanted = imported if known is None else _merged(imported, known)
             if known == wanted or await self._put(wanted, stored):
                 return wanted
+
+    async def has_file(self, digest: str) -> bool:
+        """Return whether a keys file with this digest was imported, and that is not lost."""
+        async with reaching(_STORE):
+            return bool(await self._redis.sismember(FILES, digest))
+
+    async def note_file(self, digest: str) -> None:
+        """Remember that a keys file with this digest was imported."""
+        async with reaching(_STORE):
+            await self._redis.sadd(FILES, digest)
 
     async def list(self) -> list[ApiKey]:
         """Return all keys that are not revoked, expired ones too, the oldest first."""
@@ -320,20 +364,16 @@ class KeyStore:
         return bool(done)
 
 
-async def import_keys(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
-    """Make sure that the keys of a keys file exist, as `KeyStore.import_key` does for one.
-
-    A key that was revoked is left out, with a warning in the log.
+def records_of(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
+    """Return the records of a keys file's entries.
 
     Raises:
-        ConfigError: an entry is not possible; the message begins with its path. Entries before
-            it are imported.
-        InternalError: Redis cannot be reached.
+        ConfigError: an entry is not possible; the message begins with its path.
     """
     records = []
     for position, entry in enumerate(entries):
         try:
-            record = await store.import_key(
+            record = store.record_of(
                 entry.tenant,
                 key=entry.key,
                 key_hash=entry.key_hash,
@@ -343,11 +383,25 @@ async def import_keys(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiK
             )
         except ConfigError as error:
             raise ConfigError(f"{position}: {error.message}") from error
+        records.append(record)
+    return records
+
+
+async def import_records(store: KeyStore, records: Iterable[ApiKey]) -> list[ApiKey]:
+    """Make sure that keys exist, as `KeyStore.import_key` does for one; return them.
+
+    A key that was revoked is left out, with a warning in the log.
+
+    Raises:
+        InternalError: Redis cannot be reached.
+    """
+    imported = []
+    for record in records:
+        try:
+            imported.append(await store.import_record(record))
         except KeyRevokedError as error:
             logger.warning("The keys file has a key that is not imported: %s", error.message)
-        else:
-            records.append(record)
-    return records
+    return imported
 
 
 def _merged(imported: ApiKey, known: ApiKey) -> ApiKey:

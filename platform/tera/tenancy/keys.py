@@ -7,6 +7,7 @@
     tera:keys:changed    channel  told of every change
     tera:keys:last_used  hash     key id → seconds; apart, so that use never rewrites a record
     tera:keys:revoked    hash     key id → seconds; what an import must not bring back
+    tera:keys:files      set      digests of keys files that were imported
     tera:tenants         hash     tenant → JSON of its limits, in the form of the values file
 
 A change is one script: record, version and message happen together or not at all.
@@ -35,6 +36,7 @@ VERSION: Final = "tera:keys:version"
 CHANGED: Final = "tera:keys:changed"
 LAST_USED: Final = "tera:keys:last_used"
 REVOKED: Final = "tera:keys:revoked"
+FILES: Final = "tera:keys:files"
 TENANTS: Final = "tera:tenants"
 
 PREFIX: Final = "sk-tera-"
