@@ -24,7 +24,7 @@ define stage
 @printf '%-44s ' '$(1)'; start=$$SECONDS; $(2); printf '%4d s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help install serve test check lint types layers schema bench clean
+.PHONY: help install serve test check lint types layers schema overlays bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
@@ -65,6 +65,9 @@ layers: install ## Check that modules import only from layers below them
 
 schema: install ## Write the chart's values.schema.json
 	$(BIN)/tera config schema > helm/tera/values.schema.json
+
+overlays: install ## Write k8s/overlays from the chart
+	$(BIN)/python -m k8s.render
 
 bench: install ## Run the benchmarks and print their table
 	$(BIN)/python -m benchmarks $(ARGS)
