@@ -13,7 +13,7 @@ from tests.tenancy.conftest import RedisServer
 from tests.tenancy.proxy import Proxy
 
 from tera.config import Limits, LimitsConfig, TenantLimits
-from tera.errors import ConcurrencyLimitError, InternalError, RequestRateLimitError
+from tera.errors import ConcurrencyLimitError, InternalError, QuotaError, RequestRateLimitError
 from tera.tenancy import admission
 from tera.tenancy.admission import Admissions, Reservation
 from tera.tenancy.keys import ApiKey
@@ -260,6 +260,27 @@ async def test_l8_a_gateway_goes_on_with_its_share_and_reconciles(
         # What ran meanwhile is charged: of 20 there are 9 left, or 10 if Redis has forgotten the
         # first, and some seconds have brought back one or two.
         assert 9 <= await admitted_in_a_row(two) <= 13
+
+
+async def test_l8_a_budget_that_is_used_up_stays_so_while_redis_is_away(
+    redis_server: RedisServer,
+) -> None:
+    async with (
+        gateway(redis_server.url, "one", default=tenant(token_budget=100)) as one,
+        gateway(redis_server.url, "two", default=tenant(token_budget=100)) as two,
+    ):
+        one.finish(await one.admit(), 90, 5)
+        await until(lambda: not one.admissions.unsettled)
+        for each in (one, two):
+            with pytest.raises(QuotaError) as refused:
+                await each.admit()
+            assert "budget of 100 tokens" in refused.value.message
+        redis_server.kill()
+        for each in (one, two):
+            with pytest.raises(QuotaError) as still_refused:
+                await each.admit()
+            assert each.admissions.degraded
+            assert still_refused.value.message == refused.value.message
 
 
 async def admitted_in_a_row(one: Gateway) -> int:

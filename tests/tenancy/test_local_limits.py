@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tera.config import Limits
-from tera.tenancy.limits import Allowance, Refusal, Scope
+from tera.tenancy.limits import Allowance, Kind, Refusal, Scope, Spent
 from tera.tenancy.local_limits import LocalLimiter
 
 SECOND_US = 1_000_000
@@ -68,13 +68,71 @@ def test_l8_a_replica_admits_its_share(
     assert burst(limiter, tenant(**{name: limit}), replicas=replicas) == passed
 
 
-def test_l8_what_only_a_share_refuses_may_be_tried_again(limiter: LocalLimiter) -> None:
-    for name, kind in (("tokens_per_minute", "tokens"), ("token_budget", "budget")):
-        scopes = tenant(**{name: 100})
-        share = limiter.admit("acme", "req_1", scopes, 30, replicas=4).refusal
-        assert share == Refusal(kind, "tenant", 25, SECOND_US, 30)  # type: ignore[arg-type]
-        whole = limiter.admit("acme", "req_1", scopes, 101, replicas=4).refusal
-        assert whole == Refusal(kind, "tenant", 25, None, 101)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "kind", "told"),
+    [
+        pytest.param("tokens_per_minute", "tokens", 25, id="tokens"),
+        pytest.param("token_budget", "budget", 100, id="budget"),
+    ],
+)
+def test_l8_what_only_a_share_refuses_may_be_tried_again(
+    limiter: LocalLimiter, name: str, kind: Kind, told: int
+) -> None:
+    scopes = tenant(**{name: 100})
+    share = limiter.admit("acme", "req_1", scopes, 30, replicas=4).refusal
+    assert share == Refusal(kind, "tenant", told, SECOND_US, 30)
+    whole = limiter.admit("acme", "req_1", scopes, 101, replicas=4).refusal
+    assert whole == Refusal(kind, "tenant", told, None, 101)
+
+
+class TestKnownBudgets:
+    """What Redis told of budgets before it went away."""
+
+    @pytest.mark.parametrize(
+        ("used", "held", "passed", "wait_us"),
+        [
+            pytest.param(0, 0, 25, SECOND_US, id="unused"),
+            pytest.param(60, 0, 10, SECOND_US, id="a-quarter-of-the-rest"),
+            pytest.param(60, 20, 5, SECOND_US, id="what-is-held-may-be-used"),
+            pytest.param(0, 100, 0, SECOND_US, id="all-held-may-come-back"),
+            pytest.param(98, 0, 1, SECOND_US, id="one-at-least"),
+            pytest.param(100, 0, 0, None, id="used-up"),
+            pytest.param(170, 0, 0, None, id="more-than-used-up"),
+        ],
+    )
+    def test_l8_a_replica_admits_its_share_of_the_rest(
+        self, limiter: LocalLimiter, used: int, held: int, passed: int, wait_us: int | None
+    ) -> None:
+        scopes = tenant(token_budget=100)
+        limiter.know("acme", [Spent("tenant", "2027-01", used, held)])
+        assert burst(limiter, scopes, replicas=4) == passed
+        refusal = limiter.admit("acme", "req_last", scopes, 1, replicas=4).refusal
+        assert refusal == Refusal("budget", "tenant", 100, wait_us, 1)
+
+    def test_they_are_of_one_tenant_scope_and_period(
+        self, limiter: LocalLimiter, clock_us: Clock
+    ) -> None:
+        limiter.know("acme", [Spent("tenant", "2027-01-15", 100, 0)])
+        day, month = (tenant(token_budget=100, budget_period=each) for each in ("day", "month"))
+        assert limiter.admit("acme", "req_1", day, 1).refusal is not None
+        assert limiter.admit("acme", "req_2", month, 1).refusal is None
+        assert limiter.admit("other", "req_3", day, 1).refusal is None
+        of_key = [Scope("key:k", Limits(token_budget=100, budget_period="day"))]
+        assert limiter.admit("acme", "req_4", of_key, 1).refusal is None
+        clock_us.now_us += 24 * 60 * MINUTE_US
+        assert limiter.admit("acme", "req_5", day, 1).refusal is None
+
+    def test_what_was_used_here_counts_until_redis_has_been_told(
+        self, limiter: LocalLimiter
+    ) -> None:
+        scopes = tenant(token_budget=100)
+        limiter.know("acme", [Spent("tenant", "2027-01", 40, 0)])
+        assert limiter.admit("acme", "req_1", scopes, 60).refusal is None
+        limiter.settle("acme", "req_1", 50)
+        assert limiter.admit("acme", "req_2", scopes, 11).refusal is not None
+        limiter.know("acme", [Spent("tenant", "2027-01", 90, 0)])
+        answer = limiter.admit("acme", "req_3", scopes, 10)
+        assert (answer.refusal, answer.budgets) == (None, (Spent("tenant", "2027-01", 90, 10),))
 
 
 def test_l8_figures_are_of_the_share(limiter: LocalLimiter) -> None:

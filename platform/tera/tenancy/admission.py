@@ -239,6 +239,8 @@ class Admissions:
         if self._back.is_set():
             admission = await self._ask(key.tenant, opening, scopes, tokens)
         local = admission is None
+        if admission is not None and admission.budgets:
+            self._local.know(key.tenant, admission.budgets)
         if admission is None:
             if self._config().on_redis_error == "closed":
                 raise InternalError("The platform cannot check limits at the moment.")

@@ -344,15 +344,24 @@ local function figures(all, scopes, owed, parts, held)
   return limit, remaining, reset
 end
 
+-- After the ten figures: period, tokens used and held of each scope with a budget.
 local function answer(all, scopes, kind, name, limit, wait)
   local requests, requests_left, requests_reset =
     figures(all, scopes, 'requests', 'request_parts')
   local tokens, tokens_left, tokens_reset =
     figures(all, scopes, 'tokens', 'token_parts', 'held')
-  return {
+  local told = {
     requests, requests_left, requests_reset, tokens, tokens_left, tokens_reset,
     kind, name, limit, wait,
   }
+  local place = #told
+  for _, limits in ipairs(all) do
+    if limits.budget then
+      told[place + 1], told[place + 2], told[place + 3] = limits.period, limits.used, limits.held
+      place = place + 3
+    end
+  end
+  return told
 end
 
 -- ARGV 3 request id, 4 tokens, 5 lease in µs, 6 record, 7… one scope each.
@@ -397,7 +406,8 @@ local function admit(now)
       scope.held = plus(scope.held, tokens)
       scope.open = scope.open + 1
       if limits.budget then
-        store_budget(limits, scope.name, limits.used, plus(limits.held, tokens), now)
+        limits.held = plus(limits.held, tokens)
+        store_budget(limits, scope.name, limits.used, limits.held, now)
       end
     end
     store(scopes, full)

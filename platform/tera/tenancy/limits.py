@@ -112,6 +112,17 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a scope has used of its budget, and what its open requests hold of it."""
+
+    scope: str
+    period: str
+    """Such as 2027-01 or 2027-01-31, in UTC."""
+    used: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
 class Admission:
     """The answer to a request, and what is left of the limits after it."""
 
@@ -120,6 +131,8 @@ class Admission:
     tokens: Allowance | None
     refusal: Refusal | None = None
     """None if it was admitted; otherwise nothing was spent."""
+    budgets: tuple[Spent, ...] = ()
+    """Of the scopes that have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,13 +275,14 @@ class RedisLimiter:
         reply = await self._call(
             "admit", tenant, (request_id, held, self._lease_us, record, *lines)
         )
-        *figures, kind, name, limit, wait_us = reply
+        *figures, kind, name, limit, wait_us = reply[:10]
         requests = None if figures[0] is None else Allowance(*figures[:3])
         of_tokens = None if figures[3] is None else Allowance(*figures[3:])
+        budgets = _budgets(scopes, reply[10:])
         if kind is None:
-            return Admission(requests, of_tokens)
+            return Admission(requests, of_tokens, None, budgets)
         refusal = refusal_of(kind.decode(), name.decode(), limit, wait_us, tokens, scopes)
-        return Admission(requests, of_tokens, refusal)
+        return Admission(requests, of_tokens, refusal, budgets)
 
     async def settle(self, tenant: str, request_id: str, used_tokens: int, record: bytes) -> bool:
         """End a request: return what it holds, charge what it used, write its final record.
@@ -381,6 +395,14 @@ _WORDS: Final[Mapping[Kind, str]] = {
     "concurrency": "{limit} concurrent requests",
     "budget": "{limit} tokens per {period}",
 }
+
+
+def _budgets(scopes: Sequence[Scope], told: Sequence[Any]) -> tuple[Spent, ...]:
+    names = (scope.name for scope in scopes if scope.limits.token_budget is not None)
+    return tuple(
+        Spent(name, period.decode(), used, held)
+        for name, period, used, held in zip(names, *(told[n::3] for n in range(3)), strict=True)
+    )
 
 
 def _line(scope: Scope) -> str:

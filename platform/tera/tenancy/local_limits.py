@@ -1,6 +1,7 @@
 """The same limits in this process alone, for while Redis is away.
 
-Each gateway replica then has its share of every limit. The arithmetic is that of `limits.lua`, in
+Each gateway replica then has its share of every limit, and of what was left of a budget when Redis
+last told it. The arithmetic is that of `limits.lua`, in
 Python's whole numbers: it is also what the script is tested against. There are no leases: a
 process that ends takes all of it along.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
-from tera.tenancy.limits import MOST, Admission, Allowance, Kind, Scope, refusal_of
+from tera.tenancy.limits import MOST, Admission, Allowance, Kind, Refusal, Scope, Spent, refusal_of
 
 PARTS: Final = 60_000_000
 """A limit of L a minute drains L of these parts of one request or token in each µs."""
@@ -49,6 +50,9 @@ class _Counts:
 class _Budget:
     used: int = 0
     held: int = 0
+    known_used: int = 0
+    known_held: int = 0
+    """As Redis told it, of all gateway replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class _Tenant:
 class _Limit(NamedTuple):
     whole: int
     share: int
-    """What this process may use of it."""
+    """What this process may use of it; of a budget, of its rest."""
 
 
 @dataclass(slots=True)
@@ -143,10 +147,25 @@ class LocalLimiter:
         if waits and request_id not in mine.open:
             longest = max(waits, key=lambda it: MOST + 1 if it.wait_us is None else it.wait_us)
             refusal = refusal_of(*longest, tokens, scopes)
-            return Admission(_requests(counted), _tokens(counted), refusal)
+            return _admission(counted, refusal)
         if request_id not in mine.open:
             _spend(mine, request_id, counted, held)
-        return Admission(_requests(counted), _tokens(counted))
+        return _admission(counted)
+
+    def know(self, tenant: str, budgets: Sequence[Spent]) -> None:
+        """Take over what Redis has counted of a tenant's budgets.
+
+        It has been charged what was used here, or is about to be.
+        """
+        now_us = self._clock_us()
+        self._forget(now_us)
+        mine = self._tenants.setdefault(tenant, _Tenant())
+        for told in budgets:
+            budget = mine.budgets.get((told.period, told.scope))
+            if budget is None:
+                _drop_past_budgets(mine, now_us)
+                budget = mine.budgets[told.period, told.scope] = _Budget()
+            budget.known_used, budget.known_held, budget.used = told.used, told.held, 0
 
     def settle(self, tenant: str, request_id: str, used_tokens: int) -> bool:
         """End a request: return what it holds, charge what it used; return whether it was open."""
@@ -172,7 +191,7 @@ class LocalLimiter:
         """Drop tenants of whom nothing is owed, when there are twice as many as last time."""
         if len(self._tenants) <= self._forget_above:
             return
-        periods = {_period(kind, now_us) for kind in ("day", "month")}
+        periods = _periods(now_us)
         self._tenants = {
             name: mine for name, mine in self._tenants.items() if _owes(mine, now_us, periods)
         }
@@ -186,28 +205,43 @@ def _counted(mine: _Tenant, scope: Scope, replicas: int, now_us: int) -> _Counte
     counts = copy(mine.counts.get(scope.name) or _Counts())
     counts.advance(now_us, requests.share if requests else 0, tokens.share if tokens else 0)
     period = _period(limits.budget_period or "month", now_us)
+    spent = mine.budgets.get((period, scope.name)) or _Budget()
     return _Counted(
         name=scope.name,
         requests=requests,
         tokens=tokens,
         concurrent=_limit(limits.concurrent_requests, replicas),
-        budget=_limit(limits.token_budget, replicas),
+        budget=_limit(limits.token_budget, replicas, spent.known_used + spent.known_held),
         period=period,
         counts=counts,
-        spent=mine.budgets.get((period, scope.name)) or _Budget(),
+        spent=spent,
     )
 
 
-def _limit(limit: int | None, replicas: int) -> _Limit | None:
+def _limit(limit: int | None, replicas: int, gone: int = 0) -> _Limit | None:
     if limit is None:
         return None
     whole = min(limit, MOST)
-    return _Limit(whole, max(whole // replicas, min(whole, 1)))
+    rest = max(0, whole - gone)
+    return _Limit(whole, max(rest // replicas, min(rest, 1)))
 
 
 def _period(kind: str, now_us: int) -> str:
     now = datetime.fromtimestamp(now_us // _SECOND_US, UTC)
     return now.strftime("%Y-%m-%d" if kind == "day" else "%Y-%m")
+
+
+def _periods(now_us: int) -> set[str]:
+    return {_period(kind, now_us) for kind in ("day", "month")}
+
+
+def _drop_past_budgets(mine: _Tenant, now_us: int) -> None:
+    periods = _periods(now_us)
+    mine.budgets = {
+        (period, scope): budget
+        for (period, scope), budget in mine.budgets.items()
+        if period in periods
+    }
 
 
 def _waits(it: _Counted, tokens: int) -> Iterator[_Wait]:
@@ -228,7 +262,9 @@ def _wait(kind: Kind, it: _Counted, limit: _Limit, wait_us: int | None) -> Itera
     if limit.whole == 0:
         wait_us = None
     if wait_us != 0:
-        yield _Wait(kind, it.name, limit.share, wait_us)
+        # Of a budget the share is what is left, and no limit that its tenant knows.
+        told = limit.whole if kind == "budget" else limit.share
+        yield _Wait(kind, it.name, told, wait_us)
 
 
 def _request_wait(counts: _Counts, limit: _Limit) -> int:
@@ -250,7 +286,7 @@ def _token_wait(counts: _Counts, limit: _Limit, tokens: int) -> int | None:
 
 
 def _budget_wait(spent: _Budget, limit: _Limit, tokens: int) -> int | None:
-    if spent.used + tokens > limit.whole:
+    if spent.known_used + spent.used + tokens > limit.whole:
         return None
     return _SECOND_US if spent.used + spent.held + tokens > limit.share else 0
 
@@ -280,6 +316,20 @@ def _time_to(debt: int, level: int, rate: int) -> int:
     """Return the µs until a debt has drained to `level` whole ones; 0 if it never moves."""
     over = debt - level * PARTS
     return min(-(-over // rate), MOST) if over > 0 and rate else 0
+
+
+def _admission(counted: Sequence[_Counted], refusal: Refusal | None = None) -> Admission:
+    budgets = (
+        Spent(
+            it.name,
+            it.period,
+            min(it.spent.known_used + it.spent.used, MOST),
+            min(it.spent.known_held + it.spent.held, MOST),
+        )
+        for it in counted
+        if it.budget is not None
+    )
+    return Admission(_requests(counted), _tokens(counted), refusal, tuple(budgets))
 
 
 def _requests(counted: Sequence[_Counted]) -> Allowance | None:
