@@ -1,0 +1,128 @@
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / ".github/workflows").iterdir())
+RELEASE = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+EACH_FILE = pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
+
+Step = dict[str, Any]
+
+
+def steps(job: str) -> list[Step]:
+    made: list[Step] = RELEASE["jobs"][job]["steps"]
+    return made
+
+
+def script(job: str) -> str:
+    return "\n".join(step.get("run", "") for step in steps(job))
+
+
+def chart() -> dict[str, Any]:
+    made: dict[str, Any] = yaml.safe_load((ROOT / "helm/tera/Chart.yaml").read_text())
+    return made
+
+
+@EACH_FILE
+def test_actions_are_pinned_by_their_commit(path: Path) -> None:
+    uses = re.findall(r"^\s*(?:- )?uses: *(.*)$", path.read_text(), re.MULTILINE)
+    assert uses
+    for each in uses:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", each), each
+
+
+def test_an_action_has_one_version() -> None:
+    pinned: dict[str, set[str]] = {}
+    for path in FILES:
+        for action, version in re.findall(r"uses: *([^@\s]+)@(.*)", path.read_text()):
+            pinned.setdefault(action, set()).add(version)
+    assert not {action for action, versions in pinned.items() if len(versions) > 1}
+
+
+@EACH_FILE
+def test_jobs_may_only_read_unless_they_say_why(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"]
+        for step in job["steps"]:
+            # What GitHub puts into a script's text is run; a variable is not.
+            assert "${{" not in step.get("run", "")
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
+
+
+def test_who_publishes_on_pypi_runs_nothing_of_the_checkout() -> None:
+    (job,) = [
+        job
+        for job in RELEASE["jobs"].values()
+        if any("gh-action-pypi-publish" in step.get("uses", "") for step in job["steps"])
+    ]
+    assert job["permissions"] == {"id-token": "write"}
+    assert not [step for step in job["steps"] if "run" in step or "checkout" in step["uses"]]
+
+
+def test_nothing_is_released_before_the_tests() -> None:
+    jobs = RELEASE["jobs"]
+    assert ".ci/run" in script("test")
+    for name, job in jobs.items():
+        before = {name}
+        while "test" not in before:
+            needed = {it for each in before for it in _needs(jobs[each])}
+            assert needed, name
+            before = needed
+        assert job["runs-on"]
+
+
+def _needs(job: dict[str, Any]) -> list[str]:
+    needs = job.get("needs", [])
+    return [needs] if isinstance(needs, str) else needs
+
+
+def test_both_images_are_built_under_the_names_that_are_used() -> None:
+    parts = DockerfileParser(str(ROOT), cache_content=True).structure
+    stages = {it["value"].rpartition(" AS ")[2] for it in parts if it["instruction"] == "FROM"}
+    suffixes = {
+        each["target"]: each["suffix"]
+        for each in RELEASE["jobs"]["image"]["strategy"]["matrix"]["include"]
+    }
+    assert suffixes.keys() <= stages
+    assert suffixes["gpu"] == ""  # the chart's own tag is its appVersion
+    overlay = yaml.safe_load((ROOT / "k8s/overlays/cpu-dev/values.yaml").read_text())
+    assert overlay["image"]["tag"] == chart()["appVersion"] + suffixes["cpu"]
+    values = yaml.safe_load((ROOT / "helm/tera/values.yaml").read_text())
+    assert RELEASE["env"]["IMAGE"] == values["image"]["repository"]
+
+
+def test_chart_is_pushed_to_where_the_sample_takes_it_from() -> None:
+    application = yaml.safe_load((ROOT / "k8s/samples/argo-cd-application.yaml").read_text())
+    assert RELEASE["env"]["CHARTS"] == application["spec"]["source"]["repoURL"]
+    assert "helm package helm/tera" in script("chart")
+
+
+@pytest.mark.parametrize("job", ["image", "chart"])
+def test_what_is_pushed_is_signed_by_its_digest(job: str) -> None:
+    assert RELEASE["jobs"][job]["permissions"]["id-token"] == "write"
+    assert any("cosign-installer" in step.get("uses", "") for step in steps(job))
+    (signed,) = re.findall(r"cosign sign --yes \"\$\w+(?:/tera)?@", script(job))
+    assert signed
+
+
+def test_image_has_sbom_and_provenance() -> None:
+    assert "--sbom=true" in script("image")
+    assert "--provenance=mode=max" in script("image")
+
+
+def test_versions_that_the_tag_is_compared_with_are_where_they_are_looked_for() -> None:
+    lines = re.findall(r'grep -Fx "(.*)" (\S+)$', script("test"), re.MULTILINE)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert len(lines) == 3
+    for line, path in lines:
+        wanted = line.replace("\\", "").replace("$version", version)
+        assert wanted in (ROOT / path).read_text().splitlines()
