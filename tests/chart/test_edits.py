@@ -150,12 +150,13 @@ def test_edit_of_replicas_max_renders_the_same_but_for_that_number(name: str, mo
 
 
 @pytest.mark.parametrize("name", VALUES_FILES)
-def test_second_model_changes_the_serve_config_alone(name: str) -> None:
+def test_second_model_changes_the_serve_config_and_its_alerts_alone(name: str) -> None:
     values = values_file(name)
     more = deep_merge(
         values, {"models": {"another": {"id": "x/another", "engine": {"kind": "simulated"}}}}
     )
     before, after = objects(values), objects(more)
-    service = ("RayService", "prod")
-    del before[service]["spec"]["serveConfigV2"], after[service]["spec"]["serveConfigV2"]
+    for side in (before, after):
+        del side["RayService", "prod"]["spec"]["serveConfigV2"]
+        side.pop(("PrometheusRule", "prod"), None)
     assert after == before
