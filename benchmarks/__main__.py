@@ -11,13 +11,15 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from benchmarks import chain, kills, limits, text, vllm
+from benchmarks import chain, kills, limits, routing, scaling, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
     "chain": chain.run,
     "kills": kills.run,
     "limits": limits.run,
+    "routing": routing.run,
+    "scaling": scaling.run,
     "text": text.run,
     "vllm": vllm.run,
 }

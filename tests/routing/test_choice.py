@@ -68,11 +68,42 @@ def test_of_a_conversation_on_a_busy_replica_the_part_cached_elsewhere_counts() 
     assert choose(board, index, prompt(1, 2, 3, 4, 5, 6)) == "tools"
 
 
-def test_a_prompt_that_nobody_has_goes_to_any_of_the_least_busy() -> None:
+def test_a_prompt_without_a_whole_block_goes_to_any_of_the_least_busy() -> None:
     board = board_of({"a": 1, "b": 1, "c": 2, "d": 1})
-    drawn = Counter(choose(board, PrefixIndex(), prompt(7)) for _ in range(300))
+    drawn = Counter(choose(board, PrefixIndex(), []) for _ in range(300))
     assert drawn.keys() == {"a", "b", "d"}
     assert min(drawn.values()) > 50
+
+
+def homes(board: LoadBoard) -> dict[int, str | None]:
+    return {block: choose(board, PrefixIndex(), prompt(block)) for block in range(300)}
+
+
+def test_gateways_that_do_not_talk_send_a_new_prompt_to_one_replica() -> None:
+    loads = dict.fromkeys(["a", "b", "c", "d"], 0)
+    found = homes(board_of(loads, seed=1))
+    assert found == homes(board_of(dict(reversed(loads.items())), seed=2))
+    assert min(Counter(found.values()).values()) > 30
+
+
+def test_a_replica_that_leaves_moves_its_own_prompts_only() -> None:
+    board = board_of(dict.fromkeys(["a", "b", "c", "d"], 0))
+    before = homes(board)
+    board.remove("b")
+    after = homes(board)
+    assert {block for block in before if before[block] != after[block]} == {
+        block for block, home in before.items() if home == "b"
+    }
+
+
+def test_a_new_prompt_goes_on_from_a_replica_that_is_busier_than_the_others() -> None:
+    idle = board_of(dict.fromkeys(["a", "b", "c", "d"], 4))
+    home = choose(idle, PrefixIndex(), prompt(7))
+    assert home is not None
+    idle.put(home, 7, CAPACITY)
+    second = choose(idle, PrefixIndex(), prompt(7))
+    assert second not in (home, None)
+    assert {choose(idle, PrefixIndex(), prompt(7)) for _ in range(20)} == {second}
 
 
 def test_nobody_is_chosen_when_all_are_full_or_gone() -> None:

@@ -1,7 +1,9 @@
 """Which replica gets a generation: pure, so that it can be simulated by the million."""
 
+import bisect
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 
 from tera.routing.prefix_index import PrefixIndex
@@ -11,6 +13,9 @@ BOUND = 1.25
 (consistent hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam, 2017)."""
 EASE = 0.25
 """Below this part of its capacity a replica is never too busy for what it has cached."""
+POINTS = 32
+"""Places of each replica on the ring; with fewer, one would be responsible for much more than
+another."""
 SAMPLES = 4
 """Holders of a prefix that are compared: of many, some drawn at random are as good as all."""
 
@@ -27,6 +32,7 @@ class LoadBoard:
         self._by_load: dict[int, list[str]] = {}
         self._lowest = 0
         self._total = 0
+        self._ring: list[tuple[int, str]] = []
 
     def __contains__(self, replica_id: str) -> bool:
         """Return whether there is such a replica."""
@@ -48,6 +54,9 @@ class LoadBoard:
             return
         if old is not None:
             self._take_out(replica_id, old)
+        else:
+            for point in _points(replica_id):
+                bisect.insort(self._ring, point)
         self._load[replica_id] = load
         self._total += load
         group = self._by_load.setdefault(load, [])
@@ -61,6 +70,7 @@ class LoadBoard:
         if load is not None:
             self._take_out(replica_id, load)
             del self._capacity[replica_id]
+            self._ring = [point for point in self._ring if point[1] != replica_id]
 
     def _take_out(self, replica_id: str, load: int) -> None:
         self._total -= load
@@ -82,6 +92,19 @@ class LoadBoard:
         load, capacity = self._load[replica_id], self._capacity[replica_id]
         return load < capacity and (load < math.ceil(bound) or load < EASE * capacity)
 
+    def home(self, block: int, bound: float) -> str | None:
+        """Return the replica on which a prompt that nobody knows belongs; None if that is far.
+
+        All gateway replicas find the same one, though they do not talk to each other, and it stays
+        the same for most prompts when replicas come and go (consistent hashing).
+        """
+        start = bisect.bisect(self._ring, (block & 0xFFFFFFFF, ""))
+        for step in range(min(POINTS, len(self._ring))):
+            _, replica_id = self._ring[(start + step) % len(self._ring)]
+            if self._load[replica_id] < min(math.ceil(bound), self._capacity[replica_id]):
+                return replica_id
+        return None
+
     def least(self) -> str | None:
         """Return one of the least loaded replicas, any; None if that one is full too."""
         if not self._load:
@@ -100,26 +123,28 @@ def choose(board: LoadBoard, index: PrefixIndex, prints: Sequence[int]) -> str |
     """Return the replica that should have a prompt; None if all are full.
 
     That is the least loaded one among those that have most of the prompt cached and are not too
-    busy, or have half of that, or its first block; else the least loaded of all, ties at random. So
-    a new replica gets what is too much for the others, and with it their prefixes.
+    busy, or have half of that, or its first block. If there is none it is where the prompt belongs,
+    unless that is busier than others; else the least loaded of all, ties at random. So a new
+    replica gets what is too much for the others, and with it their prefixes.
 
     Args:
         board: how busy the replicas are.
         index: what they have cached.
         prints: of the prompt, as `fingerprints` gives them; none for least loaded alone.
     """
+    if not prints or not len(board):
+        return board.least()
+    bound = board.bound()
     known = index.known(prints)
-    if known and len(board):
-        bound = board.bound()
-        for depth in dict.fromkeys((known, (known + 1) // 2, 1)):
-            holders = index.holders(prints[depth - 1])
-            best, lowest = None, math.inf
-            for _ in range(min(SAMPLES, len(holders))):
-                replica_id = board.draw(holders) if len(holders) > SAMPLES else holders[_]
-                if replica_id in board and board.fits(replica_id, bound):
-                    load = board.load(replica_id)
-                    if load < lowest:
-                        best, lowest = replica_id, load
-            if best is not None:
-                return best
-    return board.least()
+    for depth in dict.fromkeys((known, (known + 1) // 2, 1)) if known else ():
+        holders = index.holders(prints[depth - 1])
+        if len(holders) > SAMPLES:
+            holders = [board.draw(holders) for _ in range(SAMPLES)]
+        idle_enough = [each for each in holders if each in board and board.fits(each, bound)]
+        if idle_enough:
+            return min(idle_enough, key=board.load)
+    return board.home(prints[0], bound) or board.least()
+
+
+def _points(replica_id: str) -> list[tuple[int, str]]:
+    return [(zlib.crc32(f"{replica_id}#{n}".encode()), replica_id) for n in range(POINTS)]

@@ -1,0 +1,123 @@
+"""Replicas killed under a hundred streams: no request is lost, and none is counted twice."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from benchmarks.streams import Answer, StreamClient
+from tests.serve.conftest import Platform, until
+from tests.serve.load import faults
+
+pytestmark = pytest.mark.slow
+
+SEED = 6
+ROUNDS = 6
+STREAMS = 100
+REPLICAS = 3
+MODEL = "sim/mortal"
+VALUES = f"""\
+models:
+  mortal:
+    id: {MODEL}
+    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.02, max_running: 512}}}}}}
+    replicas: {{min: {REPLICAS}, max: {REPLICAS}}}
+    scaling: {{maxOngoingRequests: 256}}
+"""
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    found = Platform.launch(tmp_path_factory.mktemp("deaths") / "home", VALUES)
+    try:
+        yield found.wait_until_ready()
+    finally:
+        with suppress(subprocess.TimeoutExpired):
+            found.stop()
+
+
+def request(number: int) -> tuple[str, dict[str, Any]]:
+    """Return a path and a body; of each kind of request there are as many."""
+    about = f"Tell of subject number {number} and of what follows from it"
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (COMPLETIONS, {"prompt": about, "temperature": 0}),
+        (COMPLETIONS, {"prompt": about, "temperature": 0.9, "seed": number, "n": 3}),
+        (COMPLETIONS, {"prompt": about, "temperature": 0, "logprobs": 2}),
+        (COMPLETIONS, {"prompt": about, "temperature": 0, "stop": [" of", "?"]}),
+        (CHAT, {"messages": [{"role": "user", "content": about}], "temperature": 0}),
+    ]
+    path, body = kinds[number % len(kinds)]
+    return path, {"model": MODEL, "max_tokens": 120, **body}
+
+
+async def all_streams(
+    platform: Platform, key: str, kill_at: int = 0, victim: int = 0
+) -> list[Answer]:
+    """Return the answers to all requests, sent at once; `victim` dies after so many events."""
+    events = 0
+
+    def count() -> None:
+        nonlocal events
+        events += 1
+        if events == kill_at:
+            os.kill(victim, signal.SIGKILL)
+
+    async def one(number: int) -> Answer:
+        path, body = request(number)
+        async with StreamClient(platform.port, key) as client:
+            return await client.ask(body, path, on_event=count)
+
+    async with asyncio.timeout(60):
+        return await asyncio.gather(*map(one, range(STREAMS)))
+
+
+def told(answers: list[Answer]) -> list[Any]:
+    """Return what the clients were told, apart from what was found in the cache."""
+    return [
+        (
+            answer.choices,
+            answer.usage and (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]),
+        )
+        for answer in answers
+    ]
+
+
+def ready_pids(platform: Platform) -> list[int]:
+    replicas = platform.replicas("mortal")
+    return sorted(each["pid"] for each in replicas if each["running"] is not None)
+
+
+async def test_b2_deaths_at_random_moments_lose_nothing(platform: Platform) -> None:
+    # As many slots as streams: one that a death kept would refuse a stream of the next round.
+    key = platform.new_key("deaths", "--concurrent-requests", str(STREAMS))
+    rng = random.Random(SEED)
+    undisturbed = await all_streams(platform, key)
+    assert not faults(undisturbed)
+    events = sum(len(answer.arrivals_s) for answer in undisturbed)
+    rounds = [undisturbed]
+    for number in range(ROUNDS):
+        until(lambda: len(ready_pids(platform)) == REPLICAS, timeout_s=60)
+        platform.wait_until_idle("mortal", replicas=REPLICAS)
+        moment, victim = rng.randrange(1, events), rng.choice(ready_pids(platform))
+        answers = await all_streams(platform, key, moment, victim)
+        assert not faults(answers), f"round {number}, killed at event {moment} of {events}"
+        assert told(answers) == told(undisturbed), f"round {number}, killed at event {moment}"
+        rounds.append(answers)
+    assert platform.sample("tera_replica_switches_total", model="mortal") > ROUNDS
+    usages = [answer.usage for answers in rounds for answer in answers if answer.usage]
+    expected = {
+        "requests": len(rounds) * STREAMS,
+        "prompt_tokens": sum(usage["prompt_tokens"] for usage in usages),
+        "completion_tokens": sum(usage["completion_tokens"] for usage in usages),
+        "failed": 0,
+        "cancelled": 0,
+        "lost": 0,
+    }
+    until(lambda: platform.used("deaths") == expected, timeout_s=15)
