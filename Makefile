@@ -63,8 +63,9 @@ types: install ## Check types
 layers: install ## Check that modules import only from layers below them
 	$(BIN)/lint-imports
 
-schema: install ## Write the chart's values.schema.json
+schema: install ## Write the chart's values.schema.json and docs/configuration.md
 	$(BIN)/tera config schema > helm/tera/values.schema.json
+	$(BIN)/tera config docs > docs/configuration.md
 
 overlays: install ## Write k8s/overlays from the chart
 	$(BIN)/python -m k8s.render

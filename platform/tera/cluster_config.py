@@ -19,11 +19,13 @@ class ImageConfig(Section):
     """The image of every Ray pod; editing it makes a new cluster, which takes over when ready."""
 
     repository: str = "ghcr.io/tera/tera"
+    """Without tag and digest."""
     tag: str = ""
     """The chart's appVersion when empty; "latest" is refused."""
     digest: Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     """sha256:…; goes before the tag."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """As in a pod."""
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -36,13 +38,16 @@ class NamedReference(Section):
     """A Kubernetes object by its name."""
 
     name: str = Field(min_length=1)
+    """Its name, in the release's namespace."""
 
 
 class Resources(Section):
     """What a pod asks for and is limited to."""
 
     cpu: Quantity = "2"
+    """Cores."""
     memory: Quantity = "4Gi"
+    """Bytes."""
 
 
 class HeadResources(Resources):
@@ -56,23 +61,31 @@ class PoolResources(Resources):
     """What a GPU worker asks for and is limited to, GPUs apart."""
 
     cpu: Quantity = "6"
+    """Cores."""
     memory: Quantity = "24Gi"
+    """Bytes; the shared memory is a part of them."""
 
 
 class Toleration(Section):
     """A taint that a pool's pods are placed in spite of."""
 
     key: str = ""
+    """Of the taint; empty is every one."""
     operator: Literal["Exists", "Equal"] = "Equal"
+    """`Exists` asks for no value."""
     value: str = ""
+    """Of the taint, with `Equal`."""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Of the taint; empty is every one."""
     toleration_seconds: int | None = Field(default=None, ge=0)
+    """With `NoExecute`, how long the pod stays; absent is for ever."""
 
 
 class PoolDefaults(Section):
     """What every pool inherits where it says nothing itself."""
 
     gpus_per_worker: int = Field(default=1, ge=1)
+    """GPUs of one pod; `parallelism.tensor` is at the most as many."""
     max_workers: int = Field(default=32, ge=1)
     """Most pods of a pool; a live cluster keeps the number that it was made with."""
     gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
@@ -81,11 +94,14 @@ class PoolDefaults(Section):
     shm_size: Quantity = "8Gi"
     """Shared memory, over which the GPUs of one worker exchange; counts as memory."""
     node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that a pool's nodes have."""
     tolerations: tuple[Toleration, ...] = Field(
         default=(Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),),
         strict=False,
     )
+    """Taints that a pool's pods are placed in spite of."""
     runtime_class_name: str = ""
+    """Such as nvidia, where it is not the nodes' default."""
     idle_timeout_seconds: int = Field(default=120, ge=1)
     """How long a worker without a replica is kept."""
 
@@ -102,6 +118,7 @@ class HeadConfig(Section):
 
     resources: HeadResources = HeadResources()
     node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the node that it runs on."""
 
 
 class AuthConfig(Section):
@@ -117,13 +134,16 @@ class SecretReference(Section):
     """A value in a Secret that exists already."""
 
     existing_secret: str = ""
+    """The Secret's name; empty is none."""
     secret_key: str = Field(default="password", min_length=1)
+    """The value's key in it."""
 
 
 class GcsFaultToleranceConfig(SecretReference):
     """Lets the Ray head be replaced without a restart of the workers."""
 
     enabled: bool = False
+    """Whether Ray's state is kept in a Redis."""
     address: str = ""
     """host:port of a Redis with durable storage, and not the one that limits live in."""
 
@@ -138,18 +158,24 @@ class HuggingFaceConfig(Section):
     """The token that weights are fetched with."""
 
     existing_secret: str = ""
+    """The Secret's name; empty fetches without a token."""
     secret_key: str = Field(default="token", min_length=1)
+    """The token's key in it."""
 
 
 class ModelCacheConfig(Section):
     """A volume that all workers keep weights on."""
 
     enabled: bool = False
+    """Whether workers mount one; else each fetches weights into its own pod."""
     existing_claim: str = ""
     """A claim is made when empty."""
     size: Quantity = "200Gi"
+    """Of the claim that is made."""
     storage_class_name: str = ""
+    """Of the claim that is made; empty is the cluster's default."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = "ReadWriteMany"
+    """ReadWriteOnce is for one worker."""
     prefetch: bool = False
     """Whether a Job fetches the weights of hf:// sources after an install or upgrade."""
 
@@ -173,16 +199,21 @@ class IngressTls(Section):
     """TLS of the Ingress."""
 
     secret_name: str = ""
+    """The certificate's Secret; empty is plain HTTP."""
 
 
 class IngressConfig(Section):
     """Reaches the gateway from outside, through an ingress controller."""
 
     enabled: bool = False
+    """Whether there is an Ingress."""
     class_name: str = ""
+    """Of the ingress controller; empty is the cluster's default."""
     host: str = ""
+    """The name that clients call."""
     tls: IngressTls = IngressTls()
     annotations: dict[str, str] = Field(default_factory=dict)
+    """For the ingress controller."""
 
     @model_validator(mode="after")
     def _has_host(self) -> Self:
@@ -195,9 +226,11 @@ class HttpRouteConfig(Section):
     """Reaches the gateway from outside, through a Gateway of the Gateway API."""
 
     enabled: bool = False
+    """Whether there is an HTTPRoute."""
     parent_refs: tuple[dict[str, JsonValue], ...] = Field(default=(), strict=False)
     """As HTTPRoute has them, such as {name: public, namespace: gateways}."""
     hostnames: tuple[str, ...] = Field(default=(), strict=False)
+    """Names that clients call; none is every one of the Gateway's."""
 
     @model_validator(mode="after")
     def _has_parent(self) -> Self:
@@ -221,6 +254,7 @@ class ObservabilityConfig(Section):
     rules: bool = False
     """Whether Prometheus raises alerts; of the metrics that `podMonitor` has it read."""
     dashboards: bool = False
+    """Not there yet."""
     tracing: TracingConfig = TracingConfig()
     labels: dict[str, str] = Field(default_factory=dict)
     """By which the operator selects these objects, such as {release: prometheus}."""
@@ -238,6 +272,7 @@ class NetworkPolicyConfig(Section):
     """Who reaches which pod."""
 
     enabled: bool = True
+    """Whether nobody but those named here reaches a pod of the release."""
     operator_namespace: str = Field(default="kuberay-system", min_length=1)
     """Where KubeRay runs; it submits applications to the head."""
     ingress_namespace: str = "ingress-nginx"
@@ -250,10 +285,13 @@ class PdbConfig(Section):
     """How many gateways, and workers of each pool, a node drain leaves."""
 
     enabled: bool = True
+    """Whether there are PodDisruptionBudgets."""
     min_available: int = Field(default=1, ge=0)
+    """Pods of each group that stay; a number, since Kubernetes takes no percentage here."""
 
 
 class RayAuthConfig(Section):
     """Ray's own token authentication between its processes."""
 
     enabled: bool = True
+    """Whether KubeRay makes a token that each process of the cluster has to show."""

@@ -94,8 +94,11 @@ class Scaling(Section):
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests that one gateway replica lets wait for this model."""
     upscale_delay_seconds: float = Field(default=10, ge=0)
+    """How long the load has to be over the target before replicas are added."""
     downscale_delay_seconds: float = Field(default=300, ge=0)
+    """How long the load has to be below the target before replicas are removed."""
     downscale_to_zero_delay_seconds: float = Field(default=1800, ge=0)
+    """How long a model has to be idle before its last replica is removed."""
     cold_start_deadline_seconds: float = Field(default=600, gt=0)
     """How long a request waits for a model that has no replica yet."""
 
@@ -104,6 +107,7 @@ class EngineConfig(Section):
     """Which engine a model runs on. Editing it reloads this model and no other."""
 
     kind: Literal["vllm", "simulated"] = "vllm"
+    """`simulated` needs no GPU and makes words of no meaning, at times that `args` sets."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Passed to the engine as they are: vLLM's `AsyncEngineArgs`, or the simulated engine's
     `profile` and `faults`."""
@@ -130,6 +134,7 @@ class ModelConfig(Section):
     """`prefix_affinity` sends a prompt to a replica that has its beginning cached and is not too
     busy, `least_loaded` to any of the least busy ones; applied in place."""
     capabilities: tuple[Capability, ...] = Field(default=("completions", "chat"), strict=False)
+    """The endpoints that it answers at."""
 
     @model_validator(mode="after")
     def _has_source(self) -> Self:
@@ -151,16 +156,19 @@ class ModelDefaults(Section):
     """What every model inherits where it says nothing itself."""
 
     enabled: bool = True
+    """Whether models are deployed."""
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
+    """How a request's replica is chosen."""
 
 
 class RequestLimits(Section):
     """Bounds on one request, whoever sends it."""
 
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
+    """A longer request is refused with 413."""
     deadline_seconds: float = Field(default=600, gt=0)
     """From arrival to the last token."""
     first_token_deadline_seconds: float = Field(default=120, gt=0)
@@ -182,9 +190,11 @@ class Limits(Section):
     """What may be used at most: 0 blocks, absent is unlimited."""
 
     requests_per_minute: int | None = Field(default=None, ge=0)
+    """Requests that are admitted in a minute."""
     tokens_per_minute: int | None = Field(default=None, ge=0)
     """Prompt and completion tokens together."""
     concurrent_requests: int | None = Field(default=None, ge=0)
+    """Requests in flight at once."""
     token_budget: int | None = Field(default=None, ge=0)
     """Prompt and completion tokens of one `budgetPeriod`."""
     budget_period: Literal["day", "month"] | None = None
@@ -205,6 +215,7 @@ class LimitsConfig(Section):
     default: TenantLimits = TenantLimits()
     """Where neither `tenants` nor `tera tenants set` says anything of a tenant's limit."""
     tenants: dict[TenantName, TenantLimits] = Field(default_factory=dict)
+    """By tenant; each limit that is absent here is `default`'s."""
     on_redis_error: Literal["local", "closed"] = "local"
     """While Redis is away: `local` goes on with this gateway replica's share of each limit,
     `closed` refuses every request."""
@@ -241,6 +252,7 @@ class ExternalRedis(SecretReference):
     address: str = ""
     """host:port."""
     tls: bool = False
+    """Whether the connection is encrypted."""
 
 
 class RedisConfig(Section):
@@ -249,7 +261,9 @@ class RedisConfig(Section):
     embedded: bool = True
     """On one machine a redis-server of our own; on a cluster one Valkey StatefulSet."""
     image: str = Field(default="valkey/valkey:8.1.4-alpine", min_length=1)
+    """Of the embedded Valkey."""
     storage: Quantity = "8Gi"
+    """Of the embedded Valkey's volume."""
     external: ExternalRedis = ExternalRedis()
 
     @model_validator(mode="after")
@@ -274,6 +288,7 @@ class PlatformConfig(Section):
     redis: RedisConfig = RedisConfig()
     image: ImageConfig = ImageConfig()
     image_pull_secrets: tuple[NamedReference, ...] = Field(default=(), strict=False)
+    """Secrets that the images are pulled with."""
     ray_version: str = Field(default="2.60.0", min_length=1)
     """Must be that of the Ray in the image."""
     head: HeadConfig = HeadConfig()

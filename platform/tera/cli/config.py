@@ -6,6 +6,7 @@ import typer
 import yaml
 
 from tera.cli.console import ValuesFiles, out, reported
+from tera.cli.reference import configuration_page
 from tera.config import load_cluster_platform, load_platform
 from tera.manifest import cluster_serve_config, values_schema
 
@@ -36,6 +37,12 @@ def render(file: ValuesFiles) -> None:
 def schema() -> None:
     """Print the JSON Schema of a values file: the chart's values.schema.json."""
     sys.stdout.write(values_schema())
+
+
+@group.command()
+def docs() -> None:
+    """Print every value with its type, default and meaning: docs/configuration.md."""
+    sys.stdout.write(configuration_page())
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -1,0 +1,155 @@
+"""`docs/configuration.md`: the configuration for people, out of its schema."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from tera.cluster_config import Quantity
+from tera.config import PlatformConfig, load_cluster_platform
+from tera.manifest import values_schema
+
+_HEAD = """\
+# Configuration
+
+Every value of `values.yaml`, its default and its meaning. Made by `make schema`; the meanings are
+those of `tera.config.PlatformConfig`. `tera config check -f FILE` says what is wrong with a file.
+
+A default is the chart's; where that of one machine (`tera serve`) is another, it stands beside it.
+One machine reads past what only a cluster has. `<name>` is a name of yours.
+"""
+
+
+def configuration_page() -> str:
+    """Return `docs/configuration.md`: each value with its type, default and meaning."""
+    schema = json.loads(values_schema())
+    reference = _Reference(schema["$defs"])
+    parts = [_HEAD]
+    for name, part in schema["properties"].items():
+        section = reference.section(part)
+        if section is not None:
+            meaning = reference.meaning(part)
+            rows = reference.fields(name, section)
+        else:
+            meaning = ""
+            rows = reference.rows(name, part)
+        table = ["| value | type | default | meaning |", "|---|---|---|---|", *rows]
+        parts += [f"## {name}\n", *([meaning + "\n"] if meaning else []), "\n".join(table) + "\n"]
+    return "\n".join(parts)
+
+
+class _Reference:
+    """Rows of the page; a section that several places share is described at the first."""
+
+    def __init__(self, sections: dict[str, Any]) -> None:
+        self._sections = sections
+        self._described: dict[str, str] = {}
+        self._cluster = load_cluster_platform().model_dump(mode="json", by_alias=True)
+        self._machine = PlatformConfig().model_dump(mode="json", by_alias=True)
+
+    def section(self, schema: dict[str, Any]) -> str | None:
+        reference: str | None = schema.get("$ref")
+        return reference.rpartition("/")[2] if reference else None
+
+    def meaning(self, schema: dict[str, Any]) -> str:
+        """Return a field's description, or that of the section which it holds."""
+        text = schema.get("description")
+        if text is None and (section := self.section(schema)):
+            text = self._sections[section].get("description", "")
+        return " ".join((text or "").split())
+
+    def fields(self, path: str, section: str) -> Iterator[str]:
+        self._described[section] = path
+        for key, each in self._sections[section]["properties"].items():
+            yield from self.rows(f"{path}.{key}", each)
+
+    def rows(self, path: str, schema: dict[str, Any]) -> Iterator[str]:
+        """Yield the row of a value, and those of all that is in it."""
+        below, entry = self._entries(path, schema)
+        section = self.section(entry)
+        if section is None:
+            yield self._row(path, self._type(schema), schema)
+        elif section in self._described:
+            of = "" if below == path else ("list, " if below.endswith("[]") else "map, ")
+            yield self._row(path, f"{of}as `{self._described[section]}`", schema)
+        else:
+            kind = "section" if below == path else self._type(schema)
+            yield self._row(path, kind, schema, self.meaning(entry))
+            yield from self.fields(below, section)
+
+    def _entries(self, path: str, schema: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return what a map or list is made of and its path, or the value itself."""
+        if "patternProperties" in schema:
+            (entry,) = schema["patternProperties"].values()
+            return f"{path}.<name>", entry
+        if "items" in schema:
+            return f"{path}[]", schema["items"]
+        return path, schema
+
+    def _type(self, schema: dict[str, Any]) -> str:
+        if "anyOf" in schema:
+            return " or ".join(self._type(each) for each in schema["anyOf"])
+        if "enum" in schema:
+            return ", ".join(f"`{value}`" if value else "empty" for value in schema["enum"])
+        kind: str = schema.get("type", "any")
+        if kind == "array":
+            return "list" if "$ref" in schema["items"] else f"list of {self._type(schema['items'])}"
+        names = {"object": "map", "string": "text", "null": "absent"}
+        bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
+        limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+        if schema.get("pattern") == _QUANTITY["pattern"]:
+            return "quantity"
+        return " ".join([names.get(kind, kind), ", ".join(limits)]).strip()
+
+    def _row(self, path: str, kind: str, schema: dict[str, Any], otherwise: str = "") -> str:
+        meaning = self.meaning(schema) or otherwise
+        cells = (
+            f"`{path}`",
+            kind,
+            "" if kind == "section" else self._default(path, schema),
+            meaning,
+        )
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    def _default(self, path: str, schema: dict[str, Any]) -> str:
+        try:
+            cluster, machine = _at(self._cluster, path), _at(self._machine, path)
+        except KeyError:
+            # Below a name, where there is nothing until it is given.
+            empty = {} if schema.get("type") == "object" else _MISSING
+            default = schema.get("default", empty)
+            return "–" if default is _MISSING else _written(default)
+        if cluster == machine:
+            return _written(cluster)
+        return f"{_written(cluster)}; on one machine {_written(machine)}"
+
+
+_QUANTITY = TypeAdapter(Quantity).json_schema()
+_MISSING = object()
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    found: Any = values
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+def _written(value: Any) -> str:
+    return "none" if value is None else f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as one writes it, without what is absent or empty in a map."""
+    if isinstance(value, dict):
+        given = {key: each for key, each in value.items() if each not in (None, "")}
+        return "{" + ", ".join(f"{key}: {_yaml(each)}" for key, each in given.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    # A text that YAML reads as something else, such as "6", wants quotes.
+    return json.dumps(text) if isinstance(value, str) and yaml.safe_load(text) != text else text
