@@ -73,7 +73,6 @@ spec:
         - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
         - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
         - {name: RAY_SERVE_USE_GRPC_BY_DEFAULT, value: "1"}
-        - {name: RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S, value: "1"}
         - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/tera/bin/tera-haproxy}
         {{- if $worker }}
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}

@@ -142,9 +142,6 @@ def _serve_environment(scratch: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        # Below `wire.SILENCE_S`, so that what a frozen replica has lost is not sent to it again:
-        # before Serve sends work to a replica not heard of for so long, it asks whether it lives.
-        "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
