@@ -1,13 +1,17 @@
-"""Clients that ask again and again while something happens to the platform."""
+"""Clients that ask again and again while something happens to a platform, and its account of it."""
 
 import asyncio
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.streams import Answer, StreamClient
-from tests.serve.conftest import Platform
+from benchmarks.streams import Answer, StreamClient, ask_all
+from tests.serve.conftest import Platform, until
 
 Body = dict[str, Any]
 
@@ -21,6 +25,14 @@ def greedy(model: str, number: int, max_tokens: int = 100) -> Body:
 def faults(answers: Sequence[Answer]) -> set[str]:
     """Return why answers are not whole."""
     return {answer.error for answer in answers} - {""}
+
+
+async def undisturbed(platform: Platform, bodies: Sequence[Body], model: str) -> list[Any]:
+    """Return the choices that the same requests get of another model, to which nothing happens."""
+    elsewhere = [{**body, "model": model} for body in bodies]
+    answers = await ask_all(platform.port, platform.api_key, elsewhere, clients=4)
+    assert not faults(answers)
+    return [answer.choices for answer in answers]
 
 
 class Load:
@@ -58,10 +70,65 @@ class Load:
                 number = next(self._numbers)
                 self.answers.append((number, await connection.ask(self._bodies[number])))
 
-    def texts_differ_from(self, undisturbed: Sequence[Answer]) -> list[int]:
-        """Return the numbers of the bodies that got another text, or no whole answer."""
+    def changed(self, expected: Sequence[Any]) -> list[tuple[int, str]]:
+        """Return the numbers of the bodies that got other choices than expected, and why."""
         return [
-            number
+            (number, answer.error)
             for number, answer in self.answers
-            if answer.error or answer.choices != undisturbed[number].choices
+            if answer.error or answer.choices != expected[number]
         ]
+
+
+def serving(platform: Platform, model: str) -> list[int]:
+    """Return the process ids of a model's replicas that take requests."""
+    return sorted(
+        each["pid"]
+        for each in platform.replicas(model)
+        if each["running"] is not None and not each["draining"]
+    )
+
+
+def new_key(platform: Platform, tenant: str, *limits: str, gateways: int = 1) -> str:
+    """Make a key, and return it once every gateway replica accepts it."""
+    made = platform.tera("keys", "create", "--tenant", tenant, "--json", *limits)
+    key: str = json.loads(made.stdout)["key"]
+
+    def accepted() -> bool:
+        with platform.http(key) as http:
+            return http.get("/v1/models").status_code == 200
+
+    until(lambda: all(accepted() for _ in range(5 * gateways)), timeout_s=10)
+    return key
+
+
+def used(platform: Platform, tenant: str) -> dict[str, int]:
+    """Return what the ledger has of a tenant, over all models and days."""
+    done = platform.tera("usage", "--tenant", tenant, "--json")
+    assert done.returncode == 0, done.stderr
+    counted = ("requests", "prompt_tokens", "completion_tokens", "failed", "cancelled", "lost")
+    return {name: sum(row[name] for row in json.loads(done.stdout)) for name in counted}
+
+
+def told(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return what `used` should be when clients were told these whole answers."""
+    usages = [answer.usage for answer in answers if answer.usage is not None]
+    assert len(usages) == len(answers)
+    return {
+        "requests": len(answers),
+        "prompt_tokens": sum(usage["prompt_tokens"] for usage in usages),
+        "completion_tokens": sum(usage["completion_tokens"] for usage in usages),
+        **dict.fromkeys(("failed", "cancelled", "lost"), 0),
+    }
+
+
+def redeploy(platform: Platform, values: str) -> None:
+    """Give the running platform other values, without waiting for what they change."""
+    file = platform.home.parent / "changed.yaml"
+    file.write_text(values)
+    program = Path(__file__).with_name("redeploy.py")
+    subprocess.run(  # noqa: S603  our own program
+        [sys.executable, str(program), str(platform.home), str(file), str(platform.port)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
