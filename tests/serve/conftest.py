@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,15 +88,16 @@ class Platform:
     env: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def launch(cls, home: Path, values: str) -> "Platform":
-        """Start it, in a session of its own, and do not wait."""
+    def launch(cls, home: Path, values: str, over: Sequence[Path] = ()) -> "Platform":
+        """Start it with values over those of other files, in a session of its own; do not wait."""
         home.mkdir(parents=True, exist_ok=True)
         file = home.parent / "values.yaml"
         file.write_text(values)
+        files = [str(path) for path in (*over, file)]
         port, log = free_port(), home.parent / "serve.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603  our own program
-                command(home, port, "serve", "-f", str(file)),
+                command(home, port, "serve", *(part for path in files for part in ("-f", path))),
                 cwd=home.parent,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tera.cli.console import Json, ValuesFiles, out, print_json, reported
 from tera.config import Runtime, load_cluster_platform, load_platform
@@ -108,7 +108,8 @@ def _show(found: Plan) -> None:
     if not found.changes:
         out.print("No value differs: nothing changes.")
         return
-    table = Table("edit", "effect", "restarts")
+    # A narrow terminal must not cut a path.
+    table = Table(Column("edit", overflow="fold"), "effect", "restarts")
     for change in found.changes:
         effect = _WORDS[change.effect] + (f" ({change.note})" if change.note else "")
         table.add_row(escape("\n".join(change.paths)), effect, _restarts(change))
