@@ -12,7 +12,6 @@ from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, until
 
 from tera.engine.vllm import VllmEngine, argument_names
 from tera.errors import (
-    BackendFailureError,
     ConfigError,
     EngineError,
     EngineStalledError,
@@ -102,10 +101,25 @@ async def test_structured_output_fits_its_schema(asker: Asker, vllm_engine: Vllm
     assert answer["colour"] in ("red", "blue")
 
 
-async def test_structured_output_is_never_resumed(asker: Asker) -> None:
-    sampling = Sampling(max_tokens=60, temperature=0, structured={"json": SCHEMA})
-    with pytest.raises(BackendFailureError):
-        await asker.deltas(PROMPT, sampling, resumed_tokens=2)
+@pytest.mark.parametrize("cut", [1, 4, 9])
+async def test_b2_a_resumed_structured_output_is_the_undisturbed_one(
+    asker: Asker, cut: int
+) -> None:
+    def sampling(most: int) -> Sampling:
+        return Sampling(max_tokens=most, temperature=0, structured={"json": SCHEMA})
+
+    whole = await asker.tokens(PROMPT, sampling(60))
+    assert len(whole) > cut
+    assert await asker.tokens(PROMPT + whole[:cut], sampling(60 - cut), cut) == whole[cut:]
+
+
+async def test_a_resumed_structured_output_that_does_not_fit_its_format_fails_alone(
+    asker: Asker,
+) -> None:
+    sampling = Sampling(max_tokens=20, temperature=0, structured={"json": SCHEMA})
+    with pytest.raises(EngineError):
+        await asker.tokens([*PROMPT, *PROMPT[:3]], sampling, 3)
+    assert await asker.tokens(PROMPT, Sampling(max_tokens=3, temperature=0))
 
 
 async def test_metrics_are_vllms_own(asker: Asker, vllm_engine: VllmEngine) -> None:

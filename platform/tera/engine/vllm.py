@@ -17,8 +17,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_late
 from prometheus_client.registry import Collector
 from pydantic import JsonValue
 
+from tera.engine.vllm_plugin import RESUMED
 from tera.errors import (
-    BackendFailureError,
     ConfigError,
     ContextLengthError,
     EngineError,
@@ -88,7 +88,7 @@ class VllmEngine:
     - frequency and presence penalty count the resumed tokens, through `logit_bias`. One
       deviation: a resumed token that is generated again meets the presence penalty twice.
     - repetition penalty counts prompt and generated tokens alike, so it is exact.
-    - structured output: the grammar would begin anew in mid-text, so it is refused.
+    - structured output: `vllm_plugin` leads the grammar through the resumed tokens.
     """
 
     def __init__(
@@ -226,8 +226,6 @@ class VllmEngine:
                 f"{prompt_tokens} and leaves no room for an answer.",
                 param="prompt",
             )
-        if generation.resumed_tokens and generation.sampling.structured is not None:
-            raise BackendFailureError("The answer was lost and its format forbids resuming it.")
 
 
 class _VllmFamilies(Collector):
@@ -333,6 +331,7 @@ def _sampling_params(generation: Generation) -> "SamplingParams":
         structured_outputs=(
             None if sampling.structured is None else StructuredOutputsParams(**sampling.structured)
         ),
+        extra_args={RESUMED: generation.resumed_tokens} if generation.resumed_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # this object belongs to this generation alone
