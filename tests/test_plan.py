@@ -131,6 +131,12 @@ def test_edit_reloads_its_model_alone(edit: Object, path: str, on_cluster: bool)
     assert (change.effect, change.paths, found.restarts) == ("reloads", (path,), ("model-one",))
 
 
+@pytest.mark.parametrize("on_cluster", [True, False])
+def test_yes_is_another_argument_than_one(on_cluster: bool) -> None:
+    old, new = (platform(model(engine={"args": {"seed": seed}})) for seed in (1, True))
+    assert plan(old, new, on_cluster=on_cluster).restarts == ("model-one",)
+
+
 def test_another_pool_reloads_the_model_where_there_are_pools() -> None:
     moved = platform(model(pool="h100"))
     assert plan(platform(), moved).restarts == ("model-one",)

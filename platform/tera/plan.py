@@ -4,8 +4,9 @@ Whether an application starts again is read off what `manifest` makes of both va
 chart makes of the rest is a table here, which a test holds against the rendered chart.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tera.config import PlatformConfig, reads_hub
@@ -131,7 +132,7 @@ class _Edit:
     old: PlatformConfig
     new: PlatformConfig
     on_cluster: bool
-    paths: tuple[Path, ...] = field(default=())
+    paths: tuple[Path, ...]
     """Of all values that differ."""
 
     def below(self, *prefix: str) -> list[Path]:
@@ -165,8 +166,13 @@ def _differences(old: Any, new: Any, at: Path = ()) -> Iterator[Path]:
                 yield (*at, key)
             else:
                 yield from _differences(old[key], new[key], (*at, key))
-    elif old != new:
+    elif _text(old) != _text(new):
         yield at
+
+
+def _text(value: Any) -> str:
+    """Return a value as Serve compares it: True is not 1, and the order of keys is nothing."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _change(
@@ -233,13 +239,13 @@ def _rolled(edit: _Edit, changed: PlatformConfig) -> tuple[str, ...]:
     before, after = (applications(each, on_cluster=edit.on_cluster) for each in (edit.old, changed))
     return tuple(
         name
-        for name in before.keys() & after.keys()
-        if _rolling_part(before[name]) != _rolling_part(after[name])
+        for name, application in before.items()
+        if name in after and _rolling_part(application) != _rolling_part(after[name])
     )
 
 
-def _rolling_part(application: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+def _rolling_part(application: Mapping[str, Any]) -> str:
+    part = {
         **application,
         "deployments": [
             {
@@ -249,6 +255,7 @@ def _rolling_part(application: Mapping[str, Any]) -> dict[str, Any]:
             for each in application["deployments"]
         ],
     }
+    return _text(part)
 
 
 def _gateway(edit: _Edit) -> Iterator[Change]:
