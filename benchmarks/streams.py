@@ -105,7 +105,7 @@ class StreamClient:
             )
             await self._read(self._connection[0], answer, on_event)
         except (OSError, asyncio.IncompleteReadError) as error:
-            answer.error = f"the connection was closed: {error!r}"
+            answer.error = f"the connection ended after {len(answer.arrivals_s)} events: {error!r}"
         except asyncio.CancelledError:
             self._hang_up()
             raise

@@ -3,10 +3,7 @@
 import asyncio
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -121,14 +118,9 @@ def told(answers: Sequence[Answer]) -> dict[str, int]:
     }
 
 
-def redeploy(platform: Platform, values: str) -> None:
-    """Give the running platform other values, without waiting for what they change."""
+async def apply(platform: Platform, values: str) -> None:
+    """Give the running platform other values; return once it has them."""
     file = platform.home.parent / "changed.yaml"
     file.write_text(values)
-    program = Path(__file__).with_name("redeploy.py")
-    subprocess.run(  # noqa: S603  our own program
-        [sys.executable, str(program), str(platform.home), str(file), str(platform.port)],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    applied = await asyncio.to_thread(platform.tera, "apply", "-f", str(file))
+    assert applied.returncode == 0, applied.stderr
