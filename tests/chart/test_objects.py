@@ -27,7 +27,8 @@ from tera.tenancy.keys import is_well_formed
 RAYSERVICE = Draft202012Validator(
     json.loads(Path(__file__).with_name("rayservice.schema.json").read_text())
 )
-KUBERNETES = "1.33"
+KUBERNETES = ("1.35", "1.36", "1.37")
+"""The three newest."""
 FOREIGN = {"RayService", "PodMonitor", "PrometheusRule", "HTTPRoute"}
 """Kinds of others' CRDs, which Kubernetes' own schemas do not have."""
 
@@ -64,7 +65,8 @@ def test_kubernetes_knows_every_object_and_pod(values: Object) -> None:
     objects = render(values)
     own = [each for each in objects if each["kind"] not in FOREIGN]
     for each in [*own, *pods(objects).values()]:
-        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+        for version in KUBERNETES:
+            kubernetes_validate.validate(each, version, strict=True)
 
 
 @pytest.mark.parametrize("values", CASES)

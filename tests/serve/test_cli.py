@@ -53,6 +53,8 @@ def test_status_names_living_processes(simulated: Platform) -> None:
         ("slow", "sim/slow"),
     ]
     assert [len(model["replicas"]) for model in status["models"]] == [2, 1]
+    counts = [(model["wanted"], model["running"], model["starting"]) for model in status["models"]]
+    assert counts == [(2, 2, 0), (1, 1, 0)]
     replicas = [replica for model in status["models"] for replica in model["replicas"]]
     for replica in replicas:
         assert replica.keys() == {"replica_id", "pid", "running", "waiting", "draining"}
@@ -70,6 +72,7 @@ def test_status_is_a_table_for_people(simulated: Platform) -> None:
     done = simulated.tera("status")
     assert done.returncode == 0
     assert "sim/small" in done.stdout
+    assert "2 of 2" in done.stdout
     assert "redis ok" in done.stdout
 
 

@@ -166,6 +166,7 @@ limits:
 {{- end }}
 {{- if .cache }}
 - {name: HF_HOME, value: /models/huggingface}
+- {name: VLLM_CACHE_ROOT, value: /models/vllm}
 {{- end }}
 {{- with $values.huggingface }}
 {{- if .existingSecret }}

@@ -51,10 +51,13 @@ def status(as_json: Json = False) -> None:
         return
     table = Table("model", "status", "replica", "pid", "running", "waiting", "draining")
     for model in found["models"]:
+        status = f"{model['status']}, {model['running']} of {model['wanted']}"
+        if model["starting"]:
+            status += f", {model['starting']} starting"
         for replica in model["replicas"] or [{}]:
             table.add_row(
                 model["id"],
-                model["status"],
+                status,
                 *(str(replica.get(name, "–")) for name in _REPLICA_COLUMNS),
             )
     for replica in found["gateway"]:

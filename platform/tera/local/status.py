@@ -12,6 +12,8 @@ from tera.local.state import LocalSecrets, LocalState
 from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT
 
 ANSWER_TIMEOUT_S = 3.0
+STARTING = {"STARTING", "RECOVERING"}
+"""States of a replica that is not ready yet."""
 
 
 def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
@@ -36,17 +38,20 @@ def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
 
 def _catalog(gateway: dict[str, Any]) -> dict[str, Any]:
     """Return the models as the gateway was told them, in its order."""
-    deployment = gateway.get("deployments", {}).get(GATEWAY_DEPLOYMENT, {})
-    config = deployment.get("deployment_config") or {}
+    config = _deployment(gateway, GATEWAY_DEPLOYMENT).get("deployment_config") or {}
     models: dict[str, Any] = (config.get("user_config") or {}).get("models", {})
     return models
 
 
 def _replicas(application: dict[str, Any], deployment: str) -> list[dict[str, Any]]:
     """Return what Serve knows of the replicas; one that is starting may have no `pid` yet."""
-    found = application.get("deployments", {}).get(deployment, {})
-    replicas: list[dict[str, Any]] = found.get("replicas", [])
+    replicas: list[dict[str, Any]] = _deployment(application, deployment).get("replicas", [])
     return replicas
+
+
+def _deployment(application: dict[str, Any], deployment: str) -> dict[str, Any]:
+    found: dict[str, Any] = application.get("deployments", {}).get(deployment, {})
+    return found
 
 
 def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +72,9 @@ def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> d
         "name": name,
         "id": values["id"],
         "status": status,
+        "wanted": _deployment(application, ENGINE_DEPLOYMENT).get("target_num_replicas", 0),
+        "running": len(running),
+        "starting": sum(replica["state"] in STARTING for replica in replicas),
         "replicas": [
             {
                 "replica_id": replica["replica_id"],
