@@ -76,7 +76,8 @@ class GatewayReplica:
         self._metrics = Metrics()
         self._catalog = Catalog()
         self._handles: dict[str, ServeModelHandle] = {}
-        """By model; they outlive its settings, since they know what its replicas have cached."""
+        """By model; they outlive its settings, since they know what its replicas have cached, and
+        the model, since Serve goes on to tell them of it should it come back."""
         self._stack = AsyncExitStack()
         self._receiver = await self._stack.enter_async_context(
             TokenReceiver(runtime.channel_host or _node_address(), runtime.cluster_secret)
@@ -122,8 +123,6 @@ class GatewayReplica:
                 name, config, text, self._dispatcher(name, config, gateway.requests)
             )
         self._config = gateway
-        for gone in self._handles.keys() - models.keys():
-            del self._handles[gone]
         first = not self._catalog.models
         self._catalog.replace(models)
         self._statuses.look_soon()
