@@ -157,6 +157,56 @@ async def test_changed_limits_are_in_force_for_the_next_request(redis_server: Re
     await redis.aclose()
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+async def test_a_flood_of_refused_requests_asks_redis_once_until_its_limit_changes(
+    redis_server: RedisServer, redis: Redis, limit: int
+) -> None:
+    limits = LimitsConfig(default=tenant(requests_per_minute=limit))
+    connected = connect(redis_server.url, timeout_s=1.0)
+    async with Admissions(connected, Keyring(), lambda: limits, "one") as admissions:
+        one = Gateway(admissions)
+        for _ in range(limit):
+            await one.admit()
+        before = await counted(redis)
+        waits = []
+        for _ in range(20):
+            with pytest.raises(RequestRateLimitError) as refused:
+                await one.admit()
+            waits.append(refused.value.retry_after_s)
+        after = await counted(redis)
+        asked = [after.get(name, 0) - before.get(name, 0) for name in ("evalsha", "eval")]
+        # The first call of all is made twice: Redis does not know the script yet.
+        assert asked in ([1, 0], [1, 1])
+        limits = LimitsConfig(default=tenant(requests_per_minute=limit + 1))
+        await one.admit()
+    await connected.aclose()
+    if limit:
+        known = [wait for wait in waits if wait is not None]
+        assert known == sorted(known, reverse=True)
+        assert 55 < known[-1] < known[0] <= 60
+    else:
+        assert waits == [None] * 20
+
+
+async def asks_until_refused(one: Gateway) -> None:
+    while True:  # while some of the limit has drained
+        await one.admit()
+
+
+async def test_a_request_is_admitted_once_the_wait_that_was_told_is_over(
+    redis_server: RedisServer,
+) -> None:
+    async with gateway(redis_server.url, default=tenant(requests_per_minute=600)) as one:
+        for _ in range(600):
+            await one.admit()
+        for _ in range(3):
+            with pytest.raises(RequestRateLimitError) as refused:
+                await asks_until_refused(one)
+            assert refused.value.retry_after_s is not None
+            await asyncio.sleep(refused.value.retry_after_s)
+            await one.admit()
+
+
 async def test_s8_a_request_that_is_given_up_while_it_is_admitted_holds_nothing(
     redis_server: RedisServer, redis: Redis
 ) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
@@ -25,7 +25,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, Respon
 from tera.config import LimitsConfig, TenantLimits
 from tera.errors import InternalError
 from tera.tenancy.keys import ApiKey
-from tera.tenancy.limits import Admission, Progress, RedisLimiter, Scope, scopes_of
+from tera.tenancy.limits import Admission, Allowance, Progress, RedisLimiter, Scope, scopes_of
 from tera.tenancy.local_limits import LocalLimiter
 from tera.tenancy.redis import end
 from tera.tenancy.tenants import effective_limits
@@ -59,6 +59,8 @@ MAX_UNSETTLED: Final = 100_000
 GATHER_S: Final = 0.01
 BATCH: Final = 100
 """Requests settled in one round trip: Redis does nothing else meanwhile, a few milliseconds."""
+BLOCKED_S: Final = 1.0
+"""How long a refusal by a limit of 0 is repeated without asking Redis."""
 MAX_RESOLVED: Final = 50_000
 """Pairs of key and model whose scopes are kept, about 30 MB."""
 
@@ -94,6 +96,35 @@ class _Resolved:
 
     def made_of(self, config: LimitsConfig, stored: TenantLimits | None, key: ApiKey) -> bool:
         return self.config is config and self.stored is stored and self.key is key
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """What Redis said to a request over its limit, which holds for all until it has drained."""
+
+    scopes: list[Scope]
+    admission: Admission
+    at: float
+    """Loop time before Redis was asked."""
+    until: float
+
+    def again(self, now: float) -> Admission:
+        """Return what Redis would say now."""
+        passed_us = round(1e6 * (now - self.at))
+        refusal = self.admission.refusal
+        assert refusal is not None
+        wait_us = None if refusal.wait_us is None else max(1, refusal.wait_us - passed_us)
+        return Admission(
+            _later(self.admission.requests, passed_us),
+            _later(self.admission.tokens, passed_us),
+            replace(refusal, wait_us=wait_us),
+        )
+
+
+def _later(allowance: Allowance | None, passed_us: int) -> Allowance | None:
+    if allowance is None:
+        return None
+    return replace(allowance, reset_us=max(0, allowance.reset_us - passed_us))
 
 
 class RedisAwayError(Exception):
@@ -166,6 +197,7 @@ class Admissions:
         self._back.set()
         self._replicas = 1
         self._scopes: dict[tuple[str, str], _Resolved] = {}
+        self._refused: dict[tuple[str, str], _Refused] = {}
         self._stack = AsyncExitStack()
         self._probing: asyncio.Task[None] | None = None
         self.outages = 0
@@ -235,9 +267,12 @@ class Admissions:
             TeraError: a limit is reached (429), or Redis is away and the policy is `closed`.
         """
         scopes = self.scopes(key, opening.model)
-        admission = None
-        if self._back.is_set():
+        admission = self._refused_again(key, opening.model, scopes)
+        if admission is None and self._back.is_set():
+            asked_at = asyncio.get_running_loop().time()
             admission = await self._ask(key.tenant, opening, scopes, tokens)
+            if admission is not None and admission.refusal is not None:
+                self._remember(key, opening.model, scopes, admission, asked_at)
         local = admission is None
         if admission is not None and admission.budgets:
             self._local.know(key.tenant, admission.budgets)
@@ -253,6 +288,38 @@ class Admissions:
         held = Reservation(self, opening, scopes, progress, local=local)
         self._running[opening.request_id] = held
         return held
+
+    def _refused_again(self, key: ApiKey, model: str, scopes: list[Scope]) -> Admission | None:
+        """Return the refusal that Redis would give: a flood need not ask it each time."""
+        known = self._refused.get((key.key_id, model))
+        if known is None:
+            return None
+        now = asyncio.get_running_loop().time()
+        if now < known.until and known.scopes is scopes:
+            return known.again(now)
+        del self._refused[key.key_id, model]
+        return None
+
+    def _remember(
+        self, key: ApiKey, model: str, scopes: list[Scope], refused: Admission, asked_at: float
+    ) -> None:
+        """Keep a refusal while nothing but time can end it.
+
+        That is one by requests per minute, whose debt only drains, and one by a limit of 0. Tokens
+        and slots come back when a request ends.
+        """
+        refusal = refused.refusal
+        assert refusal is not None
+        if refusal.limit == 0:
+            lasts_s = BLOCKED_S
+        elif refusal.kind == "requests" and refusal.wait_us is not None:
+            lasts_s = refusal.wait_us / 1e6
+        else:
+            return
+        if len(self._refused) >= MAX_RESOLVED:
+            self._refused.clear()
+        until = asked_at + lasts_s
+        self._refused[key.key_id, model] = _Refused(scopes, refused, asked_at, until)
 
     def scopes(self, key: ApiKey, model: str) -> list[Scope]:
         """Return what limits a request of this key for this model, as of now."""
