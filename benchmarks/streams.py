@@ -64,7 +64,7 @@ class Answer:
 
 
 class StreamClient:
-    """Asks one request after the other on one kept-alive connection; tries nothing twice."""
+    """Asks one request after the other on one kept-alive connection, and nothing twice."""
 
     def __init__(self, port: int, api_key: str) -> None:
         self._port = port
@@ -97,13 +97,17 @@ class StreamClient:
         data = msgspec.json.encode(
             {"stream_options": {"include_usage": True}, **body, "stream": True}
         )
+        request = f"POST {path} HTTP/1.1\r\n{self._head}{len(data)}\r\n\r\n".encode() + data
         try:
-            if self._connection is None:
-                self._connection = await asyncio.open_connection("127.0.0.1", self._port)
-            self._connection[1].write(
-                f"POST {path} HTTP/1.1\r\n{self._head}{len(data)}\r\n\r\n".encode() + data
-            )
-            await self._read(self._connection[0], answer, on_event)
+            reused = self._connection is not None
+            try:
+                await self._exchange(request, answer, on_event)
+            except (ConnectionError, asyncio.IncompleteReadError):
+                # A server may close a connection that it keeps alive just when it is used again.
+                if not reused or answer.request_id:
+                    raise
+                self._hang_up()
+                await self._exchange(request, answer, on_event)
         except (OSError, asyncio.IncompleteReadError) as error:
             answer.error = f"the connection ended after {len(answer.arrivals_s)} events: {error!r}"
         except asyncio.CancelledError:
@@ -113,6 +117,12 @@ class StreamClient:
         if answer.error:
             self._hang_up()
         return answer
+
+    async def _exchange(self, request: bytes, answer: Answer, on_event: Callable[[], None]) -> None:
+        if self._connection is None:
+            self._connection = await asyncio.open_connection("127.0.0.1", self._port)
+        self._connection[1].write(request)
+        await self._read(self._connection[0], answer, on_event)
 
     def _hang_up(self) -> None:
         if self._connection is not None:

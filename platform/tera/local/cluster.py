@@ -26,6 +26,8 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 REPLICA_PORTS = 100
 STOP_DEADLINE_S = 8.0
 KILL_GRACE_S = 3.0
+LONGEST_STREAM_S = 3600
+"""Above any `gateway.requests.deadlineSeconds` that is of use."""
 
 
 class LocalCluster:
@@ -150,7 +152,9 @@ def _serve_environment(scratch: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # Whatever changes the gateway's replicas reloads HAProxy, and the process that has the old
+        # connections is stopped after this time, with the streams that still run through it.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http_ports),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http_ports + REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc_ports),

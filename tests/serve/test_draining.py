@@ -1,0 +1,231 @@
+"""Replicas that go, asked or not, while streams run on them."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+
+import psutil
+import pytest
+from benchmarks.streams import Answer, StreamClient, ask_all
+from openai import AsyncOpenAI
+from tests.serve.conftest import Platform, until
+from tests.serve.load import (
+    Body,
+    apply,
+    faults,
+    greedy,
+    new_key,
+    serving,
+    told,
+    undisturbed,
+    used,
+)
+
+from tera.engine.simulated_vocabulary import Vocabulary
+
+pytestmark = pytest.mark.slow
+
+GATEWAYS = 2
+STEP_S = 0.1
+LONG_TOKENS = 350
+"""Five seconds more than `manifest.DRAIN_S`, in which a leaving replica's streams may finish."""
+SHORT_TOKENS = 100
+GRACE_S = 2
+"""From SIGTERM to SIGKILL."""
+VALUES = f"""\
+models:
+  leaving:
+    id: sim/leaving
+    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}, max_running: 256}}}}}}
+    replicas: {{min: 2, max: 2}}
+    scaling: {{maxOngoingRequests: 256, downscaleDelaySeconds: 0}}
+  fast:
+    id: sim/fast
+    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0}}}}}}
+gateway: {{replicas: {{min: {GATEWAYS}, max: {GATEWAYS}}}}}
+"""
+WITH_ONE_REPLICA = VALUES.replace("{min: 2, max: 2}\n    scaling", "{min: 1, max: 1}\n    scaling")
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    found = Platform.launch(tmp_path_factory.mktemp("draining") / "home", VALUES)
+    try:
+        yield found.wait_until_ready()
+    finally:
+        with suppress(subprocess.TimeoutExpired):
+            found.stop()
+
+
+@pytest.fixture
+def replicas(platform: Platform) -> list[int]:
+    """The process ids of both replicas, whatever the test before has done to them."""
+
+    def both() -> bool:
+        return len(platform.replicas("leaving")) == len(serving(platform, "leaving")) == 2
+
+    until(both, timeout_s=90)
+    return serving(platform, "leaving")
+
+
+def endless(number: int, tokens: int) -> Body:
+    """Return a request whose text has exactly so many tokens."""
+    return {
+        **greedy("sim/leaving", number, tokens),
+        "logit_bias": {str(Vocabulary.eos_id): -100},
+    }
+
+
+class Streams:
+    """Streams that are all under way once its block begins."""
+
+    def __init__(self, platform: Platform, key: str, bodies: list[Body]) -> None:
+        self._platform, self._key, self._bodies = platform, key, bodies
+        self._tasks: list[asyncio.Task[Answer]] = []
+
+    async def __aenter__(self) -> "Streams":
+        begun = [asyncio.Event() for _ in self._bodies]
+        self._tasks = [
+            asyncio.create_task(self._stream(body, event))
+            for body, event in zip(self._bodies, begun, strict=True)
+        ]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(event.wait() for event in begun))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _stream(self, body: Body, begun: asyncio.Event) -> Answer:
+        async with StreamClient(self._platform.port, self._key) as client:
+            return await client.ask(body, on_event=begun.set)
+
+    async def answers(self) -> list[Answer]:
+        async with asyncio.timeout(120):
+            return await asyncio.gather(*self._tasks)
+
+
+async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
+    platform: Platform, replicas: list[int]
+) -> None:
+    long, short, new = range(8), range(8, 16), range(16, 24)
+    bodies = [endless(number, LONG_TOKENS) for number in long]
+    bodies += [endless(number, SHORT_TOKENS) for number in short]
+    later = [endless(number, 10) for number in new]
+    expected, expected_later = (
+        await undisturbed(platform, bodies, "sim/fast"),
+        await undisturbed(platform, later, "sim/fast"),
+    )
+    switches = platform.sample("tera_replica_switches_total", model="leaving")
+    try:
+        async with (
+            Streams(platform, platform.api_key, bodies) as streams,
+            asyncio.TaskGroup() as beside,
+        ):
+            beside.create_task(apply(platform, WITH_ONE_REPLICA))
+
+            def one_leaves() -> bool:
+                return len(serving(platform, "leaving")) == 1
+
+            await asyncio.to_thread(until, one_leaves, timeout_s=15)
+            (stays,) = serving(platform, "leaving")
+            answers_later = await ask_all(
+                platform.port, platform.api_key, later, clients=len(later)
+            )
+            answers = await streams.answers()
+        assert not faults([*answers, *answers_later])
+        assert [answer.choices for answer in answers] == expected
+        assert [answer.choices for answer in answers_later] == expected_later
+        # Short streams finished where they were; the leaving replica's long ones moved.
+        moved = platform.sample("tera_replica_switches_total", model="leaving") - switches
+        assert 1 <= moved <= len(long)
+
+        def one_is_left() -> bool:
+            return [each["pid"] for each in platform.replicas("leaving")] == [stays]
+
+        until(one_is_left, timeout_s=30)
+    finally:
+        await apply(platform, VALUES)
+
+
+async def test_b6_a_terminated_replicas_streams_go_on(
+    platform: Platform, replicas: list[int]
+) -> None:
+    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
+    expected = await undisturbed(platform, bodies, "sim/fast")
+    async with Streams(platform, platform.api_key, bodies) as streams:
+        victim = psutil.Process(replicas[0])
+        victim.terminate()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, [victim], GRACE_S)
+        for process in alive:
+            process.kill()
+        answers = await streams.answers()
+    assert not faults(answers)
+    assert [answer.choices for answer in answers] == expected
+
+
+async def test_a_gateway_killed_under_load_costs_clients_their_own_retries(
+    platform: Platform, replicas: list[int]
+) -> None:
+    bodies = [endless(number, 40) for number in range(30)]
+    expected = await undisturbed(platform, bodies, "sim/fast")
+    victim = platform.status()["gateway"][0]["pid"]
+    async with AsyncOpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.api_key) as client:
+        asked = [asyncio.create_task(client.completions.create(**body)) for body in bodies]
+
+        def all_run() -> bool:
+            return platform.sample("tera_engine_running", model="leaving") == len(bodies)
+
+        await asyncio.to_thread(until, all_run, timeout_s=20, every_s=0)
+        os.kill(victim, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            completions = await asyncio.gather(*asked)
+    assert [each.choices[0].text for each in completions] == [each[0].text for each in expected]
+
+
+async def test_a_gateways_death_ends_no_streams_but_its_own(
+    platform: Platform, replicas: list[int]
+) -> None:
+    until(lambda: len(platform.status()["gateway"]) == GATEWAYS, timeout_s=60)
+    key = new_key(platform, "bereaved", gateways=GATEWAYS)
+    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
+    expected = await undisturbed(platform, bodies, "sim/fast")
+    victim = platform.status()["gateway"][0]["pid"]
+    async with Streams(platform, key, bodies) as streams:
+        os.kill(victim, signal.SIGKILL)
+        answers = await streams.answers()
+    whole = [number for number, answer in enumerate(answers) if not answer.error]
+    assert whole
+    assert [answers[number].choices for number in whole] == [expected[number] for number in whole]
+    # What the other gateway replica had to end counts as cancelled, what died with one as lost.
+    until(lambda: used(platform, "bereaved")["requests"] >= len(whole), timeout_s=15)
+    assert used(platform, "bereaved")["cancelled"] == 0
+
+
+async def test_a_replica_dies_while_redis_is_away(platform: Platform, replicas: list[int]) -> None:
+    until(lambda: len(platform.status()["gateway"]) == GATEWAYS, timeout_s=60)
+    key = new_key(platform, "stranded", "--concurrent-requests", "100", gateways=GATEWAYS)
+    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
+    later = [endless(number, 10) for number in range(20, 30)]
+    expected, expected_later = (
+        await undisturbed(platform, bodies, "sim/fast"),
+        await undisturbed(platform, later, "sim/fast"),
+    )
+    redis: int = platform.status()["redis"]["pid"]
+    async with Streams(platform, key, bodies) as streams:
+        os.kill(redis, signal.SIGSTOP)
+        try:
+            os.kill(replicas[0], signal.SIGKILL)
+            answers_later = await ask_all(platform.port, key, later, clients=len(later))
+            answers = await streams.answers()
+        finally:
+            os.kill(redis, signal.SIGCONT)
+    assert not faults([*answers, *answers_later])
+    assert [answer.choices for answer in answers] == expected
+    assert [answer.choices for answer in answers_later] == expected_later
+    paid = told([*answers, *answers_later])
+    until(lambda: used(platform, "stranded") == paid, timeout_s=60)
