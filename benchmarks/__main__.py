@@ -11,7 +11,7 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from benchmarks import chain, kills, limits, routing, scaling, text, vllm
+from benchmarks import chain, kills, limits, routing, scaling, steps, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "limits": limits.run,
     "routing": routing.run,
     "scaling": scaling.run,
+    "steps": steps.run,
     "text": text.run,
     "vllm": vllm.run,
 }
