@@ -74,6 +74,7 @@ spec:
         - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
         - {name: RAY_SERVE_USE_GRPC_BY_DEFAULT, value: "1"}
         - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/tera/bin/tera-haproxy}
+        - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: "3600"}
         {{- if $worker }}
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
         {{- end }}
