@@ -102,11 +102,34 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     kv_usage_ratio: float = 0.0
 
 
+class GenerationFailure(msgspec.Struct, frozen=True, array_like=True):
+    """Why a generation that was resumed over the channel has ended without a finish reason."""
+
+    generation_id: int
+    message: str
+
+
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
     """All that one engine step made for one gateway replica; without deltas it is a heartbeat."""
 
     load: ReplicaLoad
     deltas: list[TokenDelta]
+    failures: list[GenerationFailure] = []
+
+
+class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
+    """A gateway replica's order to go on with a generation that another replica has lost."""
+
+    generation: Generation
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """A gateway replica's order to stop a resumed generation that nobody wants any more."""
+
+    generation_id: int
+
+
+Order = Resume | Abort
 
 
 class GenerationEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -119,6 +142,7 @@ class GenerationEnd(msgspec.Struct, frozen=True, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _generation_decoder = msgspec.msgpack.Decoder(Generation)
 _frame_decoder = msgspec.msgpack.Decoder(StepFrame)
+_order_decoder = msgspec.msgpack.Decoder(Order)
 _end_decoder = msgspec.msgpack.Decoder(GenerationEnd)
 
 
@@ -143,6 +167,16 @@ def decode_frame(data: bytes | memoryview) -> StepFrame:
         msgspec.DecodeError: the bytes are not one.
     """
     return _frame_decoder.decode(data)
+
+
+def decode_order(data: bytes | memoryview) -> Order:
+    """Return the `Order` in `data`.
+
+    Raises:
+        msgspec.DecodeError: the bytes are not one.
+    """
+    order: Order = _order_decoder.decode(data)
+    return order
 
 
 def decode_end(data: bytes) -> GenerationEnd:

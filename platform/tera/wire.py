@@ -8,9 +8,10 @@ port can feed a tenant tokens or collect them:
     replica → gateway   nonce_r (32 bytes) + HMAC(secret, "replica" nonce_g nonce_r id) + frame(id)
     gateway → replica   HMAC(secret, "gateway" nonce_r nonce_g)
 
-After it only the replica speaks: frames of a 4-byte little-endian length and a payload. The first
-one is a heartbeat, a `StepFrame` without deltas, and another follows whenever nothing else was sent
-for `HEARTBEAT_S`: a process that is frozen, or a node that is gone, closes no connection.
+After it each side sends frames of a 4-byte little-endian length and a payload. The replica's are
+`StepFrame`s; the first one is a heartbeat, without deltas, and another follows whenever nothing
+else was sent for `HEARTBEAT_S`: a process that is frozen, or a node that is gone, closes no
+connection. The gateway's are `Order`s about generations that another replica has lost.
 """
 
 import hashlib

@@ -6,8 +6,8 @@ All are called alike, over HTTP semantics only, and each says of itself what a t
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,18 +20,19 @@ from tests.serve.conftest import Platform
 from tera.config import CorsConfig, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
 from tera.contract.common import ModelStatus
 from tera.engine.channel import TokenSender
+from tera.engine.runs import Runs
 from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
-from tera.errors import ReplicaLostError
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
-from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode
+from tera.generation import Generation, decode_generation, encode
 from tera.observability import Metrics
-from tera.routing.channel import TokenReceiver
+from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.dispatch import Dispatcher, DispatchLimits
+from tera.routing.switchboard import Route
 from tera.tenancy.keys import ApiKey, generate_key, hash_key
 from tera.tenancy.snapshot import KeySnapshot
 
@@ -100,6 +101,10 @@ class Gateway:
         base = {"model": self.model, "messages": messages, "max_tokens": 3, "temperature": 0}
         return _with(base, fields)
 
+    def together(self, *calls: Callable[[], httpx.Response]) -> list[httpx.Response]:
+        """Return what these calls return, made at once where the gateway is another process."""
+        return [call() for call in calls]
+
 
 def _with(base: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**base, **fields}.items() if value is not ABSENT}
@@ -127,6 +132,10 @@ class PlatformGateway(Gateway):
         sent = cast("Mapping[str, str]", headers)
         return self._client.request(method, path, content=content, headers=sent)
 
+    def together(self, *calls: Callable[[], httpx.Response]) -> list[httpx.Response]:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            return [answer.result() for answer in [pool.submit(call) for call in calls]]
+
     def close(self) -> None:
         self._client.close()
 
@@ -143,20 +152,18 @@ class _Replica:
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self.engine = engine
-        self._sender = TokenSender("replica", _SECRET, engine.load)
+        self._runs = Runs(engine)
+        self._sender = TokenSender("replica", _SECRET, engine.load, self._runs.obey)
 
-    async def generate(self, data: bytes) -> bytes:
+    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
+        del generation, inbox, route
+        return False
+
+    async def generate(self, data: bytes, route: Route) -> bytes:
+        del route
         asked = decode_generation(data)
         link = await self._sender.link(asked.reply_to)
-        link.send(TokenDelta(asked.generation_id, []))
-        sent = 0
-        async with aclosing(self.engine.generate(asked)) as deltas:
-            async for delta in deltas:
-                sent += len(delta.token_ids)
-                link.send(delta)
-                if delta.finish_reason is not None:
-                    return encode(GenerationEnd(delta.finish_reason, sent))
-        raise ReplicaLostError("The engine ended a generation without a reason.")
+        return encode(await self._runs.run(asked, link))
 
     async def close(self) -> None:
         await self._sender.close()

@@ -22,7 +22,7 @@ from tera.generation import (
     decode_generation,
     encode,
 )
-from tera.routing.channel import TokenReceiver
+from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.switchboard import Route
 
 SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
@@ -159,6 +159,10 @@ class ScriptedHandle:
         self._scripts = scripts
         self.attempts: list[Attempt] = []
 
+    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
+        del generation, inbox, route
+        return False
+
     async def generate(self, generation: bytes, route: Route) -> bytes:
         number = len(self.attempts)
         attempt = Attempt(decode_generation(generation), route, f"replica-{number}")
@@ -185,6 +189,10 @@ class EngineHandle:
         self._deaths = deaths or []
         self._transports: list[asyncio.Transport] = []
         self.dispatched: list[Generation] = []
+
+    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
+        del generation, inbox, route
+        return False
 
     async def generate(self, generation: bytes, route: Route) -> bytes:
         asked = decode_generation(generation)

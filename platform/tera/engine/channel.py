@@ -8,11 +8,25 @@ import msgspec
 
 from tera import wire
 from tera.errors import ReplicaLostError
-from tera.generation import ReplicaLoad, StepFrame, TokenDelta, encode
+from tera.generation import (
+    GenerationFailure,
+    Order,
+    ReplicaLoad,
+    StepFrame,
+    TokenDelta,
+    decode_order,
+    encode,
+)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
 Address = tuple[str, int]
+Obey = Callable[["GatewayLink", Order], None]
+"""What is called with each order that comes over a link."""
+
+
+def _ignore(link: "GatewayLink", order: Order) -> None:
+    del link, order
 
 
 class GatewayLink(asyncio.Protocol):
@@ -25,16 +39,24 @@ class GatewayLink(asyncio.Protocol):
     While there is nothing to send, a heartbeat says that this event loop still runs.
     """
 
-    def __init__(self, replica_id: str, secret: str, load: Callable[[], ReplicaLoad]) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        secret: str,
+        load: Callable[[], ReplicaLoad],
+        obey: Obey = _ignore,
+    ) -> None:
         self._replica_id = replica_id
         self._secret = secret
         self._load = load
+        self._obey = obey
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._nonce_g = b""
         self._nonce_r = wire.new_nonce()
         self._pending: dict[int, TokenDelta] = {}
+        self._failures: list[GenerationFailure] = []
         self._flush_scheduled = False
         self._paused = False
         self._sent_at = float("-inf")
@@ -52,6 +74,15 @@ class GatewayLink(asyncio.Protocol):
             raise ReplicaLostError("The connection to the gateway was lost.")
         held = self._pending.get(delta.generation_id)
         self._pending[delta.generation_id] = delta if held is None else _merge(held, delta)
+        self._flush_soon()
+
+    def fail(self, generation_id: int, message: str) -> None:
+        """Say that a resumed generation has failed, after the deltas that it was sent."""
+        if not self.closed:
+            self._failures.append(GenerationFailure(generation_id, message))
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._flush_scheduled and not self._paused:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
@@ -68,11 +99,12 @@ class GatewayLink(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Make the handshake; after it the gateway has nothing to say."""
+        """Make the handshake; after it the gateway sends orders."""
         assert self._transport is not None
-        if self.ready.done():
-            return
         self._buffer += data
+        if self.ready.done():
+            self._read_orders()
+            return
         if not self._nonce_g and len(self._buffer) >= wire.NONCE_BYTES:
             self._nonce_g = bytes(self._buffer[: wire.NONCE_BYTES])
             del self._buffer[: wire.NONCE_BYTES]
@@ -81,10 +113,21 @@ class GatewayLink(asyncio.Protocol):
         if self._nonce_g and len(self._buffer) >= wire.MAC_BYTES:
             expected = wire.gateway_proof(self._secret, self._nonce_r, self._nonce_g)
             if wire.proofs_match(bytes(self._buffer[: wire.MAC_BYTES]), expected):
+                del self._buffer[: wire.MAC_BYTES]
                 self.ready.set_result(None)
                 self._beat()
+                self._read_orders()
             else:
                 self._transport.abort()
+
+    def _read_orders(self) -> None:
+        assert self._transport is not None
+        try:
+            for payload in wire.take_frames(self._buffer):
+                self._obey(self, decode_order(payload))
+        except (ValueError, msgspec.MsgspecError):
+            # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail every later `send`: nobody reads any more."""
@@ -108,14 +151,16 @@ class GatewayLink(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        if not self._pending or self._paused or self.closed or self._transport is None:
+        nothing = not self._pending and not self._failures
+        if nothing or self._paused or self.closed or self._transport is None:
             return
-        self._write(list(self._pending.values()))
+        self._write(list(self._pending.values()), self._failures)
         self._pending.clear()
+        self._failures = []
 
-    def _write(self, deltas: list[TokenDelta]) -> None:
+    def _write(self, deltas: list[TokenDelta], failures: list[GenerationFailure]) -> None:
         assert self._transport is not None
-        self._transport.write(wire.pack(encode(StepFrame(self._load(), deltas))))
+        self._transport.write(wire.pack(encode(StepFrame(self._load(), deltas, failures))))
         self._sent_at = self._loop.time()
 
     def _beat(self) -> None:
@@ -124,7 +169,7 @@ class GatewayLink(asyncio.Protocol):
             return
         # While paused, what is already written tells as much, once the gateway reads it.
         if not self._paused and self._loop.time() - self._sent_at >= wire.HEARTBEAT_S:
-            self._write([])
+            self._write([], [])
         # From now where nothing was sent, since then the gateway does not read.
         since = self._loop.time() if self._paused else self._sent_at
         self._heartbeat = self._loop.call_at(since + wire.HEARTBEAT_S, self._beat)
@@ -148,10 +193,17 @@ def _merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
 class TokenSender:
     """The replica's links, one per gateway replica that has sent it work."""
 
-    def __init__(self, replica_id: str, secret: str, load: Callable[[], ReplicaLoad]) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        secret: str,
+        load: Callable[[], ReplicaLoad],
+        obey: Obey = _ignore,
+    ) -> None:
         self._replica_id = replica_id
         self._secret = secret
         self._load = load
+        self._obey = obey
         self._links: dict[Address, asyncio.Task[GatewayLink]] = {}
 
     async def link(self, address: Address) -> GatewayLink:
@@ -173,7 +225,8 @@ class TokenSender:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 _, link = await loop.create_connection(
-                    lambda: GatewayLink(self._replica_id, self._secret, self._load), *address
+                    lambda: GatewayLink(self._replica_id, self._secret, self._load, self._obey),
+                    *address,
                 )
                 await link.ready
         except OSError as error:  # includes TimeoutError

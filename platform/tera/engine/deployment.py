@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -13,11 +12,16 @@ from ray import serve
 from tera.config import Runtime
 from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
-from tera.errors import InvalidRequestError, ReplicaLostError, TeraError
-from tera.generation import GenerationEnd, TokenDelta, decode_generation, encode
+from tera.engine.runs import Runs
+from tera.errors import InvalidRequestError, TeraError
+from tera.generation import decode_generation, encode
 from tera.observability import load_exposition, log_json_lines
 
 log = logging.getLogger(__name__)
+
+RESUMED_GRACE_S = 15.0
+"""How long a draining replica goes on with resumed generations once Serve's own calls have ended.
+What is left then goes on elsewhere; after `manifest.DRAIN_S` in all Serve would kill it."""
 
 EngineFactory = Callable[[], Awaitable[Engine]]
 
@@ -37,7 +41,10 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._model = context.app_name.removeprefix("model-")
-        self._sender = TokenSender(self._replica_id, cluster_secret, self._engine.load)
+        self._runs = Runs(self._engine)
+        self._sender = TokenSender(
+            self._replica_id, cluster_secret, self._engine.load, self._runs.obey
+        )
 
     async def generate(self, data: bytes) -> bytes:
         """Run one generation to its end; `data` and the answer are encoded records.
@@ -51,17 +58,7 @@ class EngineReplica:
         except msgspec.MsgspecError as error:
             raise InvalidRequestError("The dispatched generation cannot be read.") from error
         link = await self._sender.link(generation.reply_to)
-        # An empty delta says «I have it»: from here on the loss of this replica is the
-        # generation's loss, and before it, only the call's.
-        link.send(TokenDelta(generation.generation_id, []))
-        completion_tokens = 0
-        async with aclosing(self._engine.generate(generation)) as deltas:
-            async for delta in deltas:
-                completion_tokens += len(delta.token_ids)
-                link.send(delta)
-                if delta.finish_reason is not None:
-                    return encode(GenerationEnd(delta.finish_reason, completion_tokens))
-        raise ReplicaLostError("The engine ended a generation without a reason.")
+        return encode(await self._runs.run(generation, link))
 
     async def status(self) -> dict[str, Any]:
         """Return this replica's id, process id and load, for `tera status`."""
@@ -88,6 +85,7 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is None:
             return
+        await self._runs.drained(RESUMED_GRACE_S)
         try:
             await self._sender.close()
             async with asyncio.timeout(10):

@@ -11,13 +11,15 @@ from typing import Protocol, Self, cast
 import msgspec
 
 from tera import wire
-from tera.errors import ReplicaLostError, TeraError
+from tera.errors import EngineError, ReplicaLostError, TeraError
 from tera.generation import (
     ENGINE_STALL_S,
+    Order,
     ReplicaLoad,
     StepFrame,
     TokenDelta,
     decode_frame,
+    encode,
 )
 from tera.routing.pulse import Pulse
 
@@ -73,6 +75,7 @@ class Inbox:
         self._deltas: deque[TokenDelta] = deque()
         self._error: TeraError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
 
     async def get(self) -> TokenDelta:
         """Wait for the next delta.
@@ -95,17 +98,26 @@ class Inbox:
         """Whether what follows is here already: a delta, an error, or nothing at all."""
         return bool(self._deltas) or self.finished or self._error is not None
 
+    async def ended(self) -> None:
+        """Wait until the last delta or an error has come, read or not, or nobody listens."""
+        if not self.finished and self._error is None:
+            self._ended = self._loop.create_future()
+            await self._ended
+
     def put(self, delta: TokenDelta) -> None:
         """Deliver a delta."""
         self.finished = delta.finish_reason is not None
         self._deltas.append(delta)
         self._wake()
+        if self.finished:
+            self._end()
 
     def fail(self, error: TeraError) -> None:
         """End the inbox with an error; the first one given stays."""
         if self._error is None:
             self._error = error
             self._wake()
+            self._end()
 
     def take(self, replica_id: str) -> None:
         """Take note of who has the generation, which each of its deltas says."""
@@ -118,6 +130,11 @@ class Inbox:
     def close(self) -> None:
         """Stop listening: later deltas of this attempt are dropped."""
         self._forget(self.generation_id)
+        self._end()
+
+    def _end(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -165,7 +182,11 @@ class _ReplicaLink(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         if self.replica_id is not None:
-            self._receiver.lose(self.replica_id)
+            self._receiver.lose(self.replica_id, self)
+
+    def send(self, order: Order) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.pack(encode(order)))
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -192,8 +213,8 @@ class _ReplicaLink(asyncio.Protocol):
             self._deadline.cancel()
         self._buffer = rest
         self.replica_id = replica_id
-        self._receiver.trust(replica_id)
         self._transport.write(wire.gateway_proof(secret, nonce_r, self._nonce_g))
+        self._receiver.trust(replica_id, self)
         return True
 
 
@@ -220,6 +241,7 @@ class TokenReceiver:
         self._inboxes: dict[int, Inbox] = {}
         self._generation_ids = itertools.count(1)
         self._watchers: dict[str, Watcher] = {}
+        self._by_replica: dict[str, _ReplicaLink] = {}
         self._check: asyncio.TimerHandle | None = None
         self.secret = secret
         self.stall_s = stall_s
@@ -282,9 +304,23 @@ class TokenReceiver:
             if inbox is not None:
                 inbox.take(replica_id)
                 inbox.put(delta)
+        for failure in frame.failures:
+            inbox = self._inboxes.get(failure.generation_id)
+            if inbox is not None:
+                inbox.fail(EngineError(failure.message))
 
-    def lose(self, replica_id: str) -> None:
+    def order(self, replica_id: str, order: Order) -> bool:
+        """Send a replica an order; return whether it is connected."""
+        link = self._by_replica.get(replica_id)
+        if link is None:
+            return False
+        link.send(order)
+        return True
+
+    def lose(self, replica_id: str, link: _ReplicaLink) -> None:
         """Fail every generation of a replica whose connection broke."""
+        if self._by_replica.get(replica_id) is link:
+            del self._by_replica[replica_id]
         self.loads.pop(replica_id, None)
         self.doubt(replica_id)  # first, so that nothing that fails now is sent there again
         for inbox in list(self._inboxes.values()):
@@ -293,8 +329,9 @@ class TokenReceiver:
         if self.on_lost is not None:
             self.on_lost()
 
-    def trust(self, replica_id: str) -> None:
+    def trust(self, replica_id: str, link: _ReplicaLink) -> None:
         """Take note that a replica speaks, again perhaps."""
+        self._by_replica[replica_id] = link
         watcher = self._watchers.get(replica_id)
         if watcher is not None:
             watcher.trust(replica_id)

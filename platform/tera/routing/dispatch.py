@@ -50,6 +50,16 @@ whose replicas die minutes apart is an innocent that has seen much.
 class ModelHandle(Protocol):
     """What sends a generation to one of a model's replicas."""
 
+    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
+        """Have a generation that a replica has lost go on at one that is connected.
+
+        It comes back when the inbox has ended; cancelling this aborts the replica's work.
+
+        Returns:
+            whether the replica that was chosen is connected; if not, nothing has been done.
+        """
+        ...
+
     def generate(self, generation: bytes, route: Route) -> Coroutine[None, None, bytes]:
         """Return the encoded `GenerationEnd`; cancelling this aborts the replica's work.
 
@@ -155,6 +165,7 @@ class Dispatcher:
         end = loop.time() + self._limits.deadline_s
         take_by = self._take_by(end)
         generated: list[int] = []
+        lost = False
         failures = _Failures(request_id, self._limits.retries, self._budget)
         backoff_s, patience_s = FIRST_BACKOFF_S, FIRST_PATIENCE_S
         while True:
@@ -176,7 +187,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                attempt = self._attempt(inbox, generation, tenant, take_by, patience_s, end)
+                attempt = self._attempt(inbox, generation, tenant, take_by, patience_s, end, lost)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
@@ -190,6 +201,7 @@ class Dispatcher:
                 if taken:
                     failures.add(error, loop.time() - inbox.taken_at)
                     attempts.replica_switches += 1
+                lost = taken
             finally:
                 attempts.inboxes.discard(inbox)
                 inbox.close()
@@ -215,13 +227,14 @@ class Dispatcher:
         take_by: float,
         patience_s: float,
         end: float,
+        lost: bool,
     ) -> AsyncGenerator[TokenDelta]:
-        """Yield what one replica generates."""
+        """Yield what one replica generates; `lost` says that another has lost it just now."""
         loop = asyncio.get_running_loop()
         offers = _Offers(inbox, patience_s, self._receiver.doubt)
         tokens = len(generation.token_ids) + generation.sampling.max_tokens
         route = Route(tenant, generation.token_ids, tokens, offers.offered)
-        call = asyncio.create_task(self._watch(inbox, generation, route))
+        call = asyncio.create_task(self._watch(inbox, generation, route, lost))
         timer = _fail_at(inbox, take_by)
         try:
             delta = await inbox.get()  # empty: the replica says that it has the generation
@@ -248,9 +261,11 @@ class Dispatcher:
             else:
                 call.cancel()
 
-    async def _watch(self, inbox: Inbox, generation: Generation, route: Route) -> None:
+    async def _watch(self, inbox: Inbox, generation: Generation, route: Route, lost: bool) -> None:
         """Tell the inbox how the dispatch call ended."""
         try:
+            if lost and await self._handle.resume(generation, inbox, route):
+                return
             decode_end(await self._handle.generate(encode(generation), route))
         except asyncio.CancelledError:
             # Not only by us: Serve cancels the calls to a replica that it ends.

@@ -20,7 +20,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from tera.errors import EngineError, ReplicaLostError, TeraError
-from tera.routing.channel import TokenReceiver
+from tera.generation import Generation
+from tera.routing.channel import Inbox, TokenReceiver
+from tera.routing.resume import resume
 from tera.routing.switchboard import Route, Switchboard
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,15 @@ class ServeModelHandle:
             return router
 
         self.switchboard = switchboard
+        self._receiver = receiver
         self._handle: DeploymentHandle[object] = DeploymentHandle(
             deployment, application, _create_router=create_router
         )
         self._generate = self._handle.generate
+
+    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
+        """Send a generation over the token channel; see `ModelHandle`."""
+        return await resume(self.switchboard, self._receiver, generation, inbox, route)
 
     async def generate(self, generation: bytes, route: Route) -> bytes:
         """Return the replica's answer; see `ModelHandle`."""
