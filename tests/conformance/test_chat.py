@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -233,24 +234,24 @@ def test_t1_a_conversation_over_the_context_is_refused(gateway: Gateway) -> None
 
 
 def test_t1_a_seed_repeats_an_answer(text_gateway: Gateway) -> None:
-    def sampled(seed: int) -> Any:
-        answer = text_gateway.chat(temperature=1, seed=seed, n=2, max_tokens=20)
-        return accepted(answer)["choices"]
-
-    assert sampled(5) == sampled(5)
-    assert sampled(5) != sampled(6)
+    sampled = partial(text_gateway.chat, temperature=1, n=2, max_tokens=20)
+    answers = text_gateway.together(*(partial(sampled, seed=seed) for seed in (5, 5, 6)))
+    first, again, other = (accepted(answer)["choices"] for answer in answers)
+    assert first == again != other
 
 
 def test_t1_the_answer_ends_before_a_stop_string(text_gateway: Gateway) -> None:
     asked = {"messages": [said("user", "Tell me a story.")], "max_tokens": 40}
     text = accepted(text_gateway.chat(**asked))["choices"][0]["message"]["content"]
     stop = text[len(text) // 2 :][:4]
-    [choice] = accepted(text_gateway.chat(**asked, stop=stop))["choices"]
+    whole, streamed = text_gateway.together(
+        partial(text_gateway.chat, **asked, stop=stop),
+        partial(text_gateway.chat, **asked, stop=[stop], stream=True),
+    )
+    [choice] = accepted(whole)["choices"]
     assert choice["message"]["content"] == text[: text.index(stop)]
     assert choice["finish_reason"] == "stop"
-    assert contents(chunks(text_gateway.chat(**asked, stop=[stop], stream=True))) == {
-        0: text[: text.index(stop)]
-    }
+    assert contents(chunks(streamed)) == {0: text[: text.index(stop)]}
 
 
 def test_t2_the_response_has_exactly_these_members(text_gateway: Gateway) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,11 +79,9 @@ UNKNOWN_TO_THE_ENGINE = {
 
 
 def test_c1_unknown_fields_reach_no_engine(text_gateway: Gateway) -> None:
-    plain, extended = (
-        accepted(text_gateway.complete(max_tokens=20, **fields))
-        for fields in ({}, UNKNOWN_TO_THE_ENGINE)
-    )
-    assert plain["choices"] == extended["choices"]
+    ask = partial(text_gateway.complete, max_tokens=20)
+    plain, extended = text_gateway.together(ask, partial(ask, **UNKNOWN_TO_THE_ENGINE))
+    assert accepted(plain)["choices"] == accepted(extended)["choices"]
 
 
 ACCEPTED: list[tuple[str, list[Any]]] = [
@@ -299,20 +298,18 @@ def test_c2_exactly_max_tokens_are_made_and_no_more(text_gateway: Gateway) -> No
 def test_c2_the_likeliest_token_can_be_asked_for_in_three_ways(
     text_gateway: Gateway, fields: dict[str, Any]
 ) -> None:
-    greedy = accepted(text_gateway.complete(max_tokens=20))
-    asked = {"temperature": 1, **fields, "max_tokens": 20}
-    for _ in range(2):
-        assert accepted(text_gateway.complete(**asked))["choices"] == greedy["choices"]
+    greedy = partial(text_gateway.complete, max_tokens=20)
+    asked = partial(text_gateway.complete, **{"temperature": 1, **fields, "max_tokens": 20})
+    first, *others = map(accepted, text_gateway.together(greedy, asked, asked))
+    assert [each["choices"] for each in others] == [first["choices"]] * 2
 
 
 def test_c2_a_seed_repeats_a_text(text_gateway: Gateway) -> None:
-    def sampled(seed: int) -> Any:
-        answer = text_gateway.complete(temperature=1, seed=seed, n=3, max_tokens=20)
-        return accepted(answer)["choices"]
-
-    assert sampled(5) == sampled(5)
-    assert sampled(5) != sampled(6)
-    assert len({choice["text"] for choice in sampled(5)}) > 1
+    sampled = partial(text_gateway.complete, temperature=1, n=3, max_tokens=20)
+    answers = text_gateway.together(*(partial(sampled, seed=seed) for seed in (5, 5, 6)))
+    first, again, other = (accepted(answer)["choices"] for answer in answers)
+    assert first == again != other
+    assert len({choice["text"] for choice in first}) > 1
 
 
 def test_c2_samples_at_temperature_zero_are_all_the_greedy_one(text_gateway: Gateway) -> None:
@@ -382,12 +379,19 @@ def test_c2_the_text_ends_before_a_stop_string(text_gateway: Gateway) -> None:
     asked = {"prompt": "Once upon a time", "max_tokens": 20}
     [choice] = accepted(text_gateway.complete(**asked))["choices"]
     text = choice["text"]
-    for at in (0, len(text) // 2, len(text) - 3):
-        for length in (1, 3):
-            stop = text[at : at + length]
-            answer = accepted(text_gateway.complete(**asked, stop=["never to be seen", stop]))
-            assert answer["choices"][0]["text"] == text[: text.index(stop)]
-            assert answer["choices"][0]["finish_reason"] == "stop"
+    stops = [
+        text[at : at + length] for at in (0, len(text) // 2, len(text) - 3) for length in (1, 3)
+    ]
+    answers = text_gateway.together(
+        *(
+            partial(text_gateway.complete, **asked, stop=["never to be seen", stop])
+            for stop in stops
+        )
+    )
+    for stop, answer in zip(stops, answers, strict=True):
+        [choice] = accepted(answer)["choices"]
+        assert choice["text"] == text[: text.index(stop)]
+        assert choice["finish_reason"] == "stop"
 
 
 def test_c2_of_two_stop_strings_the_one_that_is_complete_first_ends_the_text(
@@ -500,11 +504,14 @@ def test_c3_ids_are_new_each_time(gateway: Gateway) -> None:
 
 def test_c4_sample_j_of_prompt_i_is_at_j_plus_n_times_i(text_gateway: Gateway) -> None:
     prompts, n = ["One", "Once upon a time", "1, 2, 3,"], 2
-    answer = accepted(text_gateway.complete(prompt=prompts, n=n, max_tokens=8))
-    choices = answer["choices"]
+    ask = partial(text_gateway.complete, max_tokens=8)
+    together, *each = text_gateway.together(
+        partial(ask, prompt=prompts, n=n), *(partial(ask, prompt=prompt) for prompt in prompts)
+    )
+    choices = accepted(together)["choices"]
     assert [choice["index"] for choice in choices] == list(range(6))
-    for i, prompt in enumerate(prompts):
-        [alone] = accepted(text_gateway.complete(prompt=prompt, max_tokens=8))["choices"]
+    for i, answer in enumerate(each):
+        [alone] = accepted(answer)["choices"]
         for j in range(n):
             assert choices[j + n * i]["text"] == alone["text"]
 

@@ -1,8 +1,11 @@
 """Rules S: what streams are made of, byte by byte."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 from tests.conformance.answers import (
     accepted,
@@ -15,16 +18,29 @@ from tests.conformance.answers import (
 )
 from tests.conformance.gateways import Gateway, InProcessGateway
 
-UNICODE = [
-    pytest.param("naïve café über", id="latin"),
-    pytest.param("日本語の文章、中国的文字。한국어", id="cjk"),
-    pytest.param("🚀😀👩‍🚀🇫🇷👍🏽", id="emoji"),
-    pytest.param("e\u0301o\u0308a\u20d7", id="combining-marks"),
-    pytest.param("שלום مرحبا سلام", id="right-to-left"),
-    pytest.param("नमस्ते ไทย", id="indic-and-thai"),
-    pytest.param("mixed: é日🚀 x", id="mixed"),
-]
+UNICODE = {
+    "latin": "naïve café über",
+    "cjk": "日本語の文章、中国的文字。한국어",
+    "emoji": "🚀😀👩‍🚀🇫🇷👍🏽",
+    "combining-marks": "e\u0301o\u0308a\u20d7",
+    "right-to-left": "שלום مرحبا سلام",
+    "indic-and-thai": "नमस्ते ไทย",
+    "mixed": "mixed: é日🚀 x",
+}
 USAGE = {"stream_options": {"include_usage": True}}
+
+
+def both_ways(
+    gateway: Gateway, ask: Callable[..., httpx.Response], *requests: dict[str, Any]
+) -> list[tuple[list[Any], list[Any]]]:
+    """Return the choices of each request's answer, and the chunks of its stream."""
+    answers = gateway.together(
+        *(partial(ask, **asked, stream=stream) for asked in requests for stream in (False, True))
+    )
+    return [
+        (accepted(whole)["choices"], chunks(streamed))
+        for whole, streamed in zip(answers[::2], answers[1::2], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("fields", [{}, USAGE, {"n": 3}, {"logprobs": 2}, {"echo": True}], ids=str)
@@ -105,24 +121,25 @@ def test_s3_usage_comes_only_where_it_is_asked_for(gateway: Gateway, options: An
         assert all(chunk["choices"] and "usage" not in chunk for chunk in found)
 
 
-@pytest.mark.parametrize("prompt", UNICODE)
-def test_s4_a_stream_adds_up_to_the_whole_text(text_gateway: Gateway, prompt: str) -> None:
-    asked = {"prompt": prompt, "max_tokens": 30}
-    [choice] = accepted(text_gateway.complete(**asked))["choices"]
-    found = chunks(text_gateway.complete(**asked, stream=True))
-    assert texts(found) == {0: choice["text"]}
-    assert [chunk["choices"][0]["finish_reason"] for chunk in found][-1] == choice["finish_reason"]
+def test_s4_a_stream_adds_up_to_the_whole_text(text_gateway: Gateway) -> None:
+    asked = [{"prompt": prompt, "max_tokens": 30} for prompt in UNICODE.values()]
+    for [choice], found in both_ways(text_gateway, text_gateway.complete, *asked):
+        assert texts(found) == {0: choice["text"]}
+        assert found[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
 
 
-@pytest.mark.parametrize("prompt", UNICODE)
-def test_s4_a_chat_stream_adds_up_to_the_whole_answer(text_gateway: Gateway, prompt: str) -> None:
-    asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 30}
-    [choice] = accepted(text_gateway.chat(**asked))["choices"]
-    found = chunks(text_gateway.chat(**asked, stream=True))
-    assert contents(found) == {0: choice["message"]["content"]}
+def test_s4_a_chat_stream_adds_up_to_the_whole_answer(text_gateway: Gateway) -> None:
+    asked = [
+        {"messages": [{"role": "user", "content": prompt}], "max_tokens": 30}
+        for prompt in UNICODE.values()
+    ]
+    for [choice], found in both_ways(text_gateway, text_gateway.chat, *asked):
+        assert contents(found) == {0: choice["message"]["content"]}
 
 
-@pytest.mark.parametrize("prompt", UNICODE)
+@pytest.mark.parametrize(
+    "prompt", [pytest.param(prompt, id=name) for name, prompt in UNICODE.items()]
+)
 def test_s4_no_chunk_splits_a_character(gateway: Gateway, prompt: str) -> None:
     # The simulated engine spells one character in twelve, byte by byte; only the last may be
     # cut, by max_tokens.
@@ -132,39 +149,44 @@ def test_s4_no_chunk_splits_a_character(gateway: Gateway, prompt: str) -> None:
     assert "\ufffd" not in "".join(pieces)[:-1]
 
 
-@pytest.mark.parametrize("prompt", UNICODE)
-def test_s4_an_echo_streams_as_it_is(text_gateway: Gateway, prompt: str) -> None:
-    asked = {"prompt": prompt, "max_tokens": 10, "echo": True}
-    [choice] = accepted(text_gateway.complete(**asked))["choices"]
-    assert choice["text"].startswith(prompt)
-    assert texts(chunks(text_gateway.complete(**asked, stream=True))) == {0: choice["text"]}
+def test_s4_an_echo_streams_as_it_is(text_gateway: Gateway) -> None:
+    asked = [{"prompt": prompt, "max_tokens": 10, "echo": True} for prompt in UNICODE.values()]
+    found = both_ways(text_gateway, text_gateway.complete, *asked)
+    for prompt, ([choice], streamed) in zip(UNICODE.values(), found, strict=True):
+        assert choice["text"].startswith(prompt)
+        assert texts(streamed) == {0: choice["text"]}
 
 
-def test_s4_many_choices_add_up_each_for_itself(text_gateway: Gateway) -> None:
-    asked = {"prompt": ["One", "日本", "🚀"], "n": 2, "max_tokens": 20}
-    whole = {
-        choice["index"]: choice["text"]
-        for choice in accepted(text_gateway.complete(**asked))["choices"]
-    }
-    assert texts(chunks(text_gateway.complete(**asked, stream=True))) == whole
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({"prompt": ["One", "日本", "🚀"]}, id="prompts"),
+        pytest.param({"temperature": 1, "seed": 11}, id="samples"),
+    ],
+)
+def test_s4_many_choices_add_up_each_for_itself(
+    text_gateway: Gateway, asked: dict[str, Any]
+) -> None:
+    asked = {**asked, "n": 2, "max_tokens": 20}
+    [(choices, streamed)] = both_ways(text_gateway, text_gateway.complete, asked)
+    assert texts(streamed) == {choice["index"]: choice["text"] for choice in choices}
 
 
-def test_s4_a_seed_streams_the_text_that_it_answers(text_gateway: Gateway) -> None:
-    asked = {"temperature": 1, "seed": 11, "n": 2, "max_tokens": 20}
-    whole = {
-        choice["index"]: choice["text"]
-        for choice in accepted(text_gateway.complete(**asked))["choices"]
-    }
-    assert texts(chunks(text_gateway.complete(**asked, stream=True))) == whole
-
-
-@pytest.mark.parametrize("length", [1, 4, 20])
-def test_s4_no_part_of_a_stop_string_gets_out(text_gateway: Gateway, length: int) -> None:
+def test_s4_no_part_of_a_stop_string_gets_out(text_gateway: Gateway) -> None:
     asked = {"prompt": "Once upon a time", "max_tokens": 25}
     text = accepted(text_gateway.complete(**asked))["choices"][0]["text"]
-    for at in (0, len(text) // 2, len(text) - length):
-        stop = text[at : at + length]
-        found = chunks(text_gateway.complete(**asked, stop=["\ufffd\ufffd", stop], stream=True))
+    stops = [
+        text[at : at + length]
+        for length in (1, 4, 20)
+        for at in (0, len(text) // 2, len(text) - length)
+    ]
+    answers = text_gateway.together(
+        *(
+            partial(text_gateway.complete, **asked, stop=["\ufffd\ufffd", stop], stream=True)
+            for stop in stops
+        )
+    )
+    for stop, found in zip(stops, map(chunks, answers), strict=True):
         assert texts(found) == {0: text[: text.index(stop)]}
         assert found[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -180,8 +202,7 @@ def test_s4_what_only_began_as_a_stop_string_is_text(text_gateway: Gateway) -> N
 @pytest.mark.parametrize("echo", [False, True])
 def test_s4_logprobs_of_a_stream_add_up_to_the_whole(text_gateway: Gateway, echo: bool) -> None:
     asked = {"prompt": "Once upon é🚀", "max_tokens": 12, "logprobs": 2, "echo": echo}
-    [choice] = accepted(text_gateway.complete(**asked))["choices"]
-    found = chunks(text_gateway.complete(**asked, stream=True))
+    [([choice], found)] = both_ways(text_gateway, text_gateway.complete, asked)
     pieces = [chunk["choices"][0]["logprobs"] for chunk in found]
     for name in ("tokens", "text_offset"):
         parts = [part for piece in pieces if piece for part in piece[name]]
