@@ -27,7 +27,10 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     home.mkdir()
     if DEMO_MODELS.exists():
         (home / "models").symlink_to(DEMO_MODELS)
-    platform = Platform.launch(home, VLLM_VALUES)
+    with pytest.MonkeyPatch.context() as patch:
+        # Eager or not, vLLM compiles what ranks logprobs at their first use, for a quarter minute.
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        platform = Platform.launch(home, VLLM_VALUES)
     try:
         yield platform.wait_until_ready()
     finally:
