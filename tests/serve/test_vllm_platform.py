@@ -1,17 +1,20 @@
 """Real vLLM behind the gateway, from the values of the demo."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import openai
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from tests.serve.conftest import Platform
+from tests.serve.conftest import VLLM_VALUES, Platform, until
+from tests.serve.load import apply, serving
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +75,13 @@ class Pet(BaseModel):
     size: Literal["small", "large"]
 
 
+PET_FORMAT: Any = {
+    "name": "Pet",
+    "schema": {**Pet.model_json_schema(), "additionalProperties": False},
+    "strict": True,
+}
+
+
 def test_an_answer_is_parsed_into_a_model_of_the_clients(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
         model=MODEL,
@@ -102,16 +112,12 @@ def test_a_parsed_answer_can_be_streamed(client: OpenAI) -> None:
 def test_an_answer_fits_the_schema_that_is_asked_for(client: OpenAI) -> None:
     # The conversation of the tests above: of another one a small model may make endless blanks,
     # which JSON allows.
-    schema = {**Pet.model_json_schema(), "additionalProperties": False}
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Invent a pet."}],
         temperature=0,
         max_tokens=100,
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "Pet", "schema": schema, "strict": True},
-        },
+        response_format={"type": "json_schema", "json_schema": PET_FORMAT},
         n=3,
     )
     for choice in answer.choices:
@@ -158,3 +164,59 @@ def test_b2_a_stream_outlives_the_only_replica(vllm: Platform, client: OpenAI) -
             if number == 20:
                 os.kill(replica["pid"], signal.SIGKILL)
     assert text == undisturbed
+
+
+async def test_b2_streams_of_every_kind_move_to_another_replica(vllm: Platform) -> None:
+    await apply(vllm, VLLM_VALUES + "    replicas: {min: 2, max: 2}\n")
+    until(lambda: len(serving(vllm, "smollm2")) == 2, timeout_s=120, every_s=1)
+    client = AsyncOpenAI(base_url=f"{vllm.base_url}/v1", api_key=vllm.api_key, max_retries=0)
+    before = vllm.sample("tera_replica_switches_total")
+
+    async def complete(every: Callable[[], None], **fields: Any) -> list[Any]:
+        stream = await client.completions.create(
+            model=MODEL, temperature=0, max_tokens=60, stream=True, **fields
+        )
+        pieces = []
+        async for chunk in stream:
+            every()
+            pieces += [(choice.index, choice.text) for choice in chunk.choices]
+        return [(index, "".join(text for at, text in pieces if at == index)) for index in (0, 1)]
+
+    async def answer(every: Callable[[], None]) -> list[Any]:
+        stream = await client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Invent a pet."}],
+            response_format={"type": "json_schema", "json_schema": PET_FORMAT},
+            temperature=0,
+            max_tokens=80,
+            stream=True,
+        )
+        text = ""
+        async for chunk in stream:
+            every()
+            text += chunk.choices[0].delta.content or ""
+        return [text]
+
+    async def all_at_once(every: Callable[[], None] = lambda: None) -> list[list[Any]]:
+        return await asyncio.gather(
+            complete(every, prompt="Once upon a time"),
+            complete(every, prompt="The capital of France is", n=2),
+            complete(every, prompt="One, two, three", stop=["ten"]),
+            answer(every),
+        )
+
+    undisturbed = await all_at_once()
+    assert json.loads(undisturbed[-1][0])
+    victims = serving(vllm, "smollm2")
+    events = 0
+
+    def kill_in_the_midst() -> None:
+        nonlocal events
+        events += 1
+        if events == 40:
+            os.kill(victims[0], signal.SIGKILL)
+
+    assert await all_at_once(kill_in_the_midst) == undisturbed
+    assert events > 40
+    assert vllm.sample("tera_replica_switches_total") > before
+    await client.close()
