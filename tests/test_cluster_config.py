@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from tests.chart.refusals import CROSS_FIELD, SHAPE, cluster, model, models
+from tests.chart.refusals import CROSS_FIELD, SHAPE, cluster, model, models, spot
 
 from tera.config import parse_platform
 from tera.errors import ConfigError
@@ -37,6 +37,14 @@ def test_pool_inherits_key_by_key() -> None:
 
 def test_disabled_model_asks_for_no_gpu() -> None:
     parse_platform(models(enabled=False, replicas={"max": 99}))
+
+
+def test_workers_of_both_pools_count_for_the_models_of_one() -> None:
+    wanted = {"one": model(replicas={"max": 6}, parallelism={"tensor": 2})}
+    platform = parse_platform(spot(models=wanted))
+    assert platform.gpu_pools["spot"].joins == "l4"
+    with pytest.raises(ConfigError, match="its workers have 8"):
+        parse_platform(cluster(models=wanted))
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,15 @@ CLUSTER = [
         "cluster_replaced",
         id="a pool's group",
     ),
+    pytest.param(
+        {"gpuPools": {"spot": {"order": 5, "joins": "l4", "priority": 10, "gpusPerWorker": 2}}},
+        "gpuPools.spot",
+        "group_appended",
+        id="new pool that joins another",
+    ),
+    pytest.param(
+        pool(priority=1), "gpuPools.l4.priority", "cluster_replaced", id="priority of a pool"
+    ),
     pytest.param({"image": {"tag": "1.2.3"}}, "image.tag", "cluster_replaced", id="image"),
     pytest.param({"rayVersion": "2.61.0"}, "rayVersion", "cluster_replaced", id="rayVersion"),
     pytest.param(
@@ -217,6 +226,12 @@ CLUSTER = [
         "huggingface.existingSecret",
         "cluster_replaced",
         id="huggingface",
+    ),
+    pytest.param(
+        {"huggingface": {"offline": True}},
+        "huggingface.offline",
+        "cluster_replaced",
+        id="no way to the hub",
     ),
     pytest.param(
         {"huggingface": {"secretKey": "x"}},
@@ -275,6 +290,15 @@ def test_edit_of_the_cluster(edit: Object, path: str, effect: str) -> None:
 def test_one_machine_has_no_cluster_to_change(edit: Object, path: str, effect: str) -> None:
     change = only(plan(platform(), platform(edit), on_cluster=False))
     assert (change.effect, change.paths) == ("nothing", (path,))
+
+
+JOINING: Object = {"gpuPools": {"spot": {"order": 5, "joins": "l4", "gpusPerWorker": 2}}}
+
+
+def test_pool_that_joins_another_than_before_makes_a_new_cluster() -> None:
+    elsewhere = deep_merge(JOINING, {"gpuPools": {"spot": {"joins": "h100"}}})
+    change = only(plan(platform(JOINING), platform(elsewhere)))
+    assert (change.effect, change.paths) == ("cluster_replaced", ("gpuPools.spot.joins",))
 
 
 def test_pool_that_is_removed_makes_a_new_cluster() -> None:

@@ -111,6 +111,12 @@ class PoolConfig(PoolDefaults):
 
     order: int = Field(ge=1)
     """Its place among the groups, for ever; a new pool takes the next number."""
+    joins: str = ""
+    """Pool whose models its workers hold too, such as spot workers those of an on-demand pool. A
+    model names the pool that is joined."""
+    priority: int = 0
+    """Of two pools that hold a model, with workers of one size, the one with the higher number is
+    asked first."""
 
 
 class HeadConfig(Section):
@@ -161,6 +167,8 @@ class HuggingFaceConfig(Section):
     """The Secret's name; empty fetches without a token."""
     secret_key: str = Field(default="token", min_length=1)
     """The token's key in it."""
+    offline: bool = False
+    """Whether gateways and workers read `modelCache` alone; the prefetch Job still asks the hub."""
 
 
 class ModelCacheConfig(Section):

@@ -324,8 +324,10 @@ class PlatformConfig(Section):
         faults = [
             *_shared_names(self.models),
             *_shared_orders(self.gpu_pools),
+            *_misjoined_pools(self.gpu_pools),
             *_misplaced_models(self),
             *_unshared_cache(self),
+            *_unread_cache(self),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -363,27 +365,57 @@ def _shared_orders(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
             yield f"gpuPools.{name}.order: {pool.order} is gpuPools.{first}'s; {free} is free"
 
 
+def _misjoined_pools(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
+    for name, pool in pools.items():
+        if not pool.joins:
+            continue
+        joined = pools.get(pool.joins)
+        if joined is None:
+            yield f"gpuPools.{name}.joins: {_no_pool(pool.joins, pools)}"
+        elif joined.joins:
+            yield (
+                f"gpuPools.{name}.joins: the pool {pool.joins!r} joins {joined.joins!r}; "
+                "name one that joins none"
+            )
+
+
+def _no_pool(name: str, pools: Mapping[str, PoolConfig]) -> str:
+    there = ", ".join(sorted(each for each, pool in pools.items() if not pool.joins)) or "none"
+    return f"there is no pool {name!r}; the pools are: {there}"
+
+
 def _misplaced_models(platform: "PlatformConfig") -> Iterator[str]:
     gpus = dict.fromkeys(platform.gpu_pools, 0)
+    holding = {
+        name: {
+            each: pool for each, pool in platform.gpu_pools.items() if name in (each, pool.joins)
+        }
+        for name in platform.gpu_pools
+    }
     for name, model in platform.models.items():
         if not model.pool:
             continue
         pool = platform.gpu_pools.get(model.pool)
         if pool is None:
-            there = ", ".join(sorted(platform.gpu_pools)) or "none"
-            yield f"models.{name}.pool: there is no pool {model.pool!r}; the pools are: {there}"
+            yield f"models.{name}.pool: {_no_pool(model.pool, platform.gpu_pools)}"
             continue
-        if model.parallelism.tensor > pool.gpus_per_worker:
+        if pool.joins:
             yield (
-                f"models.{name}.parallelism.tensor: {model.parallelism.tensor} is over the "
-                f"{pool.gpus_per_worker} GPU(s) of a worker; lower it, or raise "
-                f"gpuPools.{model.pool}.gpusPerWorker"
+                f"models.{name}.pool: {model.pool!r} joins the pool {pool.joins!r}; name that one, "
+                "and both hold the model"
             )
+            continue
+        for each, held_by in holding[model.pool].items():
+            if model.parallelism.tensor > held_by.gpus_per_worker:
+                yield (
+                    f"models.{name}.parallelism.tensor: {model.parallelism.tensor} is over the "
+                    f"{held_by.gpus_per_worker} GPU(s) of a worker; lower it, or raise "
+                    f"gpuPools.{each}.gpusPerWorker"
+                )
         if model.enabled:
             gpus[model.pool] += model.replicas.max * model.gpus
     for name, wanted in gpus.items():
-        pool = platform.gpu_pools[name]
-        there_are = pool.max_workers * pool.gpus_per_worker
+        there_are = sum(each.max_workers * each.gpus_per_worker for each in holding[name].values())
         if wanted > there_are:
             yield (
                 f"gpuPools.{name}.maxWorkers: its models may ask for {wanted} GPUs and its "
@@ -398,6 +430,16 @@ def _unshared_cache(platform: "PlatformConfig") -> Iterator[str]:
         yield (
             f"modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have "
             f"{workers}; use ReadWriteMany"
+        )
+
+
+def _unread_cache(platform: "PlatformConfig") -> Iterator[str]:
+    cache = platform.model_cache
+    shared = cache.enabled and cache.access_mode == "ReadWriteMany"
+    if platform.huggingface.offline and not shared:
+        yield (
+            "huggingface.offline: gateways and workers then read the model cache alone; set "
+            "modelCache.enabled: true, with accessMode: ReadWriteMany"
         )
 
 
@@ -644,6 +686,51 @@ class ServeOptions(Section):
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"TERA_PORT={port!r}: give a port from 1 to 65535")
         return cls(host=os.environ.get("TERA_HOST", "127.0.0.1"), port=int(port))
+
+
+class ClientOptions(Section):
+    """Which platform a command asks as a client, and with which key."""
+
+    base_url: str
+    """Without /v1."""
+    api_key: str = Field(default="", repr=False)
+    """Empty without one."""
+
+    @classmethod
+    def from_environment(cls, base_url: str | None = None) -> Self:
+        """Return `base_url` or else TERA_BASE_URL, with TERA_API_KEY.
+
+        Without an address they are those of the platform that runs in TERA_HOME; its key is never
+        for another address.
+
+        Raises:
+            ConfigError: there is no address, or one of both cannot be sent over HTTP.
+        """
+        address = base_url or os.environ.get("TERA_BASE_URL", "")
+        found = {} if address else _local_client(Runtime.from_environment().home / "local.env")
+        address = (address or found.get("TERA_BASE_URL", "")).rstrip("/").removesuffix("/v1")
+        if not address:
+            raise ConfigError("TERA_BASE_URL is not set, and no platform runs here.")
+        if not re.match("https?://[^/]", address) or not _sendable(address):
+            raise ConfigError(f"{address!r}: give an address such as https://llm.example.com")
+        key = (os.environ.get("TERA_API_KEY") or found.get("TERA_API_KEY", "")).strip()
+        if not _sendable(key):
+            raise ConfigError("TERA_API_KEY: is no key")
+        return cls(base_url=address, api_key=key)
+
+
+def _local_client(file: Path) -> dict[str, str]:
+    """Return what `tera serve` leaves for clients, or nothing."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _sendable(text: str) -> bool:
+    """Return whether `http.client` takes a text, whose own words would repeat it."""
+    return text.isascii() and not re.search(r"[\x00-\x20\x7f]", text)
 
 
 class Runtime(Section):

@@ -23,6 +23,17 @@ def models(**values: Any) -> dict[str, Any]:
     return cluster(models={"one": model(**values)})
 
 
+def spot(joins: str = "l4", **values: Any) -> dict[str, Any]:
+    """Return values where a second pool holds the models of the first too."""
+    return cluster(
+        gpuPools={
+            "l4": {"order": 1, "gpusPerWorker": 2, "maxWorkers": 4},
+            "spot": {"order": 2, "gpusPerWorker": 2, "maxWorkers": 2, "joins": joins},
+        },
+        **values,
+    )
+
+
 CROSS_FIELD = [
     pytest.param(models(pool="a100"), "models.one.pool: there is no pool 'a100'; the pools are: l4", id="no pool"),
     pytest.param(
@@ -53,6 +64,54 @@ CROSS_FIELD = [
     ),
     pytest.param(
         cluster(gpuPools={"l4": {"order": 1}, "cpu": {"order": 2}}), "gpuPools.cpu: is the group without", id="cpu"
+    ),
+    pytest.param(
+        spot("a100"), "gpuPools.spot.joins: there is no pool 'a100'; the pools are: l4", id="joins no pool"
+    ),
+    pytest.param(
+        spot("spot"), "gpuPools.spot.joins: the pool 'spot' joins 'spot'; name one that joins none", id="joins itself"
+    ),
+    pytest.param(
+        cluster(gpuPools={"l4": {"order": 1}, "a": {"order": 2, "joins": "l4"}, "b": {"order": 3, "joins": "a"}}),
+        "gpuPools.b.joins: the pool 'a' joins 'l4'; name one that joins none",
+        id="joins a pool that joins",
+    ),
+    pytest.param(
+        spot(models={"one": model(pool="spot")}),
+        "models.one.pool: 'spot' joins the pool 'l4'; name that one, and both hold the model",
+        id="pool that joins",
+    ),
+    pytest.param(
+        spot(models={"one": model(pool="a100")}),
+        "models.one.pool: there is no pool 'a100'; the pools are: l4",
+        id="no pool, beside one that joins",
+    ),
+    pytest.param(
+        cluster(
+            models={"one": model(parallelism={"tensor": 2})},
+            gpuPools={"l4": {"order": 1, "gpusPerWorker": 2}, "spot": {"order": 2, "joins": "l4"}},
+        ),
+        "models.one.parallelism.tensor: 2 is over the 1 GPU(s) of a worker; lower it, or raise gpuPools.spot.gpusPerWorker",
+        id="tensor over a pool that joins",
+    ),
+    pytest.param(
+        spot(models={"one": model(replicas={"max": 13})}),
+        "gpuPools.l4.maxWorkers: its models may ask for 13 GPUs and its workers have 12",
+        id="too many replicas of both pools",
+    ),
+    pytest.param(
+        cluster(huggingface={"offline": True}),
+        "huggingface.offline: gateways and workers then read the model cache alone; set modelCache.enabled: true",
+        id="offline without a cache",
+    ),
+    pytest.param(
+        cluster(
+            gpuPools={"l4": {"order": 1, "maxWorkers": 1}},
+            modelCache={"enabled": True, "accessMode": "ReadWriteOnce"},
+            huggingface={"offline": True},
+        ),
+        "huggingface.offline: gateways and workers then read the model cache alone",
+        id="offline with a cache that gateways do not mount",
     ),
     pytest.param(
         cluster(modelCache={"enabled": True, "accessMode": "ReadWriteOnce"}),
@@ -106,6 +165,8 @@ SHAPE = [
     pytest.param(cluster(gpuPools={"l4": {}}), "gpuPools.l4.order", id="pool without order"),
     pytest.param(cluster(gpuPools={"l4": {"order": 0}}), "gpuPools.l4.order", id="order zero"),
     pytest.param(cluster(gpuPools={"L4": {"order": 1}}), "gpuPools", id="name of a pool"),
+    pytest.param(cluster(gpuPools={"l4": {"order": 1, "priority": "high"}}), "gpuPools.l4.priority", id="priority no number"),
+    pytest.param(cluster(poolDefaults={"joins": "l4"}), "poolDefaults.joins", id="all pools join"),
     pytest.param(cluster(pdb={"minAvailable": "50%"}), "pdb.minAvailable", id="percentage"),
     pytest.param(cluster(image={"digest": "abc"}), "image.digest", id="digest"),
     pytest.param(cluster(head={"resources": {"cpu": 2}}), "head.resources.cpu", id="quantity no text"),

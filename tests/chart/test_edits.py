@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from tests.chart.charts import VALUES_FILES, platform_of, render, values_file
-from tests.test_plan import CLUSTER, EDITS, IN_PLACE, RELOADING, VALUES
+from tests.test_plan import CLUSTER, EDITS, IN_PLACE, JOINING, RELOADING, VALUES
 
 from tera.config import deep_merge
 from tera.plan import plan
@@ -104,6 +104,12 @@ TABLE = [*IN_PLACE, *RELOADING, *CLUSTER]
 def test_plan_says_what_the_rendered_objects_do(edit: Object) -> None:
     check(VALUES, deep_merge(VALUES, edit))
     check(deep_merge(VALUES, edit), VALUES)
+
+
+@pytest.mark.parametrize("edit", [{"joins": "h100"}, {"joins": ""}, {"priority": 10}])
+def test_plan_says_what_becomes_of_a_pool_that_joins_another(edit: Object) -> None:
+    joining = deep_merge(VALUES, JOINING)
+    check(joining, deep_merge(joining, {"gpuPools": {"spot": edit}}))
 
 
 def merged(edits: list[Object]) -> Object:

@@ -20,8 +20,9 @@ from tests.chart.charts import (
     render,
     values_file,
 )
-from tests.chart.refusals import cluster, model
+from tests.chart.refusals import cluster, model, spot
 
+from tera.config import deep_merge
 from tera.tenancy.keys import is_well_formed
 
 RAYSERVICE = Draft202012Validator(
@@ -53,10 +54,26 @@ EVERYTHING: Object = {
     },
 }
 
+SPOT: Object = deep_merge(
+    spot(),
+    {
+        "gpuPools": {
+            "spot": {
+                "priority": 10,
+                "nodeSelector": {"karpenter.sh/capacity-type": "spot"},
+                "tolerations": [{"key": "spot", "operator": "Exists"}],
+            }
+        },
+        "modelCache": {"enabled": True},
+        "huggingface": {"offline": True},
+    },
+)
+
 CASES = [
     *(pytest.param(values_file(name), id=name) for name in VALUES_FILES),
     pytest.param({}, id="defaults"),
     pytest.param(EVERYTHING, id="everything"),
+    pytest.param(SPOT, id="spot and offline"),
 ]
 
 
@@ -163,6 +180,37 @@ def test_workers_have_what_their_pool_says() -> None:
     assert group["resources"] == {"GPU": "1", "pool_a100": "1"}
     assert container["resources"]["limits"]["nvidia.com/mig-1g.10gb"] == "1"
     assert group["template"]["spec"]["nodeSelector"] == {"x": "y"}
+
+
+def test_pool_that_joins_offers_the_resource_of_the_other_alone() -> None:
+    groups = ray_cluster(SPOT)["workerGroupSpecs"]
+    # One more resource would count as less use of the worker, and go before its priority.
+    assert [group["resources"] for group in groups[1:]] == [{"GPU": "2", "pool_l4": "1"}] * 2
+    assert groups[2]["priority"] == 10
+    assert groups[2]["template"]["spec"]["tolerations"] == [{"key": "spot", "operator": "Exists"}]
+    assert groups[2]["template"]["metadata"]["labels"]["tera/pool"] == "spot"
+
+
+def test_pool_without_a_priority_says_nothing_of_one() -> None:
+    for pool in ({}, {"joins": "", "priority": 0}):
+        groups = ray_cluster(cluster(gpuPools={"l4": {"order": 1, **pool}}))["workerGroupSpecs"]
+        assert groups == ray_cluster(cluster(gpuPools={"l4": {"order": 1}}))["workerGroupSpecs"]
+        assert "priority" not in groups[1]
+
+
+def test_gateways_and_workers_are_offline_and_the_prefetch_job_is_not() -> None:
+    def offline(wanted: bool) -> set[str]:
+        cache = {"enabled": True, "prefetch": True}
+        objects = render(cluster(huggingface={"offline": wanted}, modelCache=cache))
+        return {
+            name
+            for name, pod in pods(objects).items()
+            for container in pod["spec"]["containers"]
+            if {"name": "HF_HUB_OFFLINE", "value": "1"} in container.get("env", [])
+        }
+
+    assert offline(True) == {"cpu", "l4"}
+    assert offline(False) == set()
 
 
 @pytest.mark.parametrize("values", CASES)

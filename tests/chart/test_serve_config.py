@@ -92,6 +92,14 @@ LIMITS = optional(
 )
 
 
+BIG = {"order": 1, "gpusPerWorker": 4}
+POOL = {"big": {**BIG, "maxWorkers": 99}}
+POOL_WITH_SPOT = {
+    "big": {**BIG, "maxWorkers": 1},
+    "spot": {**BIG, "order": 2, "maxWorkers": 98, "joins": "big", "priority": 10},
+}
+
+
 @st.composite
 def values(draw: st.DrawFn) -> Object:
     """Return values that both accept."""
@@ -124,7 +132,7 @@ def values(draw: st.DrawFn) -> Object:
     return {
         "models": models,
         "modelDefaults": draw(optional(enabled=st.booleans(), replicas=REPLICAS, scaling=SCALING)),
-        "gpuPools": {"big": {"order": 1, "gpusPerWorker": 4, "maxWorkers": 99}},
+        "gpuPools": draw(st.sampled_from([POOL, POOL_WITH_SPOT])),
         "gateway": draw(
             optional(
                 replicas=REPLICAS,

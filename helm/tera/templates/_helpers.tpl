@@ -64,9 +64,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{/* Every pool with what it inherits, as JSON. */}}
 {{- define "tera.pools" -}}
+{{- $none := dict "joins" "" "priority" 0 -}}
+{{- $defaults := include "tera.merged" (list $none .Values.poolDefaults) | fromJson -}}
 {{- $pools := dict -}}
 {{- range $name, $pool := .Values.gpuPools -}}
-{{- $_ := set $pools $name (include "tera.merged" (list $.Values.poolDefaults $pool) | fromJson) -}}
+{{- $_ := set $pools $name (include "tera.merged" (list $defaults $pool) | fromJson) -}}
 {{- end -}}
 {{- toJson $pools -}}
 {{- end }}

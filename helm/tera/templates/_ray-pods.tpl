@@ -174,5 +174,8 @@ limits:
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretKey }}}}
 {{- end }}
+{{- if .offline }}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -9,6 +9,18 @@
 {{- $pools := include "tera.pools" . | fromJson -}}
 {{- $models := include "tera.models" . | fromJson -}}
 
+{{- $named := list -}}
+{{- $holding := dict -}}
+{{- range $name, $pool := $pools -}}
+  {{- if not $pool.joins -}}
+    {{- $named = append $named $name -}}
+  {{- end -}}
+  {{- range $each := list $name $pool.joins | uniq | compact -}}
+    {{- $_ := set $holding $each (append (get $holding $each | default list) $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- $there := sortAlpha $named | join ", " | default "none" -}}
+
 {{- $owner := dict -}}
 {{- $gpus := dict -}}
 {{- range $name, $model := $models -}}
@@ -33,11 +45,15 @@
       {{- $faults = append $faults (printf "models.%s.pool: is missing; on a cluster a vllm model needs one" $name) -}}
     {{- end -}}
   {{- else if not (hasKey $pools $model.pool) -}}
-    {{- $faults = append $faults (printf "models.%s.pool: there is no pool '%s'; the pools are: %s" $name $model.pool (keys $pools | sortAlpha | join ", " | default "none")) -}}
+    {{- $faults = append $faults (printf "models.%s.pool: there is no pool '%s'; the pools are: %s" $name $model.pool $there) -}}
+  {{- else if (get $pools $model.pool).joins -}}
+    {{- $faults = append $faults (printf "models.%s.pool: '%s' joins the pool '%s'; name that one, and both hold the model" $name $model.pool (get $pools $model.pool).joins) -}}
   {{- else -}}
-    {{- $pool := get $pools $model.pool -}}
-    {{- if gt (int $model.parallelism.tensor) (int $pool.gpusPerWorker) -}}
-      {{- $faults = append $faults (printf "models.%s.parallelism.tensor: %d is over the %d GPU(s) of a worker; lower it, or raise gpuPools.%s.gpusPerWorker" $name (int $model.parallelism.tensor) (int $pool.gpusPerWorker) $model.pool) -}}
+    {{- range $each := get $holding $model.pool -}}
+      {{- $gpusPerWorker := int (get $pools $each).gpusPerWorker -}}
+      {{- if gt (int $model.parallelism.tensor) $gpusPerWorker -}}
+        {{- $faults = append $faults (printf "models.%s.parallelism.tensor: %d is over the %d GPU(s) of a worker; lower it, or raise gpuPools.%s.gpusPerWorker" $name (int $model.parallelism.tensor) $gpusPerWorker $each) -}}
+      {{- end -}}
     {{- end -}}
     {{- if $model.enabled -}}
       {{- $wanted := mul (int $model.replicas.max) (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
@@ -62,8 +78,18 @@
     {{- $faults = append $faults (printf "gpuPools.%s.order: %s is gpuPools.%s's; %d is free" $name $order (get $orders $order) (add1 $last)) -}}
   {{- end -}}
   {{- $_ := set $orders $order $name -}}
+  {{- if $pool.joins -}}
+    {{- if not (hasKey $pools $pool.joins) -}}
+      {{- $faults = append $faults (printf "gpuPools.%s.joins: there is no pool '%s'; the pools are: %s" $name $pool.joins $there) -}}
+    {{- else if (get $pools $pool.joins).joins -}}
+      {{- $faults = append $faults (printf "gpuPools.%s.joins: the pool '%s' joins '%s'; name one that joins none" $name $pool.joins (get $pools $pool.joins).joins) -}}
+    {{- end -}}
+  {{- end -}}
   {{- $wanted := get $gpus $name | default 0 -}}
-  {{- $there := mul (int $pool.maxWorkers) (int $pool.gpusPerWorker) -}}
+  {{- $there := 0 -}}
+  {{- range $each := get $holding $name -}}
+    {{- $there = add $there (mul (int (get $pools $each).maxWorkers) (int (get $pools $each).gpusPerWorker)) -}}
+  {{- end -}}
   {{- if gt (int $wanted) (int $there) -}}
     {{- $faults = append $faults (printf "gpuPools.%s.maxWorkers: its models may ask for %d GPUs and its workers have %d; raise maxWorkers, or lower a replicas.max" $name (int $wanted) (int $there)) -}}
   {{- end -}}
@@ -93,6 +119,9 @@
 {{- end -}}
 {{- if and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteOnce") (gt (int $workers) 1) -}}
   {{- $faults = append $faults (printf "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have %d; use ReadWriteMany" (int $workers)) -}}
+{{- end -}}
+{{- if and $values.huggingface.offline (not (and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteMany"))) -}}
+  {{- $faults = append $faults "huggingface.offline: gateways and workers then read the model cache alone; set modelCache.enabled: true, with accessMode: ReadWriteMany" -}}
 {{- end -}}
 {{- with $values.observability -}}
 {{- if or .dashboards .tracing.otlpEndpoint -}}
