@@ -1,5 +1,5 @@
 # Two images of one wheel: `docker build --target cpu .` and `docker build --target gpu .`.
-# All that is started is in /opt/tera/bin: KubeRay starts `ray`, the chart `python` and
+# All that is started is in /opt/tera/bin: KubeRay starts `ray`, the chart `python`, `tera` and
 # `tera-haproxy`. The chart's pods have a read-only root and write to /state, /tmp and /models.
 
 FROM python:3.11.14-slim-bookworm AS wheel

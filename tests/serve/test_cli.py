@@ -76,6 +76,21 @@ def test_status_is_a_table_for_people(simulated: Platform) -> None:
     assert "redis ok" in done.stdout
 
 
+def test_probe_asks_the_platform_that_runs_here(simulated: Platform) -> None:
+    done = simulated.tera("probe", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["base_url"], found["status"]) == (simulated.base_url, "ready")
+    assert [(model["id"], model["status"]) for model in found["models"]] == [
+        ("sim/small", "ready"),
+        ("sim/slow", "ready"),
+    ]
+    answer = found["answer"]
+    assert answer["model"] == "sim/small"
+    assert answer["characters"] > 0
+    assert 0 < answer["time_to_first_token_s"] <= answer["duration_s"]
+
+
 def test_commands_without_a_platform_say_so(tmp_path: Path) -> None:
     for arguments in (["status", "--json"], ["keys", "list"]):
         done = tera(tmp_path / "home", *arguments)

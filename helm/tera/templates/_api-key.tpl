@@ -29,3 +29,15 @@
 {{- end -}}
 {{- $body }}{{ $checksum -}}
 {{- end }}
+
+{{/* Not empty if the Secret of the keys has the first key. One that was made without gets none later. */}}
+{{- define "tera.hasFirstKey" -}}
+{{- with .Values.gateway.auth -}}
+{{- if and .bootstrapKeys (not .existingSecret) -}}
+{{- $old := (lookup "v1" "Secret" $.Release.Namespace (include "tera.keysSecret" $)).data | default dict -}}
+{{- if or (hasKey $old "bootstrap-key") (not (hasKey $old "keys.yaml")) -}}
+yes
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}

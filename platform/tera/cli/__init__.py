@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 
 import typer
 
-from tera.cli import config, keys, plan, platform, tenants, usage
+from tera.cli import config, keys, plan, platform, probe, tenants, usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command()(platform.serve)
 app.command()(platform.status)
+app.command()(probe.probe)
 app.command()(plan.plan)
 app.command()(plan.apply)
 app.add_typer(keys.group, name="keys")
