@@ -24,8 +24,15 @@ IMMUTABLE = {
 
 
 def objects(values: Object) -> dict[tuple[str, str], Object]:
-    """Return a release's objects by kind and name, without what is random in them."""
-    found = {(each["kind"], each["metadata"]["name"]): each for each in render(values)}
+    """Return a release's objects by kind and name, without what is random in them.
+
+    And without what `helm test` starts: it is no part of what runs.
+    """
+    found = {
+        (each["kind"], each["metadata"]["name"]): each
+        for each in render(values)
+        if each["metadata"].get("annotations", {}).get("helm.sh/hook") != "test"
+    }
     for each in found.values():
         if each["kind"] == "Secret":
             del each["data"]
