@@ -39,6 +39,9 @@ class LocalAdmitter:
         self.running[opening.request_id] = progress
         return Held(self)
 
+    def weight(self, key: ApiKey, model: str) -> float:
+        return 1
+
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
         bounds = [scope.limits.tokens_per_minute for scope in self._scopes(key, model)]
         return min((bound for bound in bounds if bound is not None), default=None)

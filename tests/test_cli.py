@@ -177,6 +177,8 @@ class TestKeys:
         pytest.param(["tenants", "set", "a", "--requests-per-minute", "-1"], "--requests-per-minute", id="negative of a tenant"),
         pytest.param(["tenants", "set", "a", "--tokens-per-minute", "many"], "--tokens-per-minute", id="no number"),
         pytest.param(["tenants", "set", "a", "--tokens-per-minute", "²"], "--tokens-per-minute", id="no digit"),
+        pytest.param(["tenants", "set", "a", "--weight", "0"], "weight", id="no weight"),
+        pytest.param(["tenants", "set", "a", "--weight", "2", "--model", "m"], "--weight", id="weight of a model"),
         pytest.param(["tenants", "set", "a", "--budget-period", "week"], "budget-period", id="period of a tenant"),
         pytest.param(["tenants", "set", "No Name", "--token-budget", "1"], "tenant's name", id="tenant to set"),
         pytest.param(["tenants", "set", "a", "--model", "org/name", "--token-budget", "1"], "models.org/name", id="model"),
@@ -197,6 +199,8 @@ def test_wrong_usage_is_told(arguments: list[str], complaint: str, redis: Redis)
 class TestTenants:
     def test_limits_are_set_one_by_one_and_removed_by_none(self) -> None:
         tera("tenants", "set", "acme", "--requests-per-minute", "60", "--token-budget", "5")
+        tera("tenants", "set", "acme", "--weight", "3")
+        tera("tenants", "set", "acme", "--weight", "none")
         tera("tenants", "set", "acme", "--model", "llama-8b", "--tokens-per-minute", "0")
         done = answer("tenants", "set", "acme", "--requests-per-minute", "none")
         expected = {"tokenBudget": 5, "models": {"llama-8b": {"tokensPerMinute": 0}}}

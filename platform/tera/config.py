@@ -204,6 +204,9 @@ class Limits(Section):
 class TenantLimits(Limits):
     """The limits of one tenant, over all of its keys."""
 
+    weight: int | None = Field(default=None, ge=1, le=100)
+    """The tenant's share in tokens while requests wait for replicas, beside those of other tenants
+    that wait; 1 unless said."""
     models: dict[ModelName, Limits] = Field(default_factory=dict)
     """By a model's short name. A limit given here counts that model's requests alone, in the
     place of the tenant's own."""

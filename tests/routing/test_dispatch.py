@@ -30,7 +30,9 @@ from tera.routing import channel, dispatch, retry_budget
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits, ModelHandle
 from tera.routing.retry_budget import FIRST_BALANCE, RETRIES_PER_GENERATION
+from tera.routing.switchboard import Share
 
+SHARE = Share("tenant")
 PROMPT = [10, 11, 12]
 PATIENT = DispatchLimits(
     deadline_s=60, first_token_deadline_s=60, cold_start_deadline_s=60, retries=2
@@ -80,7 +82,7 @@ class Stage:
     ) -> AsyncGenerator[TokenDelta]:
         sampling = sampling or Sampling(max_tokens=9)
         return self.dispatcher(handle, limits).run(
-            "request", "tenant", list(prompt), sampling, self.attempts
+            "request", SHARE, list(prompt), sampling, self.attempts
         )
 
     async def read(
@@ -496,7 +498,9 @@ async def test_b1_the_budget_ends_retries_of_engines_that_fail_on_everything(
     for _ in range(100):
         with pytest.raises(BackendFailureError):
             await anext(
-                dispatcher.run("request", "tenant", PROMPT, Sampling(max_tokens=9), Attempts())
+                dispatcher.run(
+                    "request", Share("tenant"), PROMPT, Sampling(max_tokens=9), Attempts()
+                )
             )
     assert len(handle.attempts) <= 100 + FIRST_BALANCE + 100 * RETRIES_PER_GENERATION
 

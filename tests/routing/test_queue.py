@@ -11,6 +11,7 @@ from tera.generation import FinishReason, Sampling
 from tera.routing.channel import TokenReceiver
 from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits
 from tera.routing.queue import LONGEST_WAIT_S, SHORTEST_WAIT_S, Queue
+from tera.routing.switchboard import Share
 
 
 class Clock:
@@ -75,7 +76,7 @@ class HeldModel:
 
     async def run(self, tenant: str) -> list[int]:
         sampling = Sampling(max_tokens=1)
-        deltas = self._dispatcher.run("request", tenant, [1, 2], sampling, Attempts())
+        deltas = self._dispatcher.run("request", Share(tenant), [1, 2], sampling, Attempts())
         async with aclosing(deltas):
             return [token_id async for delta in deltas for token_id in delta.token_ids]
 
@@ -101,7 +102,7 @@ async def test_b4_who_gives_up_waiting_leaves_the_queue(receiver: TokenReceiver)
     handle = ScriptedHandle(never)
     dispatcher = Dispatcher(handle, receiver, DispatchLimits(60, 60, 60, 0, most_queued=1))
     for number in range(3):
-        deltas = dispatcher.run("request", "tenant", [1], Sampling(max_tokens=1), Attempts())
+        deltas = dispatcher.run("request", Share("tenant"), [1], Sampling(max_tokens=1), Attempts())
         waiting = asyncio.create_task(anext(deltas))
         await until(lambda number=number: len(handle.attempts) == number + 1)
         waiting.cancel()

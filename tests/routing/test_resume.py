@@ -17,7 +17,7 @@ from tera.routing import dispatch
 from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits
 from tera.routing.resume import resume
-from tera.routing.switchboard import Route, Switchboard
+from tera.routing.switchboard import Route, Share, Switchboard
 
 PROMPT = [*range(1, 100)]
 SAMPLING = Sampling(max_tokens=60, temperature=0)
@@ -104,7 +104,7 @@ async def read(
     """Return a generation's tokens; `on_token` is told how many there are."""
     dispatcher = Dispatcher(fleet, fleet.receiver, LIMITS)
     found: list[int] = []
-    run = dispatcher.run("request", "tenant", PROMPT, SAMPLING, attempts)
+    run = dispatcher.run("request", Share("tenant"), PROMPT, SAMPLING, attempts)
     async with asyncio.timeout(30), aclosing(run) as deltas:
         async for delta in deltas:
             found += delta.token_ids

@@ -9,11 +9,11 @@ from tests.routing.conftest import until
 from tera.generation import ReplicaLoad
 from tera.routing import switchboard as switchboard_module
 from tera.routing.prefix_index import BLOCK_TOKENS
-from tera.routing.switchboard import FULL_CACHE_LOAD, Route, Switchboard
+from tera.routing.switchboard import FULL_CACHE_LOAD, Route, Share, Switchboard
 
 
-def route(tenant: str = "acme", block: int = 0, tokens: int = 100) -> Route:
-    return Route(tenant, [block] * BLOCK_TOKENS, tokens, lambda _: None)
+def route(tenant: str = "acme", block: int = 0, tokens: int = 100, weight: float = 1) -> Route:
+    return Route(Share(tenant, weight), [block] * BLOCK_TOKENS, tokens, lambda _: None)
 
 
 def board(**capacities: int) -> Switchboard:
@@ -191,3 +191,24 @@ async def test_b4_a_flood_leaves_the_others_their_turn() -> None:
     await until(lambda: len(order) == 51)
     assert order.index("quiet") <= 2
     await asyncio.gather(*tasks)
+
+
+async def test_a_tenant_of_twice_the_weight_gets_twice_the_turns() -> None:
+    switchboard = board(a=1)
+    await switchboard.take(route("first"))
+    order: list[str] = []
+
+    async def run(tenant: str, weight: float) -> None:
+        replica_id = await switchboard.take(route(tenant, weight=weight))
+        order.append(tenant)
+        switchboard.release(replica_id)
+
+    tasks = [
+        asyncio.create_task(run(tenant, weight))
+        for _ in range(30)
+        for tenant, weight in (("one", 1), ("two", 2))
+    ]
+    await asyncio.sleep(0)
+    switchboard.release("a")
+    await asyncio.gather(*tasks)
+    assert 19 <= order[:30].count("two") <= 21

@@ -132,6 +132,11 @@ class TestTenantStore:
             id="0 is said",
         ),
         pytest.param(
+            {"requests_per_minute": 1}, {"weight": 3}, {"weight": 2},
+            {"requests_per_minute": 1, "weight": 3},
+            id="the weight likewise",
+        ),
+        pytest.param(
             {"token_budget": 9}, {"budget_period": "day"}, {"token_budget": 1},
             {"token_budget": 9, "budget_period": "day"},
             id="the period likewise",

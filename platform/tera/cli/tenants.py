@@ -26,6 +26,10 @@ def set_limits(
     concurrent_requests: Changed = None,
     token_budget: Changed = None,
     budget_period: ChangedPeriod = None,
+    weight: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help="Share while requests wait for replicas, 1 to 100."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A model's short name: limits of its requests alone.")
     ] = None,
@@ -40,12 +44,15 @@ def set_limits(
                 "concurrent_requests": concurrent_requests,
                 "token_budget": token_budget,
                 "budget_period": budget_period,
+                "weight": weight,
             }
         )
 
         def change(known: TenantLimits) -> TenantLimits:
             if model is None:
                 return known.model_copy(update=changed)
+            if "weight" in changed:
+                raise ConfigError("--weight is a tenant's, for all models; leave --model out.")
             limits = known.models.get(model, Limits()).model_copy(update=changed)
             models = {**known.models, model: limits}
             kept = {name: one for name, one in models.items() if one != Limits()}
@@ -131,9 +138,9 @@ def _values(file: Path | None) -> LimitsConfig | None:
 
 
 def _table(rows: dict[str, TenantLimits], first: str = "tenant") -> Table:
-    table = Table(first, "model", *HEADINGS)
+    table = Table(first, "model", *HEADINGS, "weight")
     for name, limits in rows.items():
-        table.add_row(name, "", *cells(limits))
+        table.add_row(name, "", *cells(limits), str(limits.weight or "–"))
         for model, own in limits.models.items():
             table.add_row("", model, *cells(own))
     return table

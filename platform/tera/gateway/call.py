@@ -6,6 +6,7 @@ from tera.contract.common import Usage, usage_of
 from tera.gateway.render import AnswerPiece, TokenText
 from tera.generation import FinishReason
 from tera.routing.dispatch import Attempts
+from tera.routing.switchboard import Share
 from tera.tenancy.limits import Admission, Progress
 
 
@@ -20,6 +21,8 @@ class Call:
     started_s: float
     """The same moment in Unix seconds."""
     tenant: str = ""
+    share: Share = field(default_factory=lambda: Share(""))
+    """Of the replicas, once the tenant is known."""
     model: str = ""
     """Short name of the model, once it is known to exist."""
     prompt_tokens: int = 0

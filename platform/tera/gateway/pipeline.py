@@ -33,6 +33,7 @@ from tera.gateway.render import (
 )
 from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
 from tera.observability import Metrics
+from tera.routing.switchboard import Share
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress
 from tera.tenancy.usage import Status, UsageRecord
@@ -78,6 +79,10 @@ class Admitter(Protocol):
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
         """Return how many tokens a request can ever be admitted with; None is any number."""
+        ...
+
+    def weight(self, key: ApiKey, model: str) -> float:
+        """Return the tenant's share in tokens while requests wait for replicas."""
         ...
 
 
@@ -237,6 +242,7 @@ class Pipeline:
         """
         model = self._catalog.find(caller, client_name)
         call.model, call.tenant = model.name, caller.tenant
+        call.share = Share(caller.tenant, self._admitter.weight(caller, model.name))
         if capability not in model.config.capabilities:
             others = ", ".join(model.config.capabilities) or "nothing"
             raise UnsupportedParameterError(
@@ -343,7 +349,7 @@ class Pipeline:
         stops = StopStrings(choice.stops)
         echo = choice.echo or ""
         generation = model.dispatcher.run(
-            call.request_id, call.tenant, choice.token_ids, choice.sampling, call.attempts
+            call.request_id, call.share, choice.token_ids, choice.sampling, call.attempts
         )
         first = True
         async with aclosing(generation) as deltas:

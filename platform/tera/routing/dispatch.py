@@ -23,7 +23,7 @@ from tera.generation import (
 from tera.routing.channel import Inbox, TokenReceiver
 from tera.routing.queue import Place, Queue
 from tera.routing.retry_budget import RetryBudget
-from tera.routing.switchboard import Route
+from tera.routing.switchboard import Route, Share
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Dispatcher:
     async def run(
         self,
         request_id: str,
-        tenant: str,
+        share: Share,
         prompt_token_ids: list[int],
         sampling: Sampling,
         attempts: Attempts,
@@ -142,10 +142,10 @@ class Dispatcher:
                 itself seems to make engines fail.
             InvalidRequestError: the engine refuses the parameters.
         """
-        place = self._queue.enter(tenant)
+        place = self._queue.enter(share.tenant)
         self._budget.earn()
         try:
-            run = self._run(request_id, tenant, prompt_token_ids, sampling, attempts, place)
+            run = self._run(request_id, share, prompt_token_ids, sampling, attempts, place)
             async with aclosing(run) as deltas:
                 async for delta in deltas:
                     yield delta
@@ -155,7 +155,7 @@ class Dispatcher:
     async def _run(
         self,
         request_id: str,
-        tenant: str,
+        share: Share,
         prompt_token_ids: list[int],
         sampling: Sampling,
         attempts: Attempts,
@@ -187,7 +187,7 @@ class Dispatcher:
                 self._receiver.address,
             )
             try:
-                attempt = self._attempt(inbox, generation, tenant, take_by, patience_s, end, lost)
+                attempt = self._attempt(inbox, generation, share, take_by, patience_s, end, lost)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
                         generated.extend(delta.token_ids)
@@ -223,7 +223,7 @@ class Dispatcher:
         self,
         inbox: Inbox,
         generation: Generation,
-        tenant: str,
+        share: Share,
         take_by: float,
         patience_s: float,
         end: float,
@@ -233,7 +233,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         offers = _Offers(inbox, patience_s, self._receiver.doubt)
         tokens = len(generation.token_ids) + generation.sampling.max_tokens
-        route = Route(tenant, generation.token_ids, tokens, offers.offered)
+        route = Route(share, generation.token_ids, tokens, offers.offered)
         call = asyncio.create_task(self._watch(inbox, generation, route, lost))
         timer = _fail_at(inbox, take_by)
         try:

@@ -23,8 +23,8 @@ class FairQueue(Generic[Item]):
         self._clock = 0.0
         self._ends: dict[str, float] = {}
 
-    def push(self, tenant: str, tokens: int, item: Item) -> None:
-        """Put an item behind its tenant's others; `tokens` is what it may cost."""
+    def push(self, tenant: str, tokens: float, item: Item) -> None:
+        """Put an item behind its tenant's others; `tokens` is what it may cost, weighted."""
         start = max(self._clock, self._ends.get(tenant, 0.0))
         self._ends[tenant] = start + tokens
         heapq.heappush(self._heap, (start, next(self._numbers), item))

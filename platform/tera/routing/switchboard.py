@@ -18,14 +18,22 @@ ASK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Who waits, and how much of the replicas is theirs beside that of others who wait."""
+
+    tenant: str
+    weight: float = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """What the choice of a replica is made of."""
 
-    tenant: str
+    share: Share
     token_ids: list[int]
     """The prompt, with what has been generated."""
     tokens: int
-    """The most that it can cost, for fairness."""
+    """The most that it can cost."""
     offered: Callable[[str], None]
     """Told which replica the generation is sent to, each time one is chosen."""
 
@@ -92,7 +100,8 @@ class Switchboard:
         if again:
             self._waiting.push_front(waiting)
         else:
-            self._waiting.push(route.tenant, route.tokens, waiting)
+            share = route.share
+            self._waiting.push(share.tenant, route.tokens / share.weight, waiting)
         self._grant()
         try:
             return await waiting.granted

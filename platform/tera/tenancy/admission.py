@@ -93,6 +93,7 @@ class _Resolved:
     stored: TenantLimits | None
     key: ApiKey
     scopes: list[Scope]
+    weight: int
 
     def made_of(self, config: LimitsConfig, stored: TenantLimits | None, key: ApiKey) -> bool:
         return self.config is config and self.stored is stored and self.key is key
@@ -323,18 +324,26 @@ class Admissions:
 
     def scopes(self, key: ApiKey, model: str) -> list[Scope]:
         """Return what limits a request of this key for this model, as of now."""
+        return self._resolve(key, model).scopes
+
+    def weight(self, key: ApiKey, model: str) -> int:
+        """Return the share of the key's tenant while requests wait for replicas, as of now."""
+        return self._resolve(key, model).weight
+
+    def _resolve(self, key: ApiKey, model: str) -> _Resolved:
         config = self._config()
         stored = self._keyring.tenant_limits(key.tenant)
         known = self._scopes.get((key.key_id, model))
         # The same objects, not equal ones: comparing would cost as much as resolving them.
         if known is not None and known.made_of(config, stored, key):
-            return known.scopes
+            return known
         tenant = effective_limits(config.default, config.tenants.get(key.tenant), stored)
         scopes = scopes_of(tenant, key.limits, key.key_id, model)
         if len(self._scopes) >= MAX_RESOLVED:
             self._scopes.clear()
-        self._scopes[key.key_id, model] = _Resolved(config, stored, key, scopes)
-        return scopes
+        resolved = _Resolved(config, stored, key, scopes, tenant.weight or 1)
+        self._scopes[key.key_id, model] = resolved
+        return resolved
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
         """Return how many tokens a request can ever be admitted with; None is any number."""

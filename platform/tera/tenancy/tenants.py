@@ -136,7 +136,8 @@ def effective_limits(
         name: Limits(**_first(layer.models[name] for layer in layers if name in layer.models))
         for name in names
     }
-    return TenantLimits(**_first(layers), models=models)
+    weight = next((layer.weight for layer in layers if layer.weight is not None), None)
+    return TenantLimits(**_first(layers), models=models, weight=weight)
 
 
 def _first(layers: Iterable[Limits]) -> dict[str, Any]:
