@@ -32,7 +32,8 @@ GATEWAYS = 2
 STEP_S = 0.1
 LONG_TOKENS = 350
 """Five seconds more than `manifest.DRAIN_S`, in which a leaving replica's streams may finish."""
-SHORT_TOKENS = 100
+SHORT_TOKENS = 50
+"""Enough to be under way until whatever happens has happened."""
 GRACE_S = 2
 """From SIGTERM to SIGKILL."""
 VALUES = f"""\
@@ -172,7 +173,9 @@ async def test_a_gateway_killed_under_load_costs_clients_their_own_retries(
     platform: Platform, replicas: list[int]
 ) -> None:
     bodies = [endless(number, 40) for number in range(30)]
+    later = greedy("sim/fast", 30, 20)
     expected = await undisturbed(platform, bodies, "sim/fast")
+    [expected_later] = await undisturbed(platform, [later], "sim/fast")
     victim = platform.status()["gateway"][0]["pid"]
     async with AsyncOpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.api_key) as client:
         asked = [asyncio.create_task(client.completions.create(**body)) for body in bodies]
@@ -183,8 +186,19 @@ async def test_a_gateway_killed_under_load_costs_clients_their_own_retries(
         await asyncio.to_thread(until, all_run, timeout_s=20, every_s=0)
         os.kill(victim, signal.SIGKILL)
         async with asyncio.timeout(60):
+            completions_later = [await client.completions.create(**later) for _ in range(20)]
             completions = await asyncio.gather(*asked)
+
+            def replaced() -> bool:
+                pids = {replica["pid"] for replica in platform.status()["gateway"]}
+                return len(pids - {victim}) == GATEWAYS
+
+            await asyncio.to_thread(until, replaced, timeout_s=60)
+            completions_later += [await client.completions.create(**later) for _ in range(20)]
+    assert not psutil.pid_exists(victim)
     assert [each.choices[0].text for each in completions] == [each[0].text for each in expected]
+    texts_later = [each.choices[0].text for each in completions_later]
+    assert texts_later == [expected_later[0].text] * 40
 
 
 async def test_a_gateways_death_ends_no_streams_but_its_own(
