@@ -84,8 +84,9 @@ async def test_closing_the_stream_frees_the_engine(asker: Asker) -> None:
 
 
 async def test_company_changes_no_text(asker: Asker) -> None:
-    prompts = [[*PROMPT, 300 + index] for index in range(32)]
-    sampling = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
+    # More than run at once.
+    prompts = [[*PROMPT, 300 + index] for index in range(20)]
+    sampling = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
     alone = [await asker.tokens(prompt, sampling) for prompt in prompts]
     together = await asyncio.gather(*(asker.tokens(prompt, sampling) for prompt in prompts))
     assert together == alone
