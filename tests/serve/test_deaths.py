@@ -17,7 +17,7 @@ from tests.serve.load import faults, new_key, serving, told, used
 pytestmark = pytest.mark.slow
 
 SEED = 6
-ROUNDS = 6
+ROUNDS = 4
 STREAMS = 100
 REPLICAS = 3
 MODEL = "sim/mortal"
