@@ -29,6 +29,10 @@ BETWEEN_KILLS_S = 5
 STILL_ARRIVING_S = 0.1
 SETTLE_DEADLINE_S = 20.0
 GOAL_P50_S, GOAL_P99_S = 0.05, 0.1
+"""Beside one prefill."""
+PREFILL_P50_S, PREFILL_P99_S = 1.5 * STEP_S, 2 * STEP_S
+"""The simulated engine ends the step under way and makes another, whose time is all that the prefill
+of what a stream has so far takes."""
 
 VALUES = f"""
 models:
@@ -229,8 +233,8 @@ def _table(figures: Figures) -> Table:
         "goal",
         title=f"kills: {REPLICAS} simulated replicas, {STREAMS} streams at a time, one replica "
         f"killed each {BETWEEN_KILLS_S} s for {figures.seconds:g} s",
-        caption=f"{1000 * STEP_S:g} ms a token, prefill takes no time; a gap is a stream's "
-        "longest silence around a kill less its median one",
+        caption=f"{1000 * STEP_S:g} ms a token, a prefill is the step under way and one more; a "
+        "gap is a stream's longest silence around a kill less its median one",
     )
 
     def row(what: str, figure: str, goal: str = "", met: bool | None = None) -> None:
@@ -248,8 +252,11 @@ def _table(figures: Figures) -> Table:
     row(
         "gap of a moved stream",
         gaps(moved),
-        f"p50 ≤ {1000 * GOAL_P50_S:g} ms, p99 ≤ {1000 * GOAL_P99_S:g} ms",
-        bool(moved) and moved["p50"] <= GOAL_P50_S and moved["p99"] <= GOAL_P99_S,
+        f"p50 ≤ {1000 * GOAL_P50_S:g} + {1000 * PREFILL_P50_S:g} ms, "
+        f"p99 ≤ {1000 * GOAL_P99_S:g} + {1000 * PREFILL_P99_S:g} ms",
+        bool(moved)
+        and moved["p50"] <= GOAL_P50_S + PREFILL_P50_S
+        and moved["p99"] <= GOAL_P99_S + PREFILL_P99_S,
     )
     row("the same of the other streams", gaps(figures.other_gap_s))
     row("ledger difference", str(figures.ledger_difference), "0", figures.ledger_difference == 0)
