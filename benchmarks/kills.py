@@ -31,8 +31,8 @@ SETTLE_DEADLINE_S = 20.0
 GOAL_P50_S, GOAL_P99_S = 0.05, 0.1
 """Beside one prefill."""
 PREFILL_P50_S, PREFILL_P99_S = 1.5 * STEP_S, 2 * STEP_S
-"""The simulated engine ends the step under way and makes another, whose time is all that the prefill
-of what a stream has so far takes."""
+"""The simulated engine ends the step under way and makes another: that is all that the prefill of
+what a stream has so far takes."""
 
 VALUES = f"""
 models:
