@@ -255,6 +255,45 @@ async def test_what_is_no_http_gets_a_closed_connection(
     assert seen == []
 
 
+class Silent(asyncio.Protocol):
+    """A gateway replica that reads requests and answers none."""
+
+    def __init__(self, head: asyncio.Event, whole: asyncio.Event, left: asyncio.Event) -> None:
+        self._head, self._whole, self._left = head, whole, left
+        self._request = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._request += data
+        if self._request.startswith(b"POST"):
+            self._head.set()
+        if self._request.endswith(b"{}"):
+            self._whole.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._request.endswith(b"{}"):
+            self._left.set()
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one packet", "two packets"])
+async def test_s8_a_client_that_hangs_up_is_told_to_a_gateway_that_is_silent(
+    tmp_path: Path, apart: bool
+) -> None:
+    head, whole, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Silent(head, whole, left), "127.0.0.1", 0)
+    config = _rendered(tmp_path, server.sockets[0].getsockname()[1])
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"
+    async with server, _running(config), asyncio.timeout(20):
+        with socket.create_connection(("127.0.0.1", _port(config))) as client:
+            client.sendall(request if apart else request + b"{}")
+            if apart:  # as the SDK sends it
+                await head.wait()
+                client.sendall(b"{}")
+            await whole.wait()
+            assert not left.is_set()
+        await left.wait()
+
+
 async def test_without_a_reachable_gateway_the_answer_is_our_error(tmp_path: Path) -> None:
     config = _rendered(tmp_path, _free_port())
     async with _running(config), httpx.AsyncClient() as client:

@@ -103,6 +103,8 @@ def complete(text: str, page: Path, host: str | None) -> str:
         UnknownTemplateError: a line that has to be changed is not there.
     """
     text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.MULTILINE)
+    # While it splices a request, HAProxy does not see that its client has hung up.
+    text = _change(text, r"^ *option splice-request\n", lambda _: "")
     text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
     text = _change(
         text, r"^frontend http_frontend\n *bind .*\n", lambda found: found[0] + _front_rules()

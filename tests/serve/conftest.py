@@ -152,7 +152,7 @@ class Platform:
         found: list[dict[str, Any]] = models[model]["replicas"]
         return found
 
-    def wait_until_idle(self, model: str, replicas: int) -> None:
+    def wait_until_idle(self, model: str, replicas: int, *, timeout_s: float = 90) -> None:
         """Return once that many replicas run, and none of them has work."""
 
         def idle() -> bool:
@@ -165,7 +165,7 @@ class Platform:
             ]
             return loads == [0.0] * 2 * replicas
 
-        until(idle, timeout_s=90)
+        until(idle, timeout_s=timeout_s)
 
     def metrics(self) -> str:
         return httpx.get(f"{self.base_url}/metrics", timeout=30).raise_for_status().text

@@ -67,7 +67,8 @@ def test_s8_a_hang_up_frees_the_engine(simulated: Platform, stream: bool) -> Non
     body = {"model": "sim/slow", "prompt": f"{stream} {WORDS}", "max_tokens": 8, "stream": stream}
     with simulated.http() as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=body, timeout=2)
-    simulated.wait_until_idle("slow", replicas=1)
+    # Long before the prefill is over, and before a stream's first keep-alive.
+    simulated.wait_until_idle("slow", replicas=1, timeout_s=10)
 
 
 def test_s8_a_hang_up_in_mid_stream_frees_the_engine(simulated: Platform) -> None:
