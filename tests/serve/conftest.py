@@ -18,6 +18,8 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tera.local.cluster import free_port
+
 TERA = Path(sys.executable).with_name("tera")
 DEMO_MODELS = Path(__file__).parents[2] / ".tera" / "models"
 
@@ -44,13 +46,6 @@ def until(condition: Callable[[], object], *, timeout_s: float = 30, every_s: fl
     while not condition():
         assert time.monotonic() < end, f"not so within {timeout_s} s"
         time.sleep(every_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def listens(port: int) -> bool:

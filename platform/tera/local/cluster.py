@@ -2,7 +2,9 @@
 
 import asyncio
 import atexit
+import fcntl
 import logging
+import random
 import shutil
 import socket
 import sys
@@ -10,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ LOGICAL_CPUS = 1024
 """Ray counts CPUs to place replicas; on one machine they share what there is."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 REPLICA_PORTS = 100
+PORTS, HTTP_PORTS, GRPC_PORTS = range(10_000, 20_000), range(20_000, 26_000), range(26_000, 32_000)
+"""Below those that the kernel gives to outgoing connections, which might take one in between."""
 STOP_DEADLINE_S = 8.0
 KILL_GRACE_S = 3.0
 LONGEST_STREAM_S = 3600
@@ -40,11 +44,13 @@ class LocalCluster:
         # Unix sockets live here, and their paths may have 107 characters: not below a home
         # that may be deep.
         self._scratch = Path(tempfile.mkdtemp(prefix="tera-"))
+        self._claims = ExitStack()
+        """Of ports, for as long as processes of ours may listen on them."""
         self._not_ours = set(psutil.Process().children(recursive=True))
 
     def start(self) -> None:
         """Start Ray; blocks for seconds."""
-        set_environment(_serve_environment(self._scratch, self.host))
+        set_environment(_serve_environment(self._scratch, self.host, self._claims))
         # Ray Serve reads its settings when it is imported, so this comes after they are set.
         import ray
 
@@ -90,6 +96,7 @@ class LocalCluster:
         await asyncio.to_thread(psutil.wait_procs, alive, KILL_GRACE_S)
         if shutting_down.is_alive():
             _forget_exit_hook()
+        self._claims.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -133,13 +140,13 @@ def _reason(application: Any) -> str:
     return lines[-1] if lines else ""
 
 
-def _serve_environment(scratch: Path, host: str) -> dict[str, str]:
+def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str, str]:
     """Return what Ray and Serve read from the environment (see `docs/architecture.md`)."""
     haproxy = shutil.which("tera-haproxy", path=str(Path(sys.executable).parent))
     if haproxy is None:
         raise ConfigError("tera-haproxy is not installed beside Python; run `make install`.")
     metrics_port, stats_port = free_port(), free_port()
-    http_ports, grpc_ports = free_range(30_000), free_range(40_000)
+    http_ports, grpc_ports = claim_range(HTTP_PORTS, claims), claim_range(GRPC_PORTS, claims)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -168,27 +175,28 @@ def _serve_environment(scratch: Path, host: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that was free a moment ago, of those that no outgoing connection gets."""
+    while True:
+        port = random.choice(PORTS)  # noqa: S311  no secret
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def free_range(first: int) -> int:
-    """Return the start of `REPLICA_PORTS` ports above `first` of which nobody listens on any.
+def claim_range(among: range, claims: ExitStack) -> int:
+    """Return the first of `REPLICA_PORTS` ports that nobody else gets until `claims` is closed.
 
-    Serve's replicas bind with SO_REUSEPORT: two platforms with one range would share
-    connections, not fail.
+    Serve's replicas bind with SO_REUSEPORT: two platforms with one range would share connections,
+    not fail. That nobody listens on a port says little, for a replica may just be starting again.
     """
-    taken = {
-        connection.laddr.port
-        for connection in psutil.net_connections(kind="tcp")
-        if connection.laddr and connection.status == psutil.CONN_LISTEN
-    }
-    for start in range(first, first + 9_000, REPLICA_PORTS + 1):
-        if taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):
-            return start
+    for start in range(among.start, among.stop - REPLICA_PORTS, REPLICA_PORTS + 1):
+        path = Path(tempfile.gettempdir()) / f"tera-ports-{start}.lock"
+        try:
+            file = claims.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody else's: locked, or a file of another user's
+            continue
+        return start
     raise ConfigError("No free range of ports for replicas; stop other platforms first.")
 
 
