@@ -1,0 +1,29 @@
+"""Ports of a platform on one machine."""
+
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from tera.errors import ConfigError
+from tera.local.cluster import PORTS, REPLICA_PORTS, claim_range, free_port
+
+
+def test_a_claimed_range_is_nobody_elses_until_it_is_given_up() -> None:
+    # Of ports that no platform uses.
+    among = range(60_000, 60_000 + 2 * (REPLICA_PORTS + 1))
+    with ExitStack() as one, ExitStack() as other, ExitStack() as third:
+        first, second = claim_range(among, one), claim_range(among, other)
+        assert abs(first - second) > REPLICA_PORTS
+        with pytest.raises(ConfigError, match="stop other platforms"):
+            claim_range(among, third)
+        one.close()
+        assert claim_range(among, third) == first
+
+
+def test_a_free_port_is_none_that_outgoing_connections_get() -> None:
+    ports = {free_port() for _ in range(20)}
+    assert ports <= set(PORTS)
+    assert len(ports) > 1
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", ports.pop()))
