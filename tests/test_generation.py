@@ -3,7 +3,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tera.generation import (
@@ -18,6 +18,7 @@ from tera.generation import (
     decode_end,
     decode_frame,
     decode_generation,
+    decode_order,
     encode,
 )
 
@@ -99,8 +100,9 @@ def test_record_of_a_newer_version_is_read_without_what_it_appends() -> None:
 
 
 @given(st.binary(max_size=64))
+@example(b"\x92\xa1\x80\x01")  # a finish reason that is no UTF-8
 def test_garbage_is_a_decode_error_and_nothing_else(data: bytes) -> None:
-    for decode in (decode_generation, decode_frame, decode_end):
+    for decode in (decode_generation, decode_frame, decode_order, decode_end):
         with contextlib.suppress(msgspec.MsgspecError):
             decode(data)
 

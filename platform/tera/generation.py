@@ -7,9 +7,11 @@ with defaults, and never reorder them).
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+
+Record = TypeVar("Record")
 
 ENGINE_STALL_S = 30.0
 """An engine that has work and makes no step for so long fails its health check.
@@ -142,7 +144,7 @@ class GenerationEnd(msgspec.Struct, frozen=True, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _generation_decoder = msgspec.msgpack.Decoder(Generation)
 _frame_decoder = msgspec.msgpack.Decoder(StepFrame)
-_order_decoder = msgspec.msgpack.Decoder(Order)
+_order_decoder: "msgspec.msgpack.Decoder[Order]" = msgspec.msgpack.Decoder(Order)
 _end_decoder = msgspec.msgpack.Decoder(GenerationEnd)
 
 
@@ -157,7 +159,7 @@ def decode_generation(data: bytes) -> Generation:
     Raises:
         msgspec.DecodeError: the bytes are not one.
     """
-    return _generation_decoder.decode(data)
+    return _decoded(_generation_decoder, data)
 
 
 def decode_frame(data: bytes | memoryview) -> StepFrame:
@@ -166,7 +168,7 @@ def decode_frame(data: bytes | memoryview) -> StepFrame:
     Raises:
         msgspec.DecodeError: the bytes are not one.
     """
-    return _frame_decoder.decode(data)
+    return _decoded(_frame_decoder, data)
 
 
 def decode_order(data: bytes | memoryview) -> Order:
@@ -175,8 +177,7 @@ def decode_order(data: bytes | memoryview) -> Order:
     Raises:
         msgspec.DecodeError: the bytes are not one.
     """
-    order: Order = _order_decoder.decode(data)
-    return order
+    return _decoded(_order_decoder, data)
 
 
 def decode_end(data: bytes) -> GenerationEnd:
@@ -185,4 +186,12 @@ def decode_end(data: bytes) -> GenerationEnd:
     Raises:
         msgspec.DecodeError: the bytes are not one.
     """
-    return _end_decoder.decode(data)
+    return _decoded(_end_decoder, data)
+
+
+def _decoded(decoder: "msgspec.msgpack.Decoder[Record]", data: bytes | memoryview) -> Record:
+    try:
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:
+        # msgspec's own only where the text is not that of an enum.
+        raise msgspec.DecodeError("text that is not UTF-8") from error
