@@ -187,16 +187,22 @@ def claim_range(among: range, claims: ExitStack) -> int:
     """Return the first of `REPLICA_PORTS` ports that nobody else gets until `claims` is closed.
 
     Serve's replicas bind with SO_REUSEPORT: two platforms with one range would share connections,
-    not fail. That nobody listens on a port says little, for a replica may just be starting again.
+    not fail. That nobody listens is not enough, for a replica may just be starting again.
     """
+    taken = {
+        connection.laddr.port
+        for connection in psutil.net_connections(kind="tcp")
+        if connection.laddr and connection.status == psutil.CONN_LISTEN
+    }
     for start in range(among.start, among.stop - REPLICA_PORTS, REPLICA_PORTS + 1):
-        path = Path(tempfile.gettempdir()) / f"tera-ports-{start}.lock"
-        try:
-            file = claims.enter_context(path.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # somebody else's: locked, or a file of another user's
+        if not taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):
             continue
-        return start
+        path = Path(tempfile.gettempdir()) / f"tera-ports-{start}.lock"
+        with ExitStack() as claim, suppress(OSError):  # locked, or another user's file
+            file = claim.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claims.enter_context(claim.pop_all())
+            return start
     raise ConfigError("No free range of ports for replicas; stop other platforms first.")
 
 
