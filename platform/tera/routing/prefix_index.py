@@ -10,7 +10,7 @@ from collections.abc import Sequence
 BLOCK_TOKENS = 64
 """Tokens of a block: a few of the engine's own, which keeps the index small."""
 MOST_BLOCKS = 100_000
-"""Blocks that are remembered, 6.4 million tokens of prompts, in about 40 MB."""
+"""Blocks that are remembered: 6.4 million tokens of prompts, in 16 MiB if each has one holder."""
 MOST_HOLDERS = 64
 """Replicas that are remembered for a block; the latest."""
 
