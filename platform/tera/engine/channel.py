@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import msgspec
@@ -200,10 +201,7 @@ class TokenSender:
         load: Callable[[], ReplicaLoad],
         obey: Obey = _ignore,
     ) -> None:
-        self._replica_id = replica_id
-        self._secret = secret
-        self._load = load
-        self._obey = obey
+        self._new_link = partial(GatewayLink, replica_id, secret, load, obey)
         self._links: dict[Address, asyncio.Task[GatewayLink]] = {}
 
     async def link(self, address: Address) -> GatewayLink:
@@ -224,10 +222,7 @@ class TokenSender:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                _, link = await loop.create_connection(
-                    lambda: GatewayLink(self._replica_id, self._secret, self._load, self._obey),
-                    *address,
-                )
+                _, link = await loop.create_connection(self._new_link, *address)
                 await link.ready
         except OSError as error:  # includes TimeoutError
             raise ReplicaLostError("The gateway's token channel cannot be reached.") from error

@@ -6,14 +6,14 @@ from urllib.parse import urlsplit
 
 from tera.config import PlatformConfig
 from tera.errors import ConfigError
-from tera.local.cluster import attached, wait_until_deployed
+from tera.local.cluster import attached
 from tera.local.serve import (
-    ENGINE_DEADLINE_S,
     Console,
     check_engines,
     check_memory,
     make_models,
     stage,
+    until_up,
     vllm_replicas,
 )
 from tera.local.state import LocalSecrets, LocalState
@@ -58,7 +58,4 @@ async def apply(new: PlatformConfig, home: Path, console: Console) -> None:
         await asyncio.to_thread(client.deploy_apps, ServeDeploySchema.model_validate(config))
         # From here on this is what runs, whether or not all of it starts.
         state.model_copy(update={"platform": new}).write(home)
-        names = {application["name"] for application in config["applications"]}
-        await wait_until_deployed(
-            names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
-        )
+        await until_up(config, console)

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Protocol, TypeVar, cast, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 import psutil
 
@@ -149,10 +149,7 @@ async def running(
         with stage(console, "Engines and gateway"):
             config = serve_config(platform, host=host, port=port)
             await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
-            names = {application["name"] for application in config["applications"]}
-            await wait_until_deployed(
-                names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
-            )
+            await until_up(config, console)
             await _until_ready(host, port)
 
         api_key = await _local_key(runtime)
@@ -166,6 +163,18 @@ async def running(
         stack.callback((home / "local.env").unlink, missing_ok=True)
         write_private(home / "local.env", _env_file(ready))
         yield ready
+
+
+async def until_up(config: dict[str, Any], console: Console) -> None:
+    """Return once every application of a Serve config runs; show each that does.
+
+    Raises:
+        ConfigError: one failed, or the time is up; the message says why.
+    """
+    names = {application["name"] for application in config["applications"]}
+    await wait_until_deployed(
+        names, lambda name: console.progress(f"{name} is up"), ENGINE_DEADLINE_S
+    )
 
 
 @contextmanager
