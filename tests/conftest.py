@@ -1,8 +1,7 @@
 """One platform of each kind for all folders' slow tests: starting one takes a minute."""
 
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 
 import pytest
 from tests.serve.conftest import DEMO_MODELS, SIMULATED_VALUES, VLLM_VALUES, Platform
@@ -11,13 +10,9 @@ from tests.serve.conftest import DEMO_MODELS, SIMULATED_VALUES, VLLM_VALUES, Pla
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """Two simulated models: `sim/small` on two replicas, and `sim/slow`."""
-    platform = Platform.launch(tmp_path_factory.mktemp("simulated") / "home", SIMULATED_VALUES)
-    try:
-        yield platform.wait_until_ready()
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            platform.stop()
+    home = tmp_path_factory.mktemp("simulated") / "home"
+    with Platform.running(home, SIMULATED_VALUES) as platform:
+        yield platform
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +22,10 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     home.mkdir()
     if DEMO_MODELS.exists():
         (home / "models").symlink_to(DEMO_MODELS)
-    with pytest.MonkeyPatch.context() as patch:
-        # Eager or not, vLLM compiles what ranks logprobs at their first use, for a quarter minute.
-        patch.setenv("TORCH_COMPILE_DISABLE", "1")
-        platform = Platform.launch(home, VLLM_VALUES)
-    try:
-        yield platform.wait_until_ready()
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            platform.stop()
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            # Eager or not, vLLM compiles what ranks logprobs at their first use, for a quarter
+            # minute.
+            patch.setenv("TORCH_COMPILE_DISABLE", "1")
+            platform = stack.enter_context(Platform.running(home, VLLM_VALUES))
+        yield platform

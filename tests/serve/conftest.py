@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,18 @@ class Platform:
                 start_new_session=True,
             )
         return cls(home, port, process, log)
+
+    @classmethod
+    @contextmanager
+    def running(cls, home: Path, values: str, over: Sequence[Path] = ()) -> Iterator["Platform"]:
+        """Have one that is ready, for as long as the block runs."""
+        platform = cls.launch(home, values, over)
+        try:
+            yield platform.wait_until_ready()
+        finally:
+            # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
+            with suppress(subprocess.TimeoutExpired):
+                platform.stop()
 
     def wait_until_ready(self) -> "Platform":
         file = self.home / "local.env"

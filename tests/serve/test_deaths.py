@@ -4,9 +4,7 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -35,12 +33,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    found = Platform.launch(tmp_path_factory.mktemp("deaths") / "home", VALUES)
-    try:
-        yield found.wait_until_ready()
-    finally:
-        with suppress(subprocess.TimeoutExpired):
-            found.stop()
+    with Platform.running(tmp_path_factory.mktemp("deaths") / "home", VALUES) as found:
+        yield found
 
 
 def request(number: int) -> tuple[str, dict[str, Any]]:

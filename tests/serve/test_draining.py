@@ -3,9 +3,7 @@
 import asyncio
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 
 import psutil
 import pytest
@@ -53,12 +51,8 @@ WITH_ONE_REPLICA = VALUES.replace("{min: 2, max: 2}\n    scaling", "{min: 1, max
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    found = Platform.launch(tmp_path_factory.mktemp("draining") / "home", VALUES)
-    try:
-        yield found.wait_until_ready()
-    finally:
-        with suppress(subprocess.TimeoutExpired):
-            found.stop()
+    with Platform.running(tmp_path_factory.mktemp("draining") / "home", VALUES) as found:
+        yield found
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +107,8 @@ def planned(platform: Platform, file: str) -> Object:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Any:
     home = tmp_path_factory.mktemp("edits") / "home"
-    running = Platform.launch(home, yaml.safe_dump(BASE))
-    try:
-        yield running.wait_until_ready()
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            running.stop()
+    with Platform.running(home, yaml.safe_dump(BASE)) as running:
+        yield running
 
 
 def test_edit_restarts_what_the_plan_says_and_nothing_else(platform: Platform) -> None:
@@ -190,9 +183,7 @@ def overlay() -> str:
 
 def test_production_values_run_on_one_machine_with_the_simulated_engine(tmp_path: Path) -> None:
     production = ROOT / "helm/tera/values-production.yaml"
-    running = Platform.launch(tmp_path / "home", overlay(), over=[production])
-    try:
-        running.wait_until_ready()
+    with Platform.running(tmp_path / "home", overlay(), over=[production]) as running:
         models = yaml.safe_load(production.read_text())["models"]
         status = running.status()
         assert [each["name"] for each in status["models"]] == list(models)
@@ -205,7 +196,3 @@ def test_production_values_run_on_one_machine_with_the_simulated_engine(tmp_path
                 assert http.post("/v1/completions", json=asked).status_code == 200, name
             owners = {each["owned_by"] for each in http.get("/v1/models").json()["data"]}
             assert owners == {"simulated"}
-    finally:
-        # The deadline is `test_life.py`'s to prove; a busy machine must not fail another test.
-        with suppress(subprocess.TimeoutExpired):
-            running.stop()

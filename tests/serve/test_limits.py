@@ -1,17 +1,14 @@
 """Limits and the ledger on a whole platform with several gateway replicas."""
 
 import asyncio
-import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from math import floor
-from typing import Any
 
 import httpx
 import openai
@@ -19,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from tests.serve.conftest import Platform, until
+from tests.serve.load import new_key, used
 
 pytestmark = pytest.mark.slow
 
@@ -45,36 +43,8 @@ gateway:
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    found = Platform.launch(tmp_path_factory.mktemp("limits") / "home", VALUES)
-    try:
-        yield found.wait_until_ready()
-    finally:
-        with suppress(subprocess.TimeoutExpired):
-            found.stop()
-
-
-def new_key(platform: Platform, tenant: str, *limits: str) -> str:
-    """Make a key, and return it once every gateway replica accepts it."""
-    made = platform.tera("keys", "create", "--tenant", tenant, "--json", *limits)
-    key: str = json.loads(made.stdout)["key"]
-
-    def accepted() -> bool:
-        with platform.http(key) as http:
-            return http.get("/v1/models").status_code == 200
-
-    until(lambda: all(accepted() for _ in range(5 * GATEWAYS)), timeout_s=10)
-    return key
-
-
-def usage(platform: Platform, tenant: str) -> dict[str, int]:
-    """Return what the ledger has of a tenant, over all models and days."""
-    done = platform.tera("usage", "--tenant", tenant, "--json")
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return {
-        name: sum(row[name] for row in rows)
-        for name in ("requests", "prompt_tokens", "completion_tokens", "cancelled", "lost")
-    }
+    with Platform.running(tmp_path_factory.mktemp("limits") / "home", VALUES) as found:
+        yield found
 
 
 @dataclass(frozen=True)
@@ -94,8 +64,7 @@ class Burst:
             "requests": len(usages),
             "prompt_tokens": sum(each.prompt_tokens for each in usages),
             "completion_tokens": sum(each.completion_tokens for each in usages),
-            "cancelled": 0,
-            "lost": 0,
+            **dict.fromkeys(("failed", "cancelled", "lost"), 0),
         }
 
 
@@ -142,7 +111,7 @@ def assert_says_when_to_come_back(refusal: openai.RateLimitError, limits: set[in
 
 
 async def test_l2_all_replicas_together_admit_the_limit(platform: Platform) -> None:
-    key = new_key(platform, "burst", "--requests-per-minute", str(LIMIT))
+    key = new_key(platform, "burst", "--requests-per-minute", str(LIMIT), gateways=GATEWAYS)
     outages = platform.sample("tera_redis_outages")
     sent = await burst(platform, key)
     returned = floor(sent.took_s * LIMIT / 60) + 1
@@ -151,13 +120,13 @@ async def test_l2_all_replicas_together_admit_the_limit(platform: Platform) -> N
     assert LIMIT <= len(sent.completions) <= LIMIT + returned + shares
     for refusal in sent.refusals:
         assert_says_when_to_come_back(refusal, {LIMIT, SHARE} if shares else {LIMIT})
-    until(lambda: usage(platform, "burst") == sent.used, timeout_s=15)
+    until(lambda: used(platform, "burst") == sent.used, timeout_s=15)
 
 
 async def test_l8_while_redis_is_frozen_all_replicas_together_stay_within_the_limit(
     platform: Platform,
 ) -> None:
-    key = new_key(platform, "frozen", "--requests-per-minute", str(LIMIT))
+    key = new_key(platform, "frozen", "--requests-per-minute", str(LIMIT), gateways=GATEWAYS)
     (redis,) = [each for each in platform.descendants() if "redis-server" in each.name()]
     redis.suspend()
     try:
@@ -169,11 +138,11 @@ async def test_l8_while_redis_is_frozen_all_replicas_together_stay_within_the_li
     for refusal in sent.refusals:
         assert_says_when_to_come_back(refusal, {SHARE})
     until(lambda: platform.sample("tera_redis_degraded") == 0, timeout_s=15)
-    until(lambda: usage(platform, "frozen") == sent.used, timeout_s=15)
+    until(lambda: used(platform, "frozen") == sent.used, timeout_s=15)
 
 
 def test_l6_the_sdk_waits_as_it_is_told_and_succeeds(platform: Platform) -> None:
-    key = new_key(platform, "patient", "--requests-per-minute", "60")
+    key = new_key(platform, "patient", "--requests-per-minute", "60", gateways=GATEWAYS)
     with OpenAI(base_url=f"{platform.base_url}/v1", api_key=key, max_retries=0) as hasty:
         with suppress(openai.RateLimitError):
             for _ in range(100):
@@ -185,7 +154,7 @@ def test_l6_the_sdk_waits_as_it_is_told_and_succeeds(platform: Platform) -> None
 
 
 def test_l4_what_can_never_pass_is_not_to_be_tried_again(platform: Platform) -> None:
-    key = new_key(platform, "small")
+    key = new_key(platform, "small", gateways=GATEWAYS)
     with platform.http(key) as http:
         answer = http.post(
             "/v1/completions", json={"model": MODEL, "prompt": "One", "max_tokens": 200}
@@ -202,7 +171,7 @@ def test_l4_what_can_never_pass_is_not_to_be_tried_again(platform: Platform) -> 
 
 
 def test_l3_who_hangs_up_pays_for_what_was_generated(platform: Platform) -> None:
-    key = new_key(platform, "leaving")
+    key = new_key(platform, "leaving", gateways=GATEWAYS)
     body = {"model": MODEL, "prompt": "Story", "max_tokens": 1000, "stream": True}
     with (
         platform.http(key) as http,
@@ -213,7 +182,7 @@ def test_l3_who_hangs_up_pays_for_what_was_generated(platform: Platform) -> None
             next(events)
 
     def settled() -> bool:
-        found = usage(platform, "leaving")
+        found = used(platform, "leaving")
         return found["cancelled"] == 1 and 5 <= found["completion_tokens"] < 1000
 
     until(settled, timeout_s=15)
@@ -221,7 +190,7 @@ def test_l3_who_hangs_up_pays_for_what_was_generated(platform: Platform) -> None
 
 
 def test_l9_a_killed_gateway_leaves_records_and_no_slots(platform: Platform) -> None:
-    key = new_key(platform, "orphaned", "--concurrent-requests", "1")
+    key = new_key(platform, "orphaned", "--concurrent-requests", "1", gateways=GATEWAYS)
     body = {"model": MODEL, "prompt": "Story", "max_tokens": 4000, "stream": True}
     victims = {replica["pid"] for replica in platform.status()["gateway"]}
     with platform.http(key) as http:
@@ -239,5 +208,5 @@ def test_l9_a_killed_gateway_leaves_records_and_no_slots(platform: Platform) -> 
             return False
 
         until(free, timeout_s=90, every_s=1)
-    until(lambda: usage(platform, "orphaned")["lost"] == 1, timeout_s=15)
-    assert usage(platform, "orphaned")["requests"] == 2
+    until(lambda: used(platform, "orphaned")["lost"] == 1, timeout_s=15)
+    assert used(platform, "orphaned")["requests"] == 2

@@ -2,9 +2,7 @@
 
 import asyncio
 import itertools
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -52,12 +50,8 @@ ROLLED = VALUES.replace(
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    found = Platform.launch(tmp_path_factory.mktemp("scaling") / "home", VALUES)
-    try:
-        yield found.wait_until_ready()
-    finally:
-        with suppress(subprocess.TimeoutExpired):
-            found.stop()
+    with Platform.running(tmp_path_factory.mktemp("scaling") / "home", VALUES) as found:
+        yield found
 
 
 async def becomes(platform: Platform, model: str, replicas: int) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ class RedisServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    @classmethod
+    @contextmanager
+    def running(cls, directory: Path) -> Iterator["RedisServer"]:
+        """Have one that runs, whatever the block does to it."""
+        server = cls(directory)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
     def start(self) -> None:
         self._directory.mkdir(exist_ok=True)
@@ -91,22 +103,14 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    try:
+    with RedisServer.running(tmp_path / "redis") as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture
 def second_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path / "second")
-    server.start()
-    try:
+    with RedisServer.running(tmp_path / "second") as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture
