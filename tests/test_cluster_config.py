@@ -47,6 +47,13 @@ def test_workers_of_both_pools_count_for_the_models_of_one() -> None:
         parse_platform(cluster(models=wanted))
 
 
+def test_replicas_that_share_gpus_count_in_parts() -> None:
+    shared = {"replicas": {"max": 3}, "gpuSharing": {"replicasPerGpu": 2}}
+    names = [f"m{number}" for number in range(5)]
+    # 7.5 GPUs of the 8 that there are; in whole ones for each model it would be 10.
+    parse_platform(cluster(models={name: model(id=name, **shared) for name in names}))
+
+
 @pytest.mark.parametrize(
     ("parallelism", "gpus"),
     [

@@ -89,6 +89,7 @@ def test_edit_of_the_gateway_reloads_nothing(edit: dict[str, Any]) -> None:
         pytest.param({"engine": {"kind": "simulated", "args": {"profile": {}}}}, id="engine"),
         pytest.param({"source": "hf://org/other"}, id="source"),
         pytest.param({"parallelism": {"tensor": 2}}, id="parallelism"),
+        pytest.param({"gpuSharing": {"replicasPerGpu": 2}}, id="GPU sharing"),
     ],
 )
 def test_edit_of_what_an_engine_is_made_of_reloads_that_model_alone(edit: dict[str, Any]) -> None:
@@ -121,6 +122,14 @@ class TestCluster:
             "resources": {"pool_l4": 0.001},
         }
         assert "placement_group_bundles" not in deployment
+
+    @pytest.mark.parametrize("replicas_per_gpu", range(1, 9))
+    def test_replicas_that_share_a_gpu_fit_on_it_and_no_more_do(
+        self, replicas_per_gpu: int
+    ) -> None:
+        deployment = on_cluster(gpuSharing={"replicasPerGpu": replicas_per_gpu})
+        part = deployment["ray_actor_options"]["num_gpus"]
+        assert part * replicas_per_gpu <= 1 < part * (replicas_per_gpu + 1)
 
     @pytest.mark.parametrize(
         ("parallelism", "bundles", "strategy"),

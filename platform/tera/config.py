@@ -5,9 +5,11 @@
 """
 
 import datetime
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -84,6 +86,23 @@ class Parallelism(Section):
     """Workers that hold consecutive layers."""
 
 
+class GpuSharing(Section):
+    """Replicas that share a GPU, of one model or of several, and are awake in turns.
+
+    One that sleeps has its weights in the host's memory (vLLM's sleep mode) and wakes in seconds.
+    """
+
+    replicas_per_gpu: int = Field(default=1, ge=1, le=8)
+    """How many replicas of this size a GPU takes; with 1 it is each replica's own."""
+    turn_seconds: float = Field(default=20, gt=0)
+    """How long a replica with work stays awake while another one waits for its turn."""
+
+    @property
+    def gpu_part(self) -> float:
+        """Part of a GPU that one replica asks Ray for, in Ray's steps of 1/10,000."""
+        return 10_000 // self.replicas_per_gpu / 10_000
+
+
 class Scaling(Section):
     """Queue bounds and autoscaling of one model; applied in place, without a restart."""
 
@@ -129,6 +148,7 @@ class ModelConfig(Section):
     """Entry of `gpuPools` whose workers hold it; without one it runs on CPUs."""
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
+    gpu_sharing: GpuSharing = GpuSharing()
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
     """`prefix_affinity` sends a prompt to a replica that has its beginning cached and is not too
@@ -146,10 +166,28 @@ class ModelConfig(Section):
             raise ValueError("source is missing; a vllm model needs one, such as hf://org/name")
         return self
 
+    @model_validator(mode="after")
+    def _shares_whole(self) -> Self:
+        if self.gpu_sharing.replicas_per_gpu > 1 and self._ranks > 1:
+            raise ValueError(
+                f"gpuSharing.replicasPerGpu: a replica over {self._ranks} GPUs shares none of "
+                "them; set it to 1, or parallelism.tensor and .pipeline"
+            )
+        return self
+
+    @property
+    def _ranks(self) -> int:
+        return self.parallelism.tensor * self.parallelism.pipeline
+
     @property
     def gpus(self) -> int:
-        """GPUs of one replica; 0 without a pool."""
-        return self.parallelism.tensor * self.parallelism.pipeline if self.pool else 0
+        """GPUs that one replica is on; 0 without a pool."""
+        return self._ranks if self.pool else 0
+
+    @property
+    def most_gpus(self) -> Fraction:
+        """GPUs that all replicas are on at the most; a shared one counts in parts."""
+        return Fraction(self.replicas.max * self.gpus, self.gpu_sharing.replicas_per_gpu)
 
 
 class ModelDefaults(Section):
@@ -159,6 +197,7 @@ class ModelDefaults(Section):
     """Whether models are deployed."""
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
+    gpu_sharing: GpuSharing = GpuSharing()
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
     """How a request's replica is chosen."""
@@ -388,7 +427,7 @@ def _no_pool(name: str, pools: Mapping[str, PoolConfig]) -> str:
 
 
 def _misplaced_models(platform: "PlatformConfig") -> Iterator[str]:
-    gpus = dict.fromkeys(platform.gpu_pools, 0)
+    gpus = dict.fromkeys(platform.gpu_pools, Fraction(0))
     holding = {
         name: {
             each: pool for each, pool in platform.gpu_pools.items() if name in (each, pool.joins)
@@ -416,8 +455,8 @@ def _misplaced_models(platform: "PlatformConfig") -> Iterator[str]:
                     f"gpuPools.{each}.gpusPerWorker"
                 )
         if model.enabled:
-            gpus[model.pool] += model.replicas.max * model.gpus
-    for name, wanted in gpus.items():
+            gpus[model.pool] += model.most_gpus
+    for name, wanted in ((name, math.ceil(each)) for name, each in gpus.items()):
         there_are = sum(each.max_workers * each.gpus_per_worker for each in holding[name].values())
         if wanted > there_are:
             yield (

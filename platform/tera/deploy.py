@@ -7,11 +7,13 @@ platform whose change restarts the application, and nothing else.
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
 from tera.config import (
     EngineConfig,
+    GpuSharing,
     ModelConfig,
     Parallelism,
     Runtime,
@@ -23,6 +25,7 @@ from tera.config import (
 from tera.engine.base import Engine
 from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
+from tera.engine.turns import Sleeper, Turn, TurnTakingEngine
 from tera.engine.vllm import VllmEngine
 from tera.gateway.deployment import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayReplica
 from tera.generation import ENGINE_STALL_S
@@ -34,6 +37,7 @@ class ModelArgs(Section):
     source: str
     engine: EngineConfig
     parallelism: Parallelism
+    gpu_sharing: GpuSharing
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,15 @@ class EngineStarter:
 
     async def __call__(self) -> Engine:
         """Return the loaded engine."""
+        sharing = self.args.gpu_sharing
+        if sharing.replicas_per_gpu == 1:
+            return await self._start()
+        # Without a GPU, all that share one on this machine do as if it had one.
+        gpu = "-".join(map(str, ray.get_gpu_ids())) or "none"
+        turn = Turn(Runtime.from_environment().home / "gpus" / gpu)
+        return await TurnTakingEngine.start(self._start, turn, sharing.turn_seconds)
+
+    async def _start(self) -> Sleeper:
         engine, parallelism = self.args.engine, self.args.parallelism
         if engine.kind == "simulated":
             return await SimulatedEngine.start(engine.args, stall_s=ENGINE_STALL_S)
@@ -53,6 +66,7 @@ class EngineStarter:
             {**revision_args(self.args.source), **engine_args(engine.args)},
             tensor_parallel=parallelism.tensor,
             pipeline_parallel=parallelism.pipeline,
+            sleeps=self.args.gpu_sharing.replicas_per_gpu > 1,
             stall_s=ENGINE_STALL_S,
         )
 

@@ -102,6 +102,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     waiting: int = 0
     """Generations that the engine has accepted and not yet scheduled."""
     kv_usage_ratio: float = 0.0
+    asleep: bool = False
+    """Whether the engine waits for its turn on a shared GPU; what runs and waits there does too."""
 
 
 class GenerationFailure(msgspec.Struct, frozen=True, array_like=True):

@@ -29,6 +29,9 @@ SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
 POOL_SHARE = 0.001
 """Of a worker's `pool_<name>` resource: keeps a replica on its pool and limits nothing."""
 
+_RELOADING = ("source", "engine", "parallelism", "gpuSharing")
+"""Parts of a model that its application is made with; see `tera.deploy.ModelArgs`."""
+
 _NOT_RELOADED = {"replicas", "resources", "auth"}
 """Parts of `gateway` that are for Serve and Kubernetes, and none of a replica's business."""
 
@@ -98,7 +101,8 @@ def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
     if model is None or not model.pool:
         return {"ray_actor_options": {"num_cpus": 1, "resources": pool}}
     if model.gpus == 1:
-        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1, "resources": pool}}
+        part = model.gpu_sharing.gpu_part
+        return {"ray_actor_options": {"num_cpus": 1, "num_gpus": part, "resources": pool}}
     # vLLM wants a bundle for each GPU; the replica itself lives in the first and holds no GPU.
     bundle = {"GPU": 1, **pool}
     return {
@@ -115,7 +119,7 @@ def _model_application(name: str, model: ModelConfig, placement: Placement) -> d
         "import_path": "tera.deploy:build_model",
         "route_prefix": None,
         # Only what must reload the engine: Serve rolls the application when these change.
-        "args": {key: values[key] for key in ("source", "engine", "parallelism")},
+        "args": {key: values[key] for key in _RELOADING},
         "deployments": [
             {
                 "name": ENGINE_DEPLOYMENT,

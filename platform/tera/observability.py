@@ -128,6 +128,11 @@ def load_exposition(model: str, load: ReplicaLoad) -> str:
             "Part of the engine's KV cache in use.",
             load.kv_usage_ratio,
         ),
+        (
+            "tera_engine_asleep",
+            "1 while the engine waits for its turn on a shared GPU.",
+            load.asleep,
+        ),
     ):
         Gauge(name, help_text, ["model"], registry=registry).labels(model).set(value)
     return generate_latest(registry).decode()

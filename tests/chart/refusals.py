@@ -50,6 +50,16 @@ CROSS_FIELD = [
         id="too many pipeline stages",
     ),
     pytest.param(
+        models(replicas={"max": 25}, gpuSharing={"replicasPerGpu": 3}),
+        "gpuPools.l4.maxWorkers: its models may ask for 9 GPUs and its workers have 8",
+        id="too many on shared GPUs",
+    ),
+    pytest.param(
+        models(parallelism={"tensor": 2}, gpuSharing={"replicasPerGpu": 2}),
+        "models.one: gpuSharing.replicasPerGpu: a replica over 2 GPUs shares none of them",
+        id="shares several GPUs",
+    ),
+    pytest.param(
         cluster(models={"one": model(), "two": model()}), "models.two: models.one answers to 'org/one' too", id="one id"
     ),
     pytest.param(

@@ -120,12 +120,14 @@ def values(draw: st.DrawFn) -> Object:
         args = draw(ARGS)
         if draw(st.booleans()):
             parallelism = optional(tensor=st.integers(1, 4), pipeline=st.integers(1, 3))
+            sharing = {"gpuSharing": optional(replicasPerGpu=st.integers(1, 8))}
+            spread = st.fixed_dictionaries({"parallelism": parallelism})
             models[name] = {
                 **shared,
                 "engine": {"args": args},
                 "source": "hf://org/name",
                 "pool": "big",
-                "parallelism": draw(parallelism),
+                **draw(spread | st.fixed_dictionaries(sharing)),
             }
         else:
             models[name] = {**shared, "engine": {"kind": "simulated", "args": args}}

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from tera.engine.base import Engine
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
+from tera.engine.turns import Sleeper
 from tera.engine.vllm import VllmEngine
 from tera.generation import Generation, Sampling, TokenDelta
 from tera.local.demo_model import ensure_demo_model
@@ -106,8 +107,8 @@ async def simulated_engine() -> AsyncGenerator[SimulatedEngine]:
         pytest.param("vllm_engine", id="vllm", marks=VLLM_MARKS),
     ]
 )
-def engine(request: pytest.FixtureRequest) -> Engine:
-    found: Engine = request.getfixturevalue(request.param)
+def engine(request: pytest.FixtureRequest) -> Sleeper:
+    found: Sleeper = request.getfixturevalue(request.param)
     return found
 
 

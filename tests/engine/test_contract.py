@@ -6,6 +6,7 @@ from contextlib import aclosing
 import pytest
 from tests.engine.conftest import Asker, until
 
+from tera.engine.turns import Sleeper
 from tera.errors import ContextLengthError, InvalidRequestError
 from tera.generation import FinishReason, Sampling
 
@@ -186,3 +187,42 @@ async def test_healthy_when_idle_and_when_busy(asker: Asker) -> None:
     async with aclosing(stream):
         await anext(stream)
         await asker.engine.check_health()
+
+
+async def test_sleep_stops_what_runs_and_waking_goes_on_with_it(
+    asker: Asker, engine: Sleeper
+) -> None:
+    long = Sampling(max_tokens=300, temperature=0, ignore_eos=True)
+    undisturbed = await asker.tokens(PROMPT, long)
+    token_ids: list[int] = []
+    stream = engine.generate(asker.generation(PROMPT, long))
+
+    async def read() -> None:
+        async with aclosing(stream):
+            async for delta in stream:
+                token_ids.extend(delta.token_ids)
+
+    token_ids += (await anext(stream)).token_ids
+    await engine.sleep()
+    running = asyncio.create_task(read())
+    come_late = asyncio.create_task(asker.tokens(PROMPT, GREEDY))
+    await engine.check_health()
+    done, _ = await asyncio.wait([running, come_late], timeout=0.2)
+    assert not done
+    assert len(token_ids) < 300
+    await engine.wake()
+    await running
+    assert token_ids == undisturbed
+    assert await come_late == undisturbed[:24]
+
+
+async def test_whoever_leaves_an_engine_that_sleeps_is_forgotten(
+    asker: Asker, engine: Sleeper
+) -> None:
+    stream = engine.generate(asker.generation(PROMPT, GREEDY))
+    await anext(stream)
+    await engine.sleep()
+    await stream.aclose()
+    await engine.wake()
+    await until(lambda: engine.load().running == 0 and engine.load().waiting == 0)
+    assert len(await asker.tokens(PROMPT, GREEDY)) == 24

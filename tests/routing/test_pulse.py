@@ -34,6 +34,15 @@ def test_an_engine_has_the_whole_limit_from_when_the_connection_is_made() -> Non
     assert not pulse.is_stalled(100.0 + STALL_S)
 
 
+def test_an_engine_that_waits_for_its_turn_is_not_stalled() -> None:
+    pulse = beating(0.0)
+    for second in range(1, 100):
+        pulse.heard(second)
+        pulse.read(StepFrame(ReplicaLoad(2, 0, 0.5, asleep=True), []), second)
+        assert not pulse.is_stalled(second)
+    assert pulse.is_stalled(99.1 + STALL_S)
+
+
 def test_time_in_which_the_gateway_could_not_listen_is_excused() -> None:
     pulse = beating(0.0)
     pulse.excuse(100.0)

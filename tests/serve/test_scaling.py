@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from benchmarks.streams import Answer, StreamClient
 from tests.serve.conftest import Platform, until
@@ -34,6 +36,14 @@ models:
     engine: {{kind: simulated, args: {{profile: {{startup_s: 4}}}}}}
     replicas: {{min: 0, max: 4}}
     scaling: {{targetOngoingRequests: {2 * WAITING}, upscaleDelaySeconds: 0}}
+  one-of-two:
+    id: sim/one-of-two
+    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.01}}}}}}
+    gpuSharing: &sharing {{replicasPerGpu: 2, turnSeconds: 0.5}}
+  two-of-two:
+    id: sim/two-of-two
+    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.01}}}}}}
+    gpuSharing: *sharing
 gateway: {{requests: {{keepAliveSeconds: 1}}}}
 """
 ROLLED = VALUES.replace(
@@ -143,3 +153,25 @@ async def test_b3_fifty_requests_wake_a_model_once_and_are_all_answered(platform
     )
     seen.update(each["replica_id"] for each in platform.replicas("sleeper"))
     assert len(seen) == 1
+
+
+async def test_models_on_one_gpu_take_turns_and_one_that_dies_leaves_its_turn(
+    platform: Platform,
+) -> None:
+    names = ("one-of-two", "two-of-two")
+    bodies = [greedy(f"sim/{name}", number) for number in range(6) for name in names]
+    expected = await undisturbed(platform, bodies, "sim/steady")
+    async with Load(platform, bodies, clients=6) as load:
+
+        def is_asleep(name: str) -> bool:
+            return platform.sample("tera_engine_asleep", model=name) == 1
+
+        for name in names:
+            await asyncio.to_thread(until, partial(is_asleep, name))
+        (pid,) = serving(platform, names[0])
+        await asyncio.to_thread(until, lambda: not is_asleep(names[0]))
+        psutil.Process(pid).kill()
+        await becomes(platform, names[0], 1)
+        before = len(load.answers)
+        await asyncio.to_thread(until, lambda: len(load.answers) > before + 2 * len(bodies))
+    assert load.changed(expected) == []

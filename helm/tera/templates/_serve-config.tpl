@@ -13,7 +13,7 @@
       "name" (printf "model-%s" $name)
       "import_path" "tera.deploy:build_model"
       "route_prefix" nil
-      "args" (pick $model "source" "engine" "parallelism")
+      "args" (pick $model "source" "engine" "parallelism" "gpuSharing")
       "deployments" (list $deployment)) -}}
 {{- end -}}
 {{- $scaling := dict "targetOngoingRequests" 200 "upscaleDelaySeconds" 10 "downscaleDelaySeconds" 300 "downscaleToZeroDelaySeconds" 1800 -}}
@@ -60,7 +60,7 @@
 {{- else -}}
 {{- $gpus := mul (int .parallelism.tensor) (int .parallelism.pipeline) | int -}}
 {{- if eq $gpus 1 -}}
-{{- toJson (dict "ray_actor_options" (dict "num_cpus" 1 "num_gpus" 1 "resources" $share)) -}}
+{{- toJson (dict "ray_actor_options" (dict "num_cpus" 1 "num_gpus" (divf (div 10000 (int .gpuSharing.replicasPerGpu)) 10000) "resources" $share)) -}}
 {{- else -}}
 {{- $bundle := merge (dict "GPU" 1) $share -}}
 {{- $bundles := list (merge (dict "CPU" 1) $bundle) -}}

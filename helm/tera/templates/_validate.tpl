@@ -36,6 +36,10 @@
   {{- else if and $model.source (not (regexMatch "^(hf|s3|gs|pvc|file|demo)://.+" $model.source)) -}}
     {{- $faults = append $faults (printf "models.%s: source '%s' must begin with one of hf://, s3://, gs://, pvc://, file://, demo://" $name $model.source) -}}
   {{- end -}}
+  {{- $ranks := mul (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
+  {{- if and (gt (int $model.gpuSharing.replicasPerGpu) 1) (gt $ranks 1) -}}
+    {{- $faults = append $faults (printf "models.%s: gpuSharing.replicasPerGpu: a replica over %d GPUs shares none of them; set it to 1, or parallelism.tensor and .pipeline" $name $ranks) -}}
+  {{- end -}}
   {{- $deployed := and $model.enabled (gt (int $model.replicas.max) 0) -}}
   {{- if and $deployed (hasPrefix "demo://" $model.source) -}}
     {{- $faults = append $faults (printf "models.%s.source: demo:// is for one machine" $name) -}}
@@ -56,7 +60,8 @@
       {{- end -}}
     {{- end -}}
     {{- if $model.enabled -}}
-      {{- $wanted := mul (int $model.replicas.max) (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
+      {{- /* In parts of 1/840, which 1 to 8 replicas share without a rest. */ -}}
+      {{- $wanted := div (mul (int $model.replicas.max) $ranks 840) (int $model.gpuSharing.replicasPerGpu) -}}
       {{- $_ := set $gpus $model.pool (add (get $gpus $model.pool | default 0) $wanted) -}}
     {{- end -}}
   {{- end -}}
@@ -85,7 +90,7 @@
       {{- $faults = append $faults (printf "gpuPools.%s.joins: the pool '%s' joins '%s'; name one that joins none" $name $pool.joins (get $pools $pool.joins).joins) -}}
     {{- end -}}
   {{- end -}}
-  {{- $wanted := get $gpus $name | default 0 -}}
+  {{- $wanted := div (add (get $gpus $name | default 0) 839) 840 -}}
   {{- $there := 0 -}}
   {{- range $each := get $holding $name -}}
     {{- $there = add $there (mul (int (get $pools $each).maxWorkers) (int (get $pools $each).gpusPerWorker)) -}}

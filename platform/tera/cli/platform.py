@@ -11,7 +11,7 @@ from tera.cli.console import Json, out, print_json, reported
 from tera.config import Runtime, ServeOptions, default_values_file, load_platform
 from tera.local.state import LocalSecrets, LocalState
 
-_REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting", "draining")
+_REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting", "asleep", "draining")
 
 
 def serve(
@@ -49,7 +49,7 @@ def status(as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    table = Table("model", "status", "replica", "pid", "running", "waiting", "draining")
+    table = Table("model", "status", "replica", *_REPLICA_COLUMNS[1:])
     for model in found["models"]:
         status = f"{model['status']}, {model['running']} of {model['wanted']}"
         if model["starting"]:

@@ -69,6 +69,7 @@ class EngineReplica:
             "running": load.running,
             "waiting": load.waiting,
             "kv_usage_ratio": load.kv_usage_ratio,
+            "asleep": load.asleep,
         }
 
     async def metrics(self) -> tuple[str, str]:

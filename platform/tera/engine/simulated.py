@@ -353,6 +353,10 @@ class SimulatedEngine:
         self._held_tokens = 0
         self._progress_at = clock()
         self._work = asyncio.Event()
+        self._gpu = asyncio.Lock()
+        """Held by a step, and while the engine sleeps."""
+        self._asleep = False
+        self._woken_at = clock()
         self._closed = False
         self._steps = asyncio.create_task(self._run())
         self._steps.add_done_callback(self._fail_open)
@@ -433,9 +437,21 @@ class SimulatedEngine:
         """Return if the engine can make progress; see `Engine.check_health`."""
         if self._closed or self._steps.done():
             raise ReplicaLostError("The engine has stopped.")
-        busy = self._running or self._waiting
+        busy = (self._running or self._waiting) and not self._asleep
         if busy and self._clock() - self._progress_at > self._stall_s:
             raise EngineStalledError("The engine makes no progress.")
+
+    async def sleep(self) -> None:
+        """Make no more steps and forget the prefix cache; see `Sleeper.sleep`."""
+        await self._gpu.acquire()
+        self._asleep = True
+        self._cache = _PrefixCache(self._profile.kv_tokens)
+
+    async def wake(self) -> None:
+        """Make steps again; see `Sleeper.wake`."""
+        self._asleep = False
+        self._woken_at = self._progress_at = self._clock()
+        self._gpu.release()
 
     async def close(self) -> None:
         """Stop the engine; generations that are open fail."""
@@ -475,20 +491,25 @@ class SimulatedEngine:
                 self._work.clear()
                 await self._work.wait()
                 due = self._clock()
-            # Counting from when the last step was due, not from when its sleep returned,
-            # keeps the rate exact under timers that are late.
-            due += self._admit() + self._profile.decode_step_s + self._slowness()
-            now = self._clock()
-            due = max(due, now)
-            await self._sleep(due - now)
-            await self._meet_faults()
-            self._held_tokens += len(self._running)
-            for slot in list(self._running):
-                slot.grow()
-                if slot.finish_reason is not None:
-                    self._release(slot)
-                slot.wake()
-            self._progress_at = self._clock()
+            async with self._gpu:
+                # Counting from when the last step was due, not from when its sleep returned,
+                # keeps the rate exact under timers that are late.
+                due = max(due, self._woken_at) + self._step_s()
+                now = self._clock()
+                due = max(due, now)
+                await self._sleep(due - now)
+                await self._meet_faults()
+                self._held_tokens += len(self._running)
+                for slot in list(self._running):
+                    slot.grow()
+                    if slot.finish_reason is not None:
+                        self._release(slot)
+                    slot.wake()
+                self._progress_at = self._clock()
+
+    def _step_s(self) -> float:
+        """Begin a step; return the seconds that it takes."""
+        return self._admit() + self._profile.decode_step_s + self._slowness()
 
     def _admit(self) -> float:
         """Move waiting generations into the batch; return the seconds that their prefill takes."""

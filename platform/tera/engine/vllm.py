@@ -8,7 +8,7 @@ import importlib.util
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +47,15 @@ _SET_ELSEWHERE = {
     "model": "source",
     "tensor_parallel_size": "parallelism.tensor",
     "pipeline_parallel_size": "parallelism.pipeline",
+    "enable_sleep_mode": "gpuSharing.replicasPerGpu",
 }
 """vLLM arguments that other parts of a model's configuration decide."""
 
 _SHUTDOWN_S = 20
 """How long vLLM's processes may take to end before they are killed; they take about six."""
+
+_SHARED_GPU_MEMORY_RATIO = 0.85
+"""`gpu_memory_utilization` on a shared GPU, unless said: sleeping engines keep about a GiB each."""
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 _PARAMETER_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
@@ -100,6 +104,7 @@ class VllmEngine:
         self._clock = clock
         self._context_tokens: int = llm.model_config.max_model_len
         self._open = 0
+        self._asleep = False
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -110,6 +115,7 @@ class VllmEngine:
         *,
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
+        sleeps: bool = False,
         stall_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> "VllmEngine":
@@ -120,6 +126,7 @@ class VllmEngine:
             args: a model's `engine.args`, vLLM's `AsyncEngineArgs` by name.
             tensor_parallel: GPUs that share every layer.
             pipeline_parallel: workers that hold consecutive layers.
+            sleeps: whether it can give its GPU's memory back; on a CPU it sleeps and keeps it.
             stall_s: with work and no step for this long, `check_health` raises. The longest
                 step is one prefill of `max_num_batched_tokens`.
             clock: monotonic seconds.
@@ -135,7 +142,7 @@ class VllmEngine:
         figures = _StepFigures(clock)
         try:
             engine_args = _engine_args(
-                args,
+                {**_sleep_args(), **args} if sleeps else args,
                 model=model_path,
                 tensor_parallel_size=tensor_parallel,
                 pipeline_parallel_size=pipeline_parallel,
@@ -209,8 +216,36 @@ class VllmEngine:
             await self._llm.check_health()
         except EngineDeadError as error:
             raise ReplicaLostError("The engine has stopped.") from error
-        if self._open and self._clock() - self._figures.progress_at > self._stall_s:
+        stalled = self._clock() - self._figures.progress_at > self._stall_s
+        if self._open and not self._asleep and stalled:
             raise EngineStalledError("The engine makes no progress.")
+
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory and drop the KV cache; see `Sleeper.sleep`.
+
+        Open generations stay with vLLM, which computes their KV cache anew when it wakes.
+
+        Raises:
+            ReplicaLostError: vLLM failed.
+        """
+        self._asleep = True
+        await self._told(self._llm.sleep(level=1, mode="keep"))
+
+    async def wake(self) -> None:
+        """Bring the weights back; see `Sleeper.wake`.
+
+        Raises:
+            ReplicaLostError: vLLM failed, such as for want of GPU memory.
+        """
+        await self._told(self._llm.wake_up())
+        self._figures.progress_at = self._clock()
+        self._asleep = False
+
+    async def _told(self, order: Awaitable[object]) -> None:
+        try:
+            await order
+        except Exception as error:  # the engine core's own, of any kind
+            raise ReplicaLostError("The engine did not fall asleep or wake up.") from error
 
     async def close(self) -> None:
         """Stop the engine core and its workers; takes some seconds."""
@@ -273,6 +308,14 @@ def _check_args(args: Mapping[str, JsonValue], known: set[str], path: str) -> No
             faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _sleep_args() -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_sleep_mode_available():
+        return {}
+    return {"enable_sleep_mode": True, "gpu_memory_utilization": _SHARED_GPU_MEMORY_RATIO}
 
 
 def _engine_args(args: Mapping[str, Any], **decided: Any) -> "AsyncEngineArgs":

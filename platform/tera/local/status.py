@@ -81,6 +81,7 @@ def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> d
                 "pid": replica.get("pid"),
                 "running": loads.get(replica["replica_id"], {}).get("running"),
                 "waiting": loads.get(replica["replica_id"], {}).get("waiting"),
+                "asleep": loads.get(replica["replica_id"], {}).get("asleep"),
                 "draining": replica["state"] == "STOPPING",
             }
             for replica in replicas

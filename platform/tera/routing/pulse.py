@@ -24,7 +24,7 @@ class Pulse:
         self._heard_at = now
 
     def read(self, frame: StepFrame, now: float) -> None:
-        """Take note of what a frame says: whether the engine has made a step, or has no work."""
+        """Take note of what a frame says: whether the engine has made a step, or can't make one."""
         if not self._beats and not frame.deltas:
             self._beats = True
             self._stepped_at = now
@@ -55,4 +55,4 @@ class Pulse:
 
 
 def _is_idle(load: ReplicaLoad) -> bool:
-    return load.running == 0 and load.waiting == 0
+    return load.asleep or (load.running == 0 and load.waiting == 0)

@@ -13,6 +13,8 @@ FULL_CACHE_RATIO = 0.95
 """KV use from which on the engine preempts what runs to make room."""
 FULL_CACHE_LOAD = 8
 """Generations that a full KV cache counts as."""
+ASLEEP_LOAD = 8
+"""Generations that an engine counts as which waits for its turn on a shared GPU."""
 ASK_AGAIN_S = 0.5
 """After so long a replica that was full, and from which nothing is heard, is tried once more."""
 
@@ -127,7 +129,9 @@ class Switchboard:
         replica.others = max(0, load.running + load.waiting - replica.mine)
         # What waits in an engine waits behind all that runs there: it counts twice.
         full = load.kv_usage_ratio >= FULL_CACHE_RATIO
-        replica.penalty = load.waiting + (FULL_CACHE_LOAD if full else 0)
+        replica.penalty = (
+            load.waiting + (FULL_CACHE_LOAD if full else 0) + (ASLEEP_LOAD if load.asleep else 0)
+        )
         if replica.load != before:
             self._post(replica_id, replica)
             if replica.load < before:
