@@ -6,9 +6,12 @@ import csv
 import json
 import os
 import pty
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -21,7 +24,8 @@ from tests.tenancy.test_usage import append, record
 from typer.testing import CliRunner
 
 from tera.cli import app
-from tera.config import parse_platform
+from tera.cli.console import out
+from tera.config import PlatformConfig, parse_platform
 from tera.local.state import LocalSecrets, LocalState
 from tera.tenancy.redis import connect
 from tera.tenancy.usage import UsageRecord
@@ -46,10 +50,23 @@ def redis(server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERA_REDIS_URL", server.url)
     monkeypatch.setenv("TERA_KEY_PEPPER", "test-pepper")
     monkeypatch.setenv("TERA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(out, "width", 200)
     with Redis.from_url(server.url) as client:
         client.flushall()
         yield client
+
+
+def state_of(home: Path, redis_url: str, platform: PlatformConfig) -> LocalState:
+    """Return what this process would leave if it were a platform."""
+    return LocalState(
+        pid=os.getpid(),
+        base_url="http://127.0.0.1:1",
+        ray_address="",
+        status_socket=home / "status.sock",
+        redis_url=redis_url,
+        redis_pid=None,
+        platform=platform,
+    )
 
 
 def tera(*arguments: str, code: int = 0) -> Result:
@@ -106,7 +123,7 @@ class TestKeys:
     def test_a_table_on_a_narrow_terminal_has_whole_ids(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(out, "width", 80)
         made = answer("keys", "create", "--tenant", "acme")
         assert made["key_id"] in tera("keys", "list").stdout
 
@@ -257,17 +274,34 @@ gateway:
         home = tmp_path / "home"
         home.mkdir()
         LocalSecrets.of(home)
-        LocalState(
-            pid=os.getpid(),
-            base_url="http://127.0.0.1:1",
-            ray_address="",
-            redis_url=server.url,
-            redis_pid=None,
-            platform=parse_platform({"gateway": {"limits": {"default": {"requestsPerMinute": 7}}}}),
-        ).write(home)
+        platform = parse_platform({"gateway": {"limits": {"default": {"requestsPerMinute": 7}}}})
+        state_of(home, server.url, platform).write(home)
         monkeypatch.delenv("TERA_KEY_PEPPER")
         monkeypatch.delenv("TERA_REDIS_URL")
         assert answer("tenants", "show", "acme")["effective"] == {"requestsPerMinute": 7}
+
+
+class TestStatus:
+    @pytest.mark.parametrize("told", [None, b"", b'{"models": ['], ids=["no", "empty", "half"])
+    def test_a_platform_that_does_not_answer_is_said_in_one_line(
+        self, tmp_path: Path, server: RedisServer, told: bytes | None
+    ) -> None:
+        home = tmp_path / "home"
+        home.mkdir()
+        state_of(home, server.url, PlatformConfig()).write(home)
+        with ExitStack() as stack:
+            if told is not None:
+                listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listening.bind(str(home / "status.sock"))
+                listening.listen()
+
+                def tell() -> None:
+                    with listening.accept()[0] as asking:
+                        asking.sendall(told)
+
+                stack.enter_context(ThreadPoolExecutor()).submit(tell)
+            failed = tera("status", code=2)
+        assert failed.stderr == "error: The platform at http://127.0.0.1:1 does not answer.\n"
 
 
 class TestUsage:

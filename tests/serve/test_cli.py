@@ -57,8 +57,15 @@ def test_status_names_living_processes(simulated: Platform) -> None:
     assert counts == [(2, 2, 0), (1, 1, 0)]
     replicas = [replica for model in status["models"] for replica in model["replicas"]]
     for replica in replicas:
-        assert replica.keys() == {"replica_id", "pid", "running", "waiting", "draining"}
-        assert replica["draining"] is False
+        assert replica.keys() == {
+            "replica_id",
+            "pid",
+            "running",
+            "waiting",
+            "asleep",
+            "draining",
+        }
+        assert replica["asleep"] is replica["draining"] is False
     assert all(replica.keys() == {"replica_id", "pid"} for replica in status["gateway"])
     assert status["redis"].keys() == {"address", "pid", "state"}
     assert status["redis"]["state"] == "ok"

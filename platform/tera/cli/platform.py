@@ -2,16 +2,16 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from tera.cli.console import Json, out, print_json, reported
 from tera.config import Runtime, ServeOptions, default_values_file, load_platform
-from tera.local.state import LocalSecrets, LocalState
+from tera.local.state import LocalState
 
-_REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting", "asleep", "draining")
+_REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting")
 
 
 def serve(
@@ -44,12 +44,11 @@ def status(as_json: Json = False) -> None:
     from tera.local.status import read_status
 
     with reported():
-        home = Runtime.from_environment().home
-        found = read_status(LocalState.read(home), LocalSecrets.of(home))
+        found = read_status(LocalState.read(Runtime.from_environment().home))
     if as_json:
         print_json(found)
         return
-    table = Table("model", "status", "replica", *_REPLICA_COLUMNS[1:])
+    table = Table("model", "status", "replica", "pid", "running", "waiting", "state")
     for model in found["models"]:
         status = f"{model['status']}, {model['running']} of {model['wanted']}"
         if model["starting"]:
@@ -59,9 +58,20 @@ def status(as_json: Json = False) -> None:
                 model["id"],
                 status,
                 *(str(replica.get(name, "–")) for name in _REPLICA_COLUMNS),
+                _state(replica),
             )
     for replica in found["gateway"]:
         table.add_row("(gateway)", "ready", replica["replica_id"], str(replica["pid"]))
     out.print(table)
     redis = found["redis"]
     out.print(f"redis {redis['state']} at {redis['address']}")
+
+
+def _state(replica: dict[str, Any]) -> str:
+    if not replica:
+        return "–"
+    if replica["draining"]:
+        return "draining"
+    if replica["running"] is None:
+        return "silent"  # starting, or it does not answer
+    return "asleep" if replica["asleep"] else "awake"

@@ -48,6 +48,11 @@ class LocalCluster:
         """Of ports, for as long as processes of ours may listen on them."""
         self._not_ours = set(psutil.Process().children(recursive=True))
 
+    @property
+    def status_socket(self) -> Path:
+        """Where the status of the platform may be told."""
+        return self._scratch / "status.sock"
+
     def start(self) -> None:
         """Start Ray; blocks for seconds."""
         set_environment(_serve_environment(self._scratch, self.host, self._claims))

@@ -22,6 +22,7 @@ from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
 from tera.local.redis_server import EmbeddedRedis
 from tera.local.state import LocalSecrets, LocalState, write_private
+from tera.local.status import telling_status
 from tera.manifest import serve_config
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.redis import connect
@@ -139,6 +140,7 @@ async def running(
             pid=os.getpid(),
             base_url=base_url,
             ray_address=cluster.ray_address,
+            status_socket=cluster.status_socket,
             redis_url=redis_url,
             redis_pid=redis_pid,
             platform=platform,
@@ -149,6 +151,7 @@ async def running(
         with stage(console, "Engines and gateway"):
             config = serve_config(platform, host=host, port=port)
             await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
+            await stack.enter_async_context(telling_status(state))
             await until_up(config, console)
             await _until_ready(host, port)
 

@@ -15,6 +15,8 @@ class LocalState(Section):
     pid: int
     base_url: str
     ray_address: str
+    status_socket: Path
+    """Where `tera serve` tells what it is doing."""
     redis_url: str
     redis_pid: int | None
     """None with a Redis that is not ours."""

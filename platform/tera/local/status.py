@@ -1,39 +1,85 @@
-"""What a running platform is doing, read from Ray Serve and its replicas."""
+"""What a running platform is doing: `tera serve` tells it over a socket to whoever asks.
 
-from contextlib import suppress
+It is connected to Ray anyway; a command of its own would need a second of CPU to be.
+"""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tera.local.cluster import attached
-from tera.local.state import LocalSecrets, LocalState
+from tera.errors import ConfigError
+from tera.local.state import LocalState
 from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT
 
+STATUS_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 3.0
 STARTING = {"STARTING", "RECOVERING"}
 """States of a replica that is not ready yet."""
 
 
-def read_status(state: LocalState, secrets: LocalSecrets) -> dict[str, Any]:
+def read_status(state: LocalState) -> dict[str, Any]:
     """Return the models with their replicas, the gateway's replicas and Redis.
 
     Raises:
-        ConfigError: Ray does not answer.
+        ConfigError: the platform does not answer.
     """
-    with attached(state, secrets) as client:
-        applications = client.get_serve_details()["applications"]
-        gateway = applications.get(GATEWAY_APPLICATION, {})
-        catalog = _catalog(gateway)
-        return {
-            "models": [_model(name, values, applications) for name, values in catalog.items()],
-            "gateway": [
-                {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
-                for replica in _replicas(gateway, GATEWAY_DEPLOYMENT)
-            ],
-            "redis": _redis(state),
-        }
+    try:
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.settimeout(STATUS_TIMEOUT_S)
+            asking.connect(str(state.status_socket))
+            with asking.makefile("rb") as answer:
+                found: dict[str, Any] = json.load(answer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
+    return found
+
+
+@asynccontextmanager
+async def telling_status(state: LocalState) -> AsyncGenerator[None]:
+    """Answer `read_status` for as long as the block runs; this process is connected to Ray."""
+    turn = asyncio.Lock()
+
+    async def tell(_: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+        # Whatever fails, who asks gets no answer and the platform goes on.
+        with suppress(Exception):
+            async with turn:
+                found = await _status(state)
+            answer.write(json.dumps(found).encode())
+            await answer.drain()
+        answer.close()
+
+    server = await asyncio.start_unix_server(tell, state.status_socket)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+async def _status(state: LocalState) -> dict[str, Any]:
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    applications = (await asyncio.to_thread(client.get_serve_details))["applications"]
+    gateway = applications.get(GATEWAY_APPLICATION, {})
+    catalog = _catalog(gateway)
+    return {
+        "models": await asyncio.gather(
+            *(_model(name, values, applications) for name, values in catalog.items())
+        ),
+        "gateway": [
+            {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
+            for replica in _replicas(gateway, GATEWAY_DEPLOYMENT)
+        ],
+        "redis": await asyncio.to_thread(_redis, state),
+    }
 
 
 def _catalog(gateway: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +100,7 @@ def _deployment(application: dict[str, Any], deployment: str) -> dict[str, Any]:
     return found
 
 
-def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> dict[str, Any]:
+async def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> dict[str, Any]:
     application_name = f"model-{name}"
     application = applications.get(application_name, {})
     replicas = _replicas(application, ENGINE_DEPLOYMENT)
@@ -67,7 +113,7 @@ def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> d
         status = "scaled_to_zero"
     else:
         status = "starting"
-    loads = _loads(application_name) if running else {}
+    loads = await _loads(application_name) if running else {}
     return {
         "name": name,
         "id": values["id"],
@@ -89,14 +135,14 @@ def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> d
     }
 
 
-def _loads(application: str) -> dict[str, dict[str, Any]]:
+async def _loads(application: str) -> dict[str, dict[str, Any]]:
     """Return what each replica says of itself; one that does not answer is left out."""
     from ray import serve
 
     handle: Any = serve.get_deployment_handle(ENGINE_DEPLOYMENT, application)
     # Whatever Ray raises, the table shows what there is.
     with suppress(Exception):
-        answers = handle.broadcast("status").results(
+        answers = await handle.broadcast("status").results_async(
             timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True
         )
         return {answer["replica_id"]: answer for answer in answers if isinstance(answer, dict)}
