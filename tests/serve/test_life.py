@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.serve.conftest import SIMULATED_VALUES, Platform, listens, tera, until
 
@@ -11,11 +12,21 @@ pytestmark = pytest.mark.slow
 ONE_MODEL = "models: {one: {id: sim/one, engine: {kind: simulated}}}\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_that_was_started(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "is_frozen"),
+    [
+        pytest.param(signal.SIGINT, False, id="SIGINT"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM, with a frozen engine"),
+    ],
+)
+def test_a_signal_stops_all_that_was_started(
+    tmp_path: Path, number: signal.Signals, is_frozen: bool
+) -> None:
     platform = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
     family = platform.descendants()
     assert family
+    if is_frozen:
+        psutil.Process(platform.replicas("one")[0]["pid"]).suspend()
     platform.process.send_signal(number)
     assert platform.process.wait(20) == 0
     until(lambda: not any(process.is_running() for process in family))

@@ -27,16 +27,25 @@ def serve(
     host: Annotated[str | None, typer.Option(help="127.0.0.1, or TERA_HOST.")] = None,
 ) -> None:
     """Run a platform on this machine, in the foreground."""
+    from tera.local.cluster import end_if_abandoned
     from tera.local.console import StageConsole
     from tera.local.serve import serve as run
 
-    with reported():
-        options = ServeOptions.from_environment()
-        platform = load_platform(*(file or [default_values_file()]))
-        home = Runtime.from_environment().home
-        asyncio.run(
-            run(platform, home, host or options.host, port or options.port, StageConsole(out))
-        )
+    code = 1
+    try:
+        with reported():
+            options = ServeOptions.from_environment()
+            platform = load_platform(*(file or [default_values_file()]))
+            home = Runtime.from_environment().home
+            asyncio.run(
+                run(platform, home, host or options.host, port or options.port, StageConsole(out))
+            )
+        code = 0
+    except typer.Exit as end:
+        code = end.exit_code
+        raise
+    finally:
+        end_if_abandoned(code)
 
 
 def status(as_json: Json = False) -> None:

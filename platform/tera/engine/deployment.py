@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 from ray import serve
@@ -59,18 +57,6 @@ class EngineReplica:
             raise InvalidRequestError("The dispatched generation cannot be read.") from error
         link = await self._sender.link(generation.reply_to)
         return encode(await self._runs.run(generation, link))
-
-    async def status(self) -> dict[str, Any]:
-        """Return this replica's id, process id and load, for `tera status`."""
-        load = self._engine.load()
-        return {
-            "replica_id": self._replica_id,
-            "pid": os.getpid(),
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_usage_ratio": load.kv_usage_ratio,
-            "asleep": load.asleep,
-        }
 
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's id and its metrics, the engine's own beside them, as text."""

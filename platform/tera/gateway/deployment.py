@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
@@ -192,10 +191,6 @@ class GatewayReplica:
         metrics.usage_unsettled.set(self._admissions.unsettled)
         metrics.usage_given_up.set(self._admissions.given_up)
         return self._replica_id, metrics.exposition()
-
-    async def status(self) -> dict[str, Any]:
-        """Return this replica's id and process id, for `tera status`."""
-        return {"replica_id": self._replica_id, "pid": os.getpid()}
 
     async def __del__(self) -> None:
         """Let go of Redis and the token channel once the replica has drained."""

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import fcntl
 import logging
+import os
 import random
 import shutil
 import socket
@@ -28,10 +29,14 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 REPLICA_PORTS = 100
 PORTS, HTTP_PORTS, GRPC_PORTS = range(10_000, 20_000), range(20_000, 26_000), range(26_000, 32_000)
 """Below those that the kernel gives to outgoing connections, which might take one in between."""
-STOP_DEADLINE_S = 8.0
+STOP_DEADLINE_S = 12.0
+"""Two engines with a model need ten on two cores; `KILL_GRACE_S` comes on top, twice."""
 KILL_GRACE_S = 3.0
 LONGEST_STREAM_S = 3600
 """Above any `gateway.requests.deadlineSeconds` that is of use."""
+
+_abandoned = threading.Event()
+"""Ray did not end when it was to, and a thread of this process is still in its core."""
 
 
 class LocalCluster:
@@ -100,6 +105,7 @@ class LocalCluster:
                 process.kill()
         await asyncio.to_thread(psutil.wait_procs, alive, KILL_GRACE_S)
         if shutting_down.is_alive():
+            _abandoned.set()
             _forget_exit_hook()
         self._claims.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -115,6 +121,18 @@ def _shut_down() -> None:
             _stop_listening()
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def end_if_abandoned(code: int) -> None:
+    """End this process at once, with an exit code, if Ray did not end before.
+
+    As any process ends, Ray's core would be taken down under the thread that is in it: a
+    segmentation fault.
+    """
+    if _abandoned.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _quieten_serve() -> None:

@@ -8,9 +8,11 @@ import json
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -20,6 +22,11 @@ from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOY
 
 STATUS_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 3.0
+_LOAD = {
+    "running": "tera_engine_running",
+    "waiting": "tera_engine_waiting",
+    "asleep": "tera_engine_asleep",
+}
 STARTING = {"STARTING", "RECOVERING"}
 """States of a replica that is not ready yet."""
 
@@ -50,7 +57,7 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
         # Whatever fails, who asks gets no answer and the platform goes on.
         with suppress(Exception):
             async with turn:
-                found = await _status(state)
+                found = await asyncio.to_thread(_status, state)
             answer.write(json.dumps(found).encode())
             await answer.drain()
         answer.close()
@@ -62,23 +69,23 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
         server.close()
 
 
-async def _status(state: LocalState) -> dict[str, Any]:
+def _status(state: LocalState) -> dict[str, Any]:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     assert client is not None
-    applications = (await asyncio.to_thread(client.get_serve_details))["applications"]
+    applications = client.get_serve_details()["applications"]
     gateway = applications.get(GATEWAY_APPLICATION, {})
-    catalog = _catalog(gateway)
+    loads = _loads(state.base_url)
     return {
-        "models": await asyncio.gather(
-            *(_model(name, values, applications) for name, values in catalog.items())
-        ),
+        "models": [
+            _model(name, values, applications, loads) for name, values in _catalog(gateway).items()
+        ],
         "gateway": [
             {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
             for replica in _replicas(gateway, GATEWAY_DEPLOYMENT)
         ],
-        "redis": await asyncio.to_thread(_redis, state),
+        "redis": _redis(state),
     }
 
 
@@ -100,7 +107,12 @@ def _deployment(application: dict[str, Any], deployment: str) -> dict[str, Any]:
     return found
 
 
-async def _model(name: str, values: dict[str, Any], applications: dict[str, Any]) -> dict[str, Any]:
+def _model(
+    name: str,
+    values: dict[str, Any],
+    applications: dict[str, Any],
+    loads: dict[str, dict[str, int]],
+) -> dict[str, Any]:
     application_name = f"model-{name}"
     application = applications.get(application_name, {})
     replicas = _replicas(application, ENGINE_DEPLOYMENT)
@@ -113,7 +125,6 @@ async def _model(name: str, values: dict[str, Any], applications: dict[str, Any]
         status = "scaled_to_zero"
     else:
         status = "starting"
-    loads = await _loads(application_name) if running else {}
     return {
         "name": name,
         "id": values["id"],
@@ -125,9 +136,7 @@ async def _model(name: str, values: dict[str, Any], applications: dict[str, Any]
             {
                 "replica_id": replica["replica_id"],
                 "pid": replica.get("pid"),
-                "running": loads.get(replica["replica_id"], {}).get("running"),
-                "waiting": loads.get(replica["replica_id"], {}).get("waiting"),
-                "asleep": loads.get(replica["replica_id"], {}).get("asleep"),
+                **_load(loads.get(replica["replica_id"])),
                 "draining": replica["state"] == "STOPPING",
             }
             for replica in replicas
@@ -135,18 +144,35 @@ async def _model(name: str, values: dict[str, Any], applications: dict[str, Any]
     }
 
 
-async def _loads(application: str) -> dict[str, dict[str, Any]]:
-    """Return what each replica says of itself; one that does not answer is left out."""
-    from ray import serve
+def _load(told: dict[str, int] | None) -> dict[str, Any]:
+    if told is None:
+        return dict.fromkeys(_LOAD)
+    return {name: told[metric] for name, metric in _LOAD.items()} | {
+        "asleep": bool(told[_LOAD["asleep"]])
+    }
 
-    handle: Any = serve.get_deployment_handle(ENGINE_DEPLOYMENT, application)
-    # Whatever Ray raises, the table shows what there is.
-    with suppress(Exception):
-        answers = await handle.broadcast("status").results_async(
-            timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True
-        )
-        return {answer["replica_id"]: answer for answer in answers if isinstance(answer, dict)}
-    return {}
+
+def _loads(base_url: str) -> dict[str, dict[str, int]]:
+    """Return what each engine replica says of itself; one that does not answer is left out.
+
+    From the gateway's metrics: a handle of Serve's in this process would have to be ended before
+    Ray is, and Ray's core does not survive that it is not.
+    """
+    where = urlsplit(base_url)
+    connection = HTTPConnection(where.netloc, timeout=ANSWER_TIMEOUT_S)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    except (OSError, HTTPException):
+        return {}
+    finally:
+        connection.close()
+    ours = "\n".join(line for line in text.splitlines() if line.startswith("tera_engine_"))
+    loads: dict[str, dict[str, int]] = {}
+    for family in text_string_to_metric_families(ours):
+        for sample in family.samples:
+            loads.setdefault(sample.labels["replica"], {})[sample.name] = int(sample.value)
+    return loads
 
 
 def _redis(state: LocalState) -> dict[str, Any]:
