@@ -10,6 +10,8 @@ from typing import Any, Self
 from benchmarks.streams import Answer, StreamClient, ask_all
 from tests.serve.conftest import Platform, until
 
+from tera.engine.simulated_vocabulary import Vocabulary
+
 Body = dict[str, Any]
 
 
@@ -17,6 +19,14 @@ def greedy(model: str, number: int, max_tokens: int = 100) -> Body:
     """Return a request of its own prompt, whose text is always the same."""
     prompt = f"Story number {number} of what happened"
     return {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
+
+
+def endless(model: str, number: int, tokens: int) -> Body:
+    """Return a request whose text has exactly so many tokens."""
+    return {
+        **greedy(model, number, tokens),
+        "logit_bias": {str(Vocabulary.eos_id): -100},
+    }
 
 
 def faults(answers: Sequence[Answer]) -> set[str]:
@@ -74,6 +84,42 @@ class Load:
             for number, answer in self.answers
             if answer.error or answer.choices != expected[number]
         ]
+
+
+class Streams:
+    """Streams that are all under way once its block begins."""
+
+    def __init__(self, platform: Platform, key: str, bodies: list[Body]) -> None:
+        self._platform, self._key, self._bodies = platform, key, bodies
+        self._tasks: list[asyncio.Task[Answer]] = []
+        self.events = 0
+        """Read so far, of all streams."""
+
+    async def __aenter__(self) -> Self:
+        begun = [asyncio.Event() for _ in self._bodies]
+        self._tasks = [
+            asyncio.create_task(self._stream(body, event))
+            for body, event in zip(self._bodies, begun, strict=True)
+        ]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(event.wait() for event in begun))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _stream(self, body: Body, begun: asyncio.Event) -> Answer:
+        def read() -> None:
+            self.events += 1
+            begun.set()
+
+        async with StreamClient(self._platform.port, self._key) as client:
+            return await client.ask(body, on_event=read)
+
+    async def answers(self) -> list[Answer]:
+        async with asyncio.timeout(120):
+            return await asyncio.gather(*self._tasks)
 
 
 def serving(platform: Platform, model: str) -> list[int]:

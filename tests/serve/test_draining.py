@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from benchmarks.streams import Answer, StreamClient, ask_all
+from benchmarks.streams import ask_all
 from openai import AsyncOpenAI
 from tests.serve.conftest import Platform, until
 from tests.serve.load import (
-    Body,
+    Streams,
     apply,
+    endless,
     faults,
     greedy,
     new_key,
@@ -22,10 +23,9 @@ from tests.serve.load import (
     used,
 )
 
-from tera.engine.simulated_vocabulary import Vocabulary
-
 pytestmark = pytest.mark.slow
 
+MODEL = "sim/leaving"
 GATEWAYS = 2
 STEP_S = 0.1
 LONG_TOKENS = 350
@@ -37,7 +37,7 @@ GRACE_S = 2
 VALUES = f"""\
 models:
   leaving:
-    id: sim/leaving
+    id: {MODEL}
     engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}, max_running: 256}}}}}}
     replicas: {{min: 2, max: 2}}
     scaling: {{maxOngoingRequests: 256, downscaleDelaySeconds: 0}}
@@ -66,51 +66,13 @@ def replicas(platform: Platform) -> list[int]:
     return serving(platform, "leaving")
 
 
-def endless(number: int, tokens: int) -> Body:
-    """Return a request whose text has exactly so many tokens."""
-    return {
-        **greedy("sim/leaving", number, tokens),
-        "logit_bias": {str(Vocabulary.eos_id): -100},
-    }
-
-
-class Streams:
-    """Streams that are all under way once its block begins."""
-
-    def __init__(self, platform: Platform, key: str, bodies: list[Body]) -> None:
-        self._platform, self._key, self._bodies = platform, key, bodies
-        self._tasks: list[asyncio.Task[Answer]] = []
-
-    async def __aenter__(self) -> "Streams":
-        begun = [asyncio.Event() for _ in self._bodies]
-        self._tasks = [
-            asyncio.create_task(self._stream(body, event))
-            for body, event in zip(self._bodies, begun, strict=True)
-        ]
-        async with asyncio.timeout(30):
-            await asyncio.gather(*(event.wait() for event in begun))
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-
-    async def _stream(self, body: Body, begun: asyncio.Event) -> Answer:
-        async with StreamClient(self._platform.port, self._key) as client:
-            return await client.ask(body, on_event=begun.set)
-
-    async def answers(self) -> list[Answer]:
-        async with asyncio.timeout(120):
-            return await asyncio.gather(*self._tasks)
-
-
 async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
     platform: Platform, replicas: list[int]
 ) -> None:
     long, short, new = range(8), range(8, 16), range(16, 24)
-    bodies = [endless(number, LONG_TOKENS) for number in long]
-    bodies += [endless(number, SHORT_TOKENS) for number in short]
-    later = [endless(number, 10) for number in new]
+    bodies = [endless(MODEL, number, LONG_TOKENS) for number in long]
+    bodies += [endless(MODEL, number, SHORT_TOKENS) for number in short]
+    later = [endless(MODEL, number, 10) for number in new]
     expected, expected_later = (
         await undisturbed(platform, bodies, "sim/fast"),
         await undisturbed(platform, later, "sim/fast"),
@@ -150,7 +112,7 @@ async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
 async def test_b6_a_terminated_replicas_streams_go_on(
     platform: Platform, replicas: list[int]
 ) -> None:
-    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
+    bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
     expected = await undisturbed(platform, bodies, "sim/fast")
     async with Streams(platform, platform.api_key, bodies) as streams:
         victim = psutil.Process(replicas[0])
@@ -166,7 +128,7 @@ async def test_b6_a_terminated_replicas_streams_go_on(
 async def test_a_gateway_killed_under_load_costs_clients_their_own_retries(
     platform: Platform, replicas: list[int]
 ) -> None:
-    bodies = [endless(number, 40) for number in range(30)]
+    bodies = [endless(MODEL, number, 40) for number in range(30)]
     later = greedy("sim/fast", 30, 20)
     expected = await undisturbed(platform, bodies, "sim/fast")
     [expected_later] = await undisturbed(platform, [later], "sim/fast")
@@ -200,7 +162,7 @@ async def test_a_gateways_death_ends_no_streams_but_its_own(
 ) -> None:
     until(lambda: len(platform.status()["gateway"]) == GATEWAYS, timeout_s=60)
     key = new_key(platform, "bereaved", gateways=GATEWAYS)
-    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
+    bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
     expected = await undisturbed(platform, bodies, "sim/fast")
     victim = platform.status()["gateway"][0]["pid"]
     async with Streams(platform, key, bodies) as streams:
@@ -217,8 +179,8 @@ async def test_a_gateways_death_ends_no_streams_but_its_own(
 async def test_a_replica_dies_while_redis_is_away(platform: Platform, replicas: list[int]) -> None:
     until(lambda: len(platform.status()["gateway"]) == GATEWAYS, timeout_s=60)
     key = new_key(platform, "stranded", "--concurrent-requests", "100", gateways=GATEWAYS)
-    bodies = [endless(number, SHORT_TOKENS) for number in range(20)]
-    later = [endless(number, 10) for number in range(20, 30)]
+    bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
+    later = [endless(MODEL, number, 10) for number in range(20, 30)]
     expected, expected_later = (
         await undisturbed(platform, bodies, "sim/fast"),
         await undisturbed(platform, later, "sim/fast"),
