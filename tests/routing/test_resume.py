@@ -1,8 +1,9 @@
 """Generations that go on at another replica over the token channel, past Serve."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 
 import pytest
 import pytest_asyncio
@@ -53,6 +54,8 @@ class Fleet:
         self.replicas: dict[str, Replica] = {}
         self.called: list[str] = []
         """Who got a call such as Serve's, in order."""
+        self.counted: Counter[str] = Counter()
+        """What Serve is told of that runs without a call, by replica."""
 
     async def add(self, *names: str, connected: bool = True, step_s: float = 0.002) -> None:
         for name in names:
@@ -80,7 +83,17 @@ class Fleet:
             self.switchboard.release(replica.name)
 
     async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
-        return await resume(self.switchboard, self.receiver, generation, inbox, route)
+        return await resume(
+            self.switchboard, self.receiver, generation, inbox, route, self._counted
+        )
+
+    @contextmanager
+    def _counted(self, replica_id: str) -> Iterator[None]:
+        self.counted[replica_id] += 1
+        try:
+            yield
+        finally:
+            self.counted[replica_id] -= 1
 
     def running(self) -> int:
         return sum(replica.engine.load().running for replica in self.replicas.values())
@@ -131,12 +144,17 @@ async def test_b2_a_lost_generation_goes_on_without_a_call(
             ]
             lost.append(victim)
             await fleet.lose(victim)
+        if count in (20, 40):
+            assert +fleet.counted == {
+                name: 1 for name, each in fleet.replicas.items() if each.engine.load().running
+            }
 
     attempts = Attempts()
     assert await read(fleet, attempts, kill) == undisturbed
     assert attempts.replica_switches == len(set(lost)) == 2
     assert len(fleet.called) == 1
     await until(lambda: fleet.running() == 0)
+    await until(lambda: not +fleet.counted)
 
 
 async def test_where_nobody_is_connected_a_call_is_made(fleet: Fleet) -> None:
@@ -172,6 +190,7 @@ async def test_a_client_that_leaves_stops_what_was_resumed_and_frees_its_place(
         await reading
     await until(lambda: fleet.running() == 0)
     await until(lambda: all(each.mine == 0 for each in fleet.switchboard._replicas.values()))
+    assert not +fleet.counted
 
 
 async def test_an_engine_that_fails_what_it_resumed_says_so(fleet: Fleet) -> None:

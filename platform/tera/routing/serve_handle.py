@@ -7,14 +7,15 @@ sending, cancelling, and counting what waits, by which it scales.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve._private import default_impl
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
-from ray.serve._private.router import CurrentLoopRouter
+from ray.serve._private.router import CurrentLoopRouter, RouterMetricsManager
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -40,6 +41,8 @@ class ServeModelHandle:
     def __init__(
         self, deployment: str, application: str, switchboard: Switchboard, receiver: TokenReceiver
     ) -> None:
+        self._counts: RouterMetricsManager
+
         def create_router(
             handle_id: str, deployment_id: DeploymentID, handle_options: Any
         ) -> CurrentLoopRouter:
@@ -51,6 +54,7 @@ class ServeModelHandle:
             # Before Serve's first word on the deployment, with which it would make its own.
             router._asyncio_router._request_router = chooser
             router._asyncio_router._request_router_initialized.set()
+            self._counts = router._asyncio_router._metrics_manager
             return router
 
         self.switchboard = switchboard
@@ -58,11 +62,13 @@ class ServeModelHandle:
         self._handle: DeploymentHandle[object] = DeploymentHandle(
             deployment, application, _create_router=create_router
         )
-        self._generate = self._handle.generate
+        self._generate = self._handle.generate  # makes the router
 
     async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
         """Send a generation over the token channel; see `ModelHandle`."""
-        return await resume(self.switchboard, self._receiver, generation, inbox, route)
+        return await resume(
+            self.switchboard, self._receiver, generation, inbox, route, self._counted
+        )
 
     async def generate(self, generation: bytes, route: Route) -> bytes:
         """Return the replica's answer; see `ModelHandle`."""
@@ -79,6 +85,16 @@ class ServeModelHandle:
         except Exception as error:
             raise translated(error) from error
         return answer
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """Have a generation counted that Serve did not send: it scales by it as by its own."""
+        replica_id = ReplicaID(name, self._handle.deployment_id)
+        self._counts.inc_num_running_requests_for_replica(replica_id)
+        try:
+            yield
+        finally:
+            self._counts.dec_num_running_requests_for_replica(replica_id)
 
 
 class SwitchboardRouter(RequestRouter):
