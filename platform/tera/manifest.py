@@ -26,6 +26,9 @@ SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
 """How often what waits and runs is counted, and over how long it is averaged. With Serve's 10 and
 30 s a burst is over, or has grown, before it is seen for what it is."""
 
+SCALING_POLICY = {"policy_function": "tera.autoscaling.policy:idle_replicas_first"}
+"""Of models. An edit of it would restart them, so no value is part of it."""
+
 POOL_SHARE = 0.001
 """Of a worker's `pool_<name>` resource: keeps a replica on its pool and limits nothing."""
 
@@ -123,7 +126,10 @@ def _model_application(name: str, model: ModelConfig, placement: Placement) -> d
         "deployments": [
             {
                 "name": ENGINE_DEPLOYMENT,
-                "autoscaling_config": _autoscaling(model.replicas, model.scaling),
+                "autoscaling_config": {
+                    **_autoscaling(model.replicas, model.scaling),
+                    "policy": SCALING_POLICY,
+                },
                 "max_ongoing_requests": model.scaling.max_ongoing_requests,
                 **placement(model),
                 **_lifecycle(),

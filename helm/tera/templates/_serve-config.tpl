@@ -4,9 +4,11 @@
 {{- $models := include "tera.deployed" . | fromJson -}}
 {{- $applications := list -}}
 {{- range $name, $model := $models -}}
+{{- $autoscaling := include "tera.autoscaling" (list $model.replicas $model.scaling) | fromJson -}}
+{{- $_ := set $autoscaling "policy" (dict "policy_function" "tera.autoscaling.policy:idle_replicas_first") -}}
 {{- $deployment := dict
       "name" "Engine"
-      "autoscaling_config" (include "tera.autoscaling" (list $model.replicas $model.scaling) | fromJson)
+      "autoscaling_config" $autoscaling
       "max_ongoing_requests" (int $model.scaling.maxOngoingRequests) -}}
 {{- $deployment = merge $deployment (include "tera.placement" $model | fromJson) (include "tera.lifecycle" . | fromJson) -}}
 {{- $applications = append $applications (dict

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve._private import default_impl
@@ -20,6 +21,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from tera.autoscaling.idle_first import GENERATIONS
 from tera.errors import EngineError, ReplicaLostError, TeraError
 from tera.generation import Generation
 from tera.routing.channel import Inbox, TokenReceiver
@@ -60,7 +62,10 @@ class ServeModelHandle:
         self.switchboard = switchboard
         self._receiver = receiver
         self._handle: DeploymentHandle[object] = DeploymentHandle(
-            deployment, application, _create_router=create_router
+            deployment,
+            application,
+            _create_router=create_router,
+            _handle_id=f"{GENERATIONS}{uuid4().hex}",
         )
         self._generate = self._handle.generate  # makes the router
 

@@ -1,0 +1,287 @@
+"""Which replicas go, of Serve's own scheduler and by Serve's own record of what handles report."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve._private.autoscaling_metrics_codec import decode_handle_flat, encode
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.cluster_node_info_cache import DefaultClusterNodeInfoCache
+from ray.serve._private.common import (
+    RUNNING_REQUESTS_KEY,
+    DeploymentHandleSource,
+    DeploymentID,
+    HandleMetricReport,
+    ReplicaID,
+    TimeStampedValue,
+)
+from ray.serve._private.config import DeploymentConfig, ReplicaConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve._private.deployment_scheduler import (
+    DeploymentDownscaleRequest,
+    DeploymentScheduler,
+    SpreadDeploymentSchedulingPolicy,
+)
+from ray.serve.config import AutoscalingConfig
+
+from tera.autoscaling import idle_first
+from tera.autoscaling.idle_first import GENERATIONS, busy_replicas, prefer_idle
+from tera.config import parse_platform
+from tera.manifest import serve_config
+
+ENGINES = DeploymentID("Engine", "model-demo")
+OTHERS = DeploymentID("Engine", "model-other")
+
+
+def replica(name: str, deployment: DeploymentID = ENGINES) -> ReplicaID:
+    return ReplicaID(name, deployment)
+
+
+@given(st.data())
+def test_idle_ones_go_first_and_each_kind_in_its_order(data: st.DataObject) -> None:
+    order = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=30, unique=True))
+    busy = data.draw(st.sets(st.sampled_from([*order, 100])))
+    count = data.draw(st.integers(1, len(order) + 1))
+    chosen = idle_first.idle_first(lambda number: set(order[:number]), count, busy)
+    assert chosen == set(sorted(order, key=busy.__contains__)[:count])
+
+
+def scheduler(kind: type[DeploymentScheduler], **nodes: str) -> DeploymentScheduler:
+    """Return one that has replicas of one letter on nodes, the oldest first."""
+    found = kind(DefaultClusterNodeInfoCache(None), "head", lambda _: None)
+    for deployment in (ENGINES, OTHERS):
+        found.on_deployment_created(deployment, SpreadDeploymentSchedulingPolicy())
+    for age in range(max(map(len, nodes.values()))):
+        for node, names in nodes.items():
+            for name in names[age : age + 1]:
+                found.on_replica_running(replica(name), node)
+    return found
+
+
+def stopped(found: DeploymentScheduler, count: int, **gangs: Any) -> str:
+    taken = found.schedule({}, {ENGINES: DeploymentDownscaleRequest(ENGINES, count, **gangs)})
+    return "".join(sorted(each.unique_id for each in taken[ENGINES]))
+
+
+@pytest.fixture
+def kind() -> type[DeploymentScheduler]:
+    """Serve's, one of its own for each test, so that none changes it for another."""
+    return type("OfThisTest", (DeploymentScheduler,), {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "busy", "count", "expected"),
+    [
+        pytest.param({"head": "abcd"}, "", 2, "cd", id="nobody is busy: the newest"),
+        pytest.param({"head": "abcd"}, "abcd", 2, "cd", id="all are busy: the newest"),
+        pytest.param({"head": "abcd"}, "a", 2, "cd", id="those that would stay are busy"),
+        pytest.param({"head": "abcd"}, "d", 1, "c", id="the newest is busy"),
+        pytest.param({"head": "abcd"}, "bcd", 1, "a", id="the oldest alone is idle"),
+        pytest.param({"head": "abcd"}, "bcd", 3, "acd", id="more go than are idle"),
+        pytest.param({"head": "ab", "far": "cd", "near": "e"}, "", 2, "de", id="by nodes"),
+        pytest.param({"head": "ab", "far": "cd", "near": "e"}, "e", 2, "cd", id="busy on its node"),
+        pytest.param(
+            {"head": "ab", "far": "cd", "near": "e"}, "cde", 1, "b", id="idle on the head"
+        ),
+    ],
+)
+def test_serves_scheduler_takes(
+    kind: type[DeploymentScheduler], nodes: dict[str, str], busy: str, count: int, expected: str
+) -> None:
+    prefer_idle(kind, lambda _: {replica(name) for name in busy})
+    assert stopped(scheduler(kind, **nodes), count) == expected
+
+
+def test_what_has_not_started_goes_before_all_that_run(kind: type[DeploymentScheduler]) -> None:
+    prefer_idle(kind, lambda _: {replica("b")})
+    found = scheduler(kind, head="ab")
+    found._on_replica_launching(replica("c"))
+    assert [stopped(found, count) for count in (1, 2, 3)] == ["c", "ac", "abc"]
+
+
+def test_a_busy_one_that_a_new_controller_does_not_know_yet_stays(
+    kind: type[DeploymentScheduler],
+) -> None:
+    prefer_idle(kind, lambda _: {replica("c")})
+    found = scheduler(kind, head="ab")
+    found.on_replica_recovering(replica("c"))
+    assert stopped(found, 1) == "b"
+
+
+def test_gangs_go_as_serve_says(kind: type[DeploymentScheduler]) -> None:
+    prefer_idle(kind, lambda _: {replica("c"), replica("d")})
+    gangs = {"old": {replica("a"), replica("b")}, "new": {replica("c"), replica("d")}}
+    by_replica = {each: gang for gang, members in gangs.items() for each in members}
+    named = {"gang_id_by_replica": by_replica, "replicas_by_gang_id": gangs, "gang_size": 2}
+    assert stopped(scheduler(kind, head="abcd"), 2, **named) == "cd"
+
+
+@pytest.fixture
+def complaints(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged, which Serve's logger keeps to itself once Serve is set up."""
+    found: list[str] = []
+    log = logging.Logger("tera.test")
+    log.addFilter(lambda record: found.append(record.getMessage()) is None)
+    monkeypatch.setattr(idle_first, "log", log)
+    idle_first._complain.cache_clear()
+    yield found
+    idle_first._complain.cache_clear()
+
+
+def test_serves_choice_stays_where_serve_is_not_as_expected(
+    kind: type[DeploymentScheduler], complaints: list[str]
+) -> None:
+    def broken(_: DeploymentID) -> set[ReplicaID]:
+        raise AttributeError("_handle_store")
+
+    prefer_idle(kind, broken)
+    found = scheduler(kind, head="abcd")
+    assert [stopped(found, 1), stopped(found, 2)] == ["d", "cd"]
+    assert len(complaints) == 1
+
+
+def series(counts: Sequence[float], until_s: float) -> list[TimeStampedValue]:
+    return [
+        TimeStampedValue(until_s - 0.4 * age, count)
+        for age, count in reversed(list(enumerate(reversed(counts))))
+    ]
+
+
+def report(handle: str, now: float, queued: Sequence[float] = (0,), **counts: Any) -> Any:
+    """Return what a handle reports of its counts at replicas, oldest first."""
+    running = {replica(name).to_full_id_str(): series(each, now) for name, each in counts.items()}
+    return HandleMetricReport(
+        deployment_id=ENGINES,
+        handle_id=handle,
+        actor_id="gateway",
+        handle_source=DeploymentHandleSource.REPLICA,
+        queued_requests=series(queued, now),
+        metrics={RUNNING_REQUESTS_KEY: running},
+        timestamp=now,
+    )
+
+
+def told_columns(state: DeploymentAutoscalingState, said: HandleMetricReport) -> None:
+    state.record_columnar_metrics_for_handle(decode_handle_flat(encode(said)))
+
+
+def told_objects(state: DeploymentAutoscalingState, said: HandleMetricReport) -> None:
+    state.record_request_metrics_for_handle(said)
+
+
+@pytest.mark.parametrize("told", [told_columns, told_objects])
+def test_busy_is_what_any_gateway_last_counted(told: Any) -> None:
+    state = DeploymentAutoscalingState(ENGINES)
+    now = time.time()
+    assert busy_replicas(state) == set()
+    told(state, report(f"{GENERATIONS}1", now, a=[0, 1], b=[3, 0], c=[0, 0], d=[]))
+    told(state, report(f"{GENERATIONS}2", now, b=[0, 2], c=[1, 0]))
+    # As each `tera status` does, and leaves behind.
+    told(state, report("status", now, a=[1], b=[1], c=[1], d=[1]))
+    assert busy_replicas(state) == {replica("a"), replica("b")}
+    told(state, report(f"{GENERATIONS}1", now + 1, a=[1, 0], b=[0, 0], c=[0, 4]))
+    assert busy_replicas(state) == {replica("b"), replica("c")}
+
+
+def autoscaled(*, ours: bool) -> DeploymentAutoscalingState:
+    """Return Serve's state of a deployment with our config, with our policy or with Serve's."""
+    model = {
+        "id": "org/demo",
+        "engine": {"kind": "simulated"},
+        "replicas": {"min": 0, "max": 9},
+        "scaling": {
+            "targetOngoingRequests": 2,
+            "upscaleDelaySeconds": 10,
+            "downscaleDelaySeconds": 60,
+            "downscaleToZeroDelaySeconds": 300,
+        },
+    }
+    made = serve_config(parse_platform({"models": {"demo": model}}))
+    config = dict(made["applications"][0]["deployments"][0]["autoscaling_config"])
+    if not ours:
+        del config["policy"]
+    autoscaling = AutoscalingConfig(**config)
+    assert autoscaling.policy.is_default_policy_function() is not ours
+    state = DeploymentAutoscalingState(ENGINES)
+    replica_config = ReplicaConfig.create(lambda: None)
+    deployment = DeploymentConfig(autoscaling_config=autoscaling)
+    state.register(DeploymentInfo(deployment, replica_config, 0, "job"), 0)
+    return state
+
+
+@pytest.fixture
+def _serves_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Serve's own scheduler as no policy has changed it, also afterwards."""
+    own = DeploymentScheduler._get_replicas_to_stop
+    idle_first._watched.cache_clear()
+    monkeypatch.setattr(DeploymentScheduler, "_get_replicas_to_stop", own)
+    yield
+    idle_first._watched.cache_clear()
+
+
+# Replicas that run, what they run and what waits; long enough apart for each delay to pass or not.
+COURSE = [
+    ("", [], 0, 0.0),
+    ("", [], 1, 1.0),
+    ("a", [1], 0, 2.0),
+    ("a", [9], 3, 1.0),
+    ("a", [9], 3, 11.0),
+    ("abc", [2, 2, 1], 0, 1.0),
+    ("abc", [0, 1, 0], 0, 1.0),
+    ("abc", [0, 1, 0], 0, 61.0),
+    ("b", [0], 0, 61.0),
+    ("b", [0], 0, 301.0),
+]
+
+
+@pytest.mark.usefixtures("_serves_own")
+def test_it_scales_as_serves_own_policy_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [autoscaled(ours=ours) for ours in (True, False)]
+    targets = [0, 0]
+    seen = []
+    now = time.time()
+    for names, counts, queued, passed_s in COURSE:
+        now += passed_s
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        running = dict(zip(names, ([count] for count in counts), strict=True))
+        for number, state in enumerate(states):
+            state.update_running_replica_ids([replica(name) for name in names])
+            told_columns(state, report(f"{GENERATIONS}1", now, [queued], **running))
+            targets[number] = state.get_decision_num_replicas(targets[number])
+        seen.append(tuple(targets))
+    assert all(ours == serves for ours, serves in seen)
+    # It went up, down, and to nothing.
+    changes = [after[0] - before[0] for before, after in pairwise(seen)]
+    assert max(changes) > 0 > min(changes)
+    assert seen[-1] == (0, 0) != seen[-2]
+
+
+@pytest.mark.usefixtures("_serves_own")
+def test_naming_the_policy_is_all_that_a_controller_needs(complaints: list[str]) -> None:
+    state = autoscaled(ours=True)
+    found = scheduler(DeploymentScheduler, head="abcd")
+    state.update_running_replica_ids([replica(name) for name in "abcd"])
+    told_columns(state, report(f"{GENERATIONS}1", time.time(), a=[0], b=[0], c=[1], d=[2]))
+    assert stopped(found, 1) == "d"
+    state.get_decision_num_replicas(4)
+    assert [stopped(found, count) for count in (1, 2, 3)] == ["b", "ab", "abd"]
+    # A deployment that is gone is forgotten, and its name means nothing to the next one.
+    del state
+    assert stopped(found, 1) == "d"
+    assert complaints == []
+
+
+@pytest.mark.usefixtures("_serves_own")
+def test_a_context_that_is_not_as_expected_scales_all_the_same(
+    complaints: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = autoscaled(ours=True)
+    state.update_running_replica_ids([replica("a")])
+    monkeypatch.setattr(state, "get_total_num_requests", 2.0)
+    assert [state.get_decision_num_replicas(1) for _ in range(2)] == [1, 1]
+    assert len(complaints) == 1
