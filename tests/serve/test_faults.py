@@ -61,6 +61,16 @@ def test_b2_streams_survive_the_loss_of_their_replica(
     simulated.wait_until_idle("small", replicas=2)
 
 
+def test_a_frozen_replica_hides_none_of_the_others(simulated: Platform) -> None:
+    frozen, other = simulated.replicas("small")
+    os.kill(frozen["pid"], signal.SIGSTOP)
+    try:
+        told = {each["pid"]: each["running"] for each in simulated.replicas("small")}
+    finally:
+        os.kill(frozen["pid"], signal.SIGCONT)
+    assert told == {frozen["pid"]: None, other["pid"]: 0}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_s8_a_hang_up_frees_the_engine(simulated: Platform, stream: bool) -> None:
     # Half a minute of prefill: nobody waits that long, and no token has come.

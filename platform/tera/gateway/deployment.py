@@ -222,8 +222,12 @@ async def _ask_all(deployment: str, application: str) -> list[tuple[str, str]]:
     """Return the metrics of a deployment's replicas; one that does not answer is left out."""
     handle: Any = serve.get_deployment_handle(deployment, application)
     try:
-        answers = await handle.broadcast("metrics").results_async(
-            timeout_s=PEER_TIMEOUT_S, return_exceptions=True
+        async with asyncio.timeout(PEER_TIMEOUT_S):
+            # Not `results_async`: with one replica that does not answer, it has no answer at all.
+            asked = await handle.broadcast("metrics")._fetch_replica_results_async()
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(each.get_async(), PEER_TIMEOUT_S) for each in asked),
+            return_exceptions=True,
         )
     except Exception:  # noqa: BLE001  whatever Ray raises, a scrape shows what there is
         return []

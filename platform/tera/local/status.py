@@ -21,7 +21,8 @@ from tera.local.state import LocalState
 from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT
 
 STATUS_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 5.0
+"""Above what the gateway gives its replicas."""
 _LOAD = {
     "running": "tera_engine_running",
     "waiting": "tera_engine_waiting",
