@@ -181,8 +181,8 @@ def test_busy_is_what_any_gateway_last_counted(told: Any) -> None:
     assert busy_replicas(state) == set()
     told(state, report(f"{GENERATIONS}1", now, a=[0, 1], b=[3, 0], c=[0, 0], d=[]))
     told(state, report(f"{GENERATIONS}2", now, b=[0, 2], c=[1, 0]))
-    # As each `tera status` does, and leaves behind.
-    told(state, report("status", now, a=[1], b=[1], c=[1], d=[1]))
+    # As each scrape of the metrics does, and leaves behind.
+    told(state, report("scrape", now, a=[1], b=[1], c=[1], d=[1]))
     assert busy_replicas(state) == {replica("a"), replica("b")}
     told(state, report(f"{GENERATIONS}1", now + 1, a=[1, 0], b=[0, 0], c=[0, 4]))
     assert busy_replicas(state) == {replica("b"), replica("c")}

@@ -177,6 +177,13 @@ async def test_an_engine_that_closes_in_its_sleep_leaves_the_others_their_turn(g
             assert asleep(first, third) == [True, False]
 
 
+async def test_an_engine_closes_once(gpu: Gpu) -> None:
+    async with gpu.engine() as first, gpu.engine() as second:
+        await first.engine.close()
+        await first.engine.close()
+        assert await second.tokens(PROMPT, SHORT)
+
+
 async def test_whoever_stops_waiting_blocks_nobody(gpu: Gpu) -> None:
     holder, leaves, stays = (Turn(gpu.directory) for _ in range(3))
     await holder.take()

@@ -22,8 +22,8 @@ from ray.serve.config import AutoscalingContext
 log = logging.getLogger(SERVE_LOGGER_NAME)  # whose lines are in the controller's file
 
 GENERATIONS = "generations-"
-"""Begins the ids of handles that carry generations, and no one else's. `tera status` and scrapes
-call all replicas by handles of their own, and for those calls no replica counts as busy."""
+"""Begins the ids of handles that carry generations, and no one else's. A scrape of the metrics
+calls all replicas by handles of its own, and for those calls no replica counts as busy."""
 
 R = TypeVar("R")
 BusyReplicas = Callable[[DeploymentID], Set[ReplicaID]]

@@ -46,6 +46,7 @@ class Turn:
         self._turn = _open(directory / "turn")
         self._next = _open(directory / "next")
         self._taken = False
+        self._closed = False
 
     async def take(self) -> None:
         """Wait in line, then for whoever has the turn to leave it."""
@@ -70,16 +71,20 @@ class Turn:
 
     def leave(self) -> None:
         """Give the turn to whoever is next; harmless without having it."""
-        if self._taken:
+        if self._taken and not self._closed:
             self._taken = False
             os.ftruncate(self._turn, 0)
             _unlock(self._turn)
 
     def close(self) -> None:
-        """Leave the turn and close the files."""
-        self.leave()
-        os.close(self._turn)
-        os.close(self._next)
+        """Close the files; calling it twice is harmless.
+
+        A turn that was not left before is lost as by a death: whoever is next waits for its end.
+        """
+        if not self._closed:
+            self._closed = True
+            os.close(self._turn)
+            os.close(self._next)
 
 
 class TurnTakingEngine:
@@ -158,6 +163,7 @@ class TurnTakingEngine:
             await self._turns
         try:
             await self._engine.close()
+            self._turn.leave()
         finally:
             self._turn.close()
 
