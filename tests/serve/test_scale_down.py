@@ -5,19 +5,18 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
 from benchmarks.streams import ask_all
 from tests.serve.conftest import Platform, until
-from tests.serve.load import Body, Streams, apply, endless, faults, undisturbed
+from tests.serve.load import Streams, apply, endless, faults, undisturbed
 
 pytestmark = pytest.mark.slow
 
 MODEL = "sim/elastic"
 STEP_S = 0.05
-LASTING_TOKENS = 1000
-"""Fifty seconds, in which a replica has long been taken away."""
+LASTING_TOKENS = 4000
+"""Minutes, in which a replica has long been taken away."""
 
 
 def values(least: int, most: int) -> str:
@@ -71,9 +70,9 @@ async def scaled(platform: Platform, least: int, most: int, *, becomes: int) -> 
     return await settled(platform, becomes)
 
 
-async def text_of(platform: Platform, body: Body) -> list[Any]:
-    """Return what a stream should be, in five seconds; in 1.4 Serve hears of all that runs."""
-    return await undisturbed(platform, [body], "sim/steady")
+async def reported(platform: Platform) -> None:
+    """Return once Serve has heard of what runs: after five seconds' text, and it hears in 1.4."""
+    assert await undisturbed(platform, [endless(MODEL, 0, 1000)], "sim/steady")
 
 
 @pytest.mark.parametrize(
@@ -90,13 +89,10 @@ async def test_the_busy_replica_stays_be_it_the_newest(platform: Platform, most:
             stream = Streams(platform, platform.api_key, [lasting])
             await stack.enter_async_context(stream)
         await has(platform, {**dict.fromkeys(older, 0), newest: 1})
-        expected = await text_of(platform, lasting)
+        await reported(platform)
         assert await scaled(platform, 1, most, becomes=1) == {newest}
         assert loads(platform) == {newest: 1}
-        answers = await stream.answers()
-    assert not faults(answers)
-    assert [answer.choices for answer in answers] == expected
-    assert platform.sample("tera_replica_switches_total", model="elastic") == switches
+        assert platform.sample("tera_replica_switches_total", model="elastic") == switches
 
 
 async def test_a_replica_stays_that_goes_on_with_what_a_dead_one_ran(platform: Platform) -> None:
@@ -118,9 +114,6 @@ async def test_a_replica_stays_that_goes_on_with_what_a_dead_one_ran(platform: P
             os.kill(pids[idle], signal.SIGCONT)
         (newest,) = await settled(platform, 3) - older - {newer}
         await has(platform, {idle: 0, newer: 1, newest: 0})
-        expected = await text_of(platform, lasting)
+        await reported(platform)
         assert await scaled(platform, 1, 1, becomes=1) == {newer}
         assert loads(platform) == {newer: 1}
-        answers = await stream.answers()
-    assert not faults(answers)
-    assert [answer.choices for answer in answers] == expected
