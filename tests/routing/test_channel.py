@@ -629,7 +629,7 @@ class TestHeartbeats:
         await frozen.closed()
 
 
-async def test_a_watcher_hears_of_its_replicas_load_when_it_changes(
+async def test_a_watcher_hears_of_its_replicas_load_when_it_changes_and_by_heartbeats(
     receiver: TokenReceiver,
 ) -> None:
     watcher = RecordingWatcher()
@@ -637,14 +637,20 @@ async def test_a_watcher_hears_of_its_replicas_load_when_it_changes(
     busy, idle = ReplicaLoad(running=2, waiting=1), ReplicaLoad()
     replica = await FakeReplica.connect(receiver.address)
     other = await FakeReplica.connect(receiver.address, "other")
-    for load in (busy, busy, idle, busy):
+    for load in (busy, idle, idle, busy):
         await replica.beat(load)
         await other.beat(load)
-    await until(lambda: watcher.heard[-1] == "replica has 3" and len(watcher.heard) == 4)
-    assert watcher.heard[1:] == ["replica has 3", "replica has 0", "replica has 3"]
+    await until(lambda: len(watcher.heard) == 5)
+    heard = ["replica has 3", "replica has 0", "replica has 0", "replica has 3"]
+    assert watcher.heard[1:] == heard
+    for load in (busy, idle):
+        token = TokenDelta(0, [1])
+        receiver.deliver("replica", StepFrame(load, [token]))
+        receiver.deliver("replica", StepFrame(load, [token]))
+    assert watcher.heard[1:] == [*heard, "replica has 0"]
     receiver.watch("replica", None)
     await replica.beat(idle)
     await replica.lose()
     await until(lambda: receiver.loads.keys() == {"other"})
-    assert len(watcher.heard) == 4
+    assert len(watcher.heard) == 6
     await other.close()

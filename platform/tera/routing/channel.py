@@ -40,7 +40,7 @@ class Watcher(Protocol):
     """Who wants to know how a replica is doing."""
 
     def report(self, replica_id: str, load: ReplicaLoad) -> None:
-        """Hear of a replica's load, when it has changed."""
+        """Hear of a replica's load: when it has changed, and with each heartbeat."""
         ...
 
     def trust(self, replica_id: str) -> None:
@@ -294,7 +294,9 @@ class TokenReceiver:
 
     def deliver(self, replica_id: str, frame: StepFrame) -> None:
         """Hand a frame's deltas to their inboxes; those of given-up attempts find none."""
-        if self.loads.get(replica_id) != frame.load:
+        # A heartbeat repeats the load to who may have been told another one meanwhile: Serve tells
+        # of a call that was taken once it has ended, as if it still ran.
+        if self.loads.get(replica_id) != frame.load or not frame.deltas:
             self.loads[replica_id] = frame.load
             watcher = self._watchers.get(replica_id)
             if watcher is not None:
