@@ -71,6 +71,8 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
         for process in family
         if "RAY_SERVE_HAPROXY_SOCKET_PATH" in process.environ()
     }
+    # Serve's own listeners share a port with whoever else has it, and so the connections to it.
+    assert _listening(simulated).isdisjoint(_listening(other))
     with simulated.http() as here, other.http() as there:
         assert [model["id"] for model in there.get("/v1/models").json()["data"]] == ["sim/one"]
         assert len(here.get("/v1/models").json()["data"]) == 2
@@ -87,6 +89,16 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
         answer = here.post("/v1/completions", json=asked)
         assert answer.status_code == 200
     assert all(process.is_running() for process in simulated.descendants())
+
+
+def _listening(platform: Platform) -> set[int]:
+    """Return the ports of all its processes."""
+    return {
+        connection.laddr.port
+        for process in platform.descendants()
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
 
 
 def _bearer(platform: Platform) -> dict[str, str]:

@@ -180,6 +180,10 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+        # Where HAProxy sends what comes while it knows of no replica, such as for a moment when it
+        # is loaded anew. Ray's own number is the same for all, and listeners share it.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         # Whatever changes the gateway's replicas reloads HAProxy, and the process that has the old
