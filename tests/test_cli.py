@@ -24,7 +24,6 @@ from tests.tenancy.test_usage import append, record
 from typer.testing import CliRunner
 
 from tera.cli import app
-from tera.cli.console import out
 from tera.config import PlatformConfig, parse_platform
 from tera.local.state import LocalSecrets, LocalState
 from tera.tenancy.redis import connect
@@ -50,7 +49,7 @@ def redis(server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERA_REDIS_URL", server.url)
     monkeypatch.setenv("TERA_KEY_PEPPER", "test-pepper")
     monkeypatch.setenv("TERA_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(out, "width", 200)
+    monkeypatch.setenv("COLUMNS", "200")
     with Redis.from_url(server.url) as client:
         client.flushall()
         yield client
@@ -123,7 +122,7 @@ class TestKeys:
     def test_a_table_on_a_narrow_terminal_has_whole_ids(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(out, "width", 80)
+        monkeypatch.setenv("COLUMNS", "80")
         made = answer("keys", "create", "--tenant", "acme")
         assert made["key_id"] in tera("keys", "list").stdout
 

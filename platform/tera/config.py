@@ -98,6 +98,11 @@ class GpuSharing(Section):
     """How long a replica with work stays awake while another one waits for its turn."""
 
     @property
+    def is_shared(self) -> bool:
+        """Whether a replica may have company on its GPU."""
+        return self.replicas_per_gpu > 1
+
+    @property
     def gpu_part(self) -> float:
         """Part of a GPU that one replica asks Ray for, in Ray's steps of 1/10,000."""
         return 10_000 // self.replicas_per_gpu / 10_000
@@ -168,7 +173,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shares_whole(self) -> Self:
-        if self.gpu_sharing.replicas_per_gpu > 1 and self._ranks > 1:
+        if self.gpu_sharing.is_shared and self._ranks > 1:
             raise ValueError(
                 f"gpuSharing.replicasPerGpu: a replica over {self._ranks} GPUs shares none of "
                 "them; set it to 1, or parallelism.tensor and .pipeline"

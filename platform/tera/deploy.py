@@ -49,7 +49,7 @@ class EngineStarter:
     async def __call__(self) -> Engine:
         """Return the loaded engine."""
         sharing = self.args.gpu_sharing
-        if sharing.replicas_per_gpu == 1:
+        if not sharing.is_shared:
             return await self._start()
         # Without a GPU, all that share one on this machine do as if it had one.
         gpu = "-".join(map(str, ray.get_gpu_ids())) or "none"
@@ -66,7 +66,7 @@ class EngineStarter:
             {**revision_args(self.args.source), **engine_args(engine.args)},
             tensor_parallel=parallelism.tensor,
             pipeline_parallel=parallelism.pipeline,
-            sleeps=self.args.gpu_sharing.replicas_per_gpu > 1,
+            sleeps=self.args.gpu_sharing.is_shared,
             stall_s=ENGINE_STALL_S,
         )
 

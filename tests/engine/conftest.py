@@ -31,6 +31,14 @@ VLLM_MARKS = [
 ]
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Asker:
     """Asks one engine for generations; token ids below 256 mean something to every engine."""
 

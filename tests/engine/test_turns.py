@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
-from tests.engine.conftest import Asker, until
+from tests.engine.conftest import Asker, Clock, until
 
 from tera.engine import turns
 from tera.engine.base import Engine
@@ -21,14 +21,6 @@ from tera.generation import Sampling
 PROMPT = [504, 575, 282, 260, 314, 325]
 LONG = Sampling(max_tokens=400, temperature=0, ignore_eos=True)
 SHORT = Sampling(max_tokens=5, temperature=0, ignore_eos=True)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Gpu:

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import pytest_asyncio
 from pydantic import JsonValue
-from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, until
+from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, Clock, until
 
 from tera.engine.vllm import VllmEngine, argument_names
 from tera.errors import (
@@ -28,14 +28,6 @@ SCHEMA = {
     "required": ["colour"],
     "additionalProperties": False,
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
