@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from rich.table import Table
 
 from benchmarks.systems import System, tera
-from tera.config import Limits, LimitsConfig, TenantLimits
+from tera.config.limits import Limits, LimitsConfig, TenantLimits
 from tera.local.redis_server import EmbeddedRedis
 from tera.tenancy.admission import Admissions
 from tera.tenancy.keys import ApiKey

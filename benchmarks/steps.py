@@ -13,9 +13,9 @@ from rich.table import Table
 
 from benchmarks.streams import StreamClient
 from benchmarks.systems import System, tera
+from tera.config.names import ENGINE_DEPLOYMENT, application_name
 from tera.local.cluster import attached
 from tera.local.state import LocalSecrets, LocalState
-from tera.manifest import ENGINE_DEPLOYMENT
 
 STREAMS, TARGET = 32, 4
 WANTED = STREAMS // TARGET
@@ -53,7 +53,7 @@ def run(quick: bool) -> tuple[Table, dict[str, object]]:
         with attached(state, secrets) as client:
 
             def replicas(model: str) -> tuple[int, int]:
-                details = client.get_serve_details()["applications"][f"model-{model}"]
+                details = client.get_serve_details()["applications"][application_name(model)]
                 found = details["deployments"][ENGINE_DEPLOYMENT]
                 running = [each for each in found["replicas"] if each["state"] == "RUNNING"]
                 return found["target_num_replicas"], len(running)

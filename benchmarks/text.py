@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.load import Load
 from benchmarks.measure import idle_cpu_ms_per_s, measure_once
 from benchmarks.systems import System, tera
-from tera.config import Runtime, set_environment
+from tera.config.environment import Runtime, set_environment
 from tera.contract.chat import ChatRequest
 from tera.contract.common import parse_json_object, parse_request
 from tera.contract.completions import CompletionRequest

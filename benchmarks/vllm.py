@@ -11,7 +11,8 @@ from rich.table import Table
 from benchmarks.load import Load
 from benchmarks.measure import Measurement, measure, measure_once, median, paused
 from benchmarks.systems import System, tera, vllm_server
-from tera.config import Runtime, default_values_file, load_platform
+from tera.config.environment import Runtime
+from tera.config.values_file import default_values_file, load_platform
 from tera.local.demo_model import ensure_demo_model
 
 TOKENS = 48

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from helm_python import Chart
 
-from tera.config import deep_merge
+from tera.config.merge import deep_merge
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm/tera"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tera.config import TenantLimits
+from tera.config.limits import TenantLimits
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress, Scope, scopes_of
 from tera.tenancy.local_limits import LocalLimiter

@@ -24,7 +24,7 @@ from tests.tenancy.test_usage import append, record
 from typer.testing import CliRunner
 
 from tera.cli import app
-from tera.config import PlatformConfig, parse_platform
+from tera.config.platform import PlatformConfig
 from tera.local.state import LocalSecrets, LocalState
 from tera.tenancy.redis import connect
 from tera.tenancy.usage import UsageRecord
@@ -273,7 +273,9 @@ gateway:
         home = tmp_path / "home"
         home.mkdir()
         LocalSecrets.of(home)
-        platform = parse_platform({"gateway": {"limits": {"default": {"requestsPerMinute": 7}}}})
+        platform = PlatformConfig.parse(
+            {"gateway": {"limits": {"default": {"requestsPerMinute": 7}}}}
+        )
         state_of(home, server.url, platform).write(home)
         monkeypatch.delenv("TERA_KEY_PEPPER")
         monkeypatch.delenv("TERA_REDIS_URL")

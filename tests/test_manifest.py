@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tera import manifest
-from tera.config import default_values_file, load_platform, parse_platform
+from tera.config.platform import PlatformConfig
+from tera.config.values_file import default_values_file, load_platform
 from tera.errors import ConfigError
 from tera.manifest import cluster_serve_config, serve_config, values_schema
 
@@ -25,7 +25,7 @@ def values(**model: Any) -> dict[str, Any]:
 
 
 def applications(platform: dict[str, Any]) -> dict[str, Any]:
-    config = serve_config(parse_platform(platform))
+    config = serve_config(PlatformConfig.parse(platform))
     return {application["name"]: application for application in config["applications"]}
 
 
@@ -100,7 +100,7 @@ def test_edit_of_what_an_engine_is_made_of_reloads_that_model_alone(edit: dict[s
 
 
 def test_serve_listens_where_it_is_told() -> None:
-    config = serve_config(parse_platform({}), host="127.0.0.1", port=8123)
+    config = serve_config(PlatformConfig.parse({}), host="127.0.0.1", port=8123)
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8123}
 
 
@@ -108,7 +108,7 @@ def on_cluster(**model: Any) -> dict[str, Any]:
     """Return the deployment of one vLLM model with a pool, on a cluster."""
     one = {"id": "org/one", "source": "hf://org/one", "pool": "l4", **model}
     pools = {"l4": {"order": 1, "gpusPerWorker": 4}}
-    config = cluster_serve_config(parse_platform({"models": {"one": one}, "gpuPools": pools}))
+    config = cluster_serve_config(PlatformConfig.parse({"models": {"one": one}, "gpuPools": pools}))
     deployment: dict[str, Any] = config["applications"][0]["deployments"][0]
     return deployment
 
@@ -151,7 +151,7 @@ class TestCluster:
         assert deployment["ray_actor_options"] == {"num_cpus": 1}
 
     def test_gateways_and_models_without_a_pool_share_the_group_without_gpus(self) -> None:
-        config = cluster_serve_config(parse_platform(values()))
+        config = cluster_serve_config(PlatformConfig.parse(values()))
         for application in config["applications"]:
             (deployment,) = application["deployments"]
             assert deployment["ray_actor_options"] == {
@@ -161,7 +161,7 @@ class TestCluster:
 
     def test_one_machine_knows_no_pool(self) -> None:
         pools = {"l4": {"order": 1}}
-        config = serve_config(parse_platform({**values(pool="l4"), "gpuPools": pools}))
+        config = serve_config(PlatformConfig.parse({**values(pool="l4"), "gpuPools": pools}))
         for application in config["applications"]:
             (deployment,) = application["deployments"]
             assert deployment["ray_actor_options"] == {"num_cpus": 1}
@@ -174,7 +174,7 @@ class TestCluster:
         ],
     )
     def test_model_of_one_machine_is_refused(self, model: dict[str, Any], fault: str) -> None:
-        platform = parse_platform(values(engine={"kind": "vllm"}, **model))
+        platform = PlatformConfig.parse(values(engine={"kind": "vllm"}, **model))
         with pytest.raises(ConfigError) as raised:
             cluster_serve_config(platform)
         assert any(line.startswith(fault) for line in raised.value.message.splitlines())
@@ -206,7 +206,7 @@ class TestAgainstRay:
         from ray.serve.schema import ServeDeploySchema
 
         default = load_platform(default_values_file())
-        platform = default if kind == "default values" else parse_platform(values())
+        platform = default if kind == "default values" else PlatformConfig.parse(values())
         config = serve_config(platform)
         if kind == "parallel model":
             config["applications"][0]["deployments"][0] = on_cluster(
@@ -231,14 +231,8 @@ class TestAgainstRay:
 
     def test_names_are_those_of_the_deployments(self) -> None:
         from tera import deploy
-        from tera.gateway import deployment
 
-        assert manifest.GATEWAY_APPLICATION == deployment.GATEWAY_APPLICATION
-        assert manifest.GATEWAY_DEPLOYMENT == deployment.GATEWAY_DEPLOYMENT
-        assert manifest.ENGINE_DEPLOYMENT == deployment.ENGINE_DEPLOYMENT
-        made = applications(values())
-        assert deployment.application_name("demo") in made
-        for application in made.values():
+        for application in applications(values()).values():
             build = getattr(deploy, application["import_path"].partition(":")[2])
             ingress = build(application["args"])._bound_deployment
             assert [ingress.name] == [each["name"] for each in application["deployments"]]

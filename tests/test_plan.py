@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tera.cli import app
-from tera.config import PlatformConfig, deep_merge, parse_platform
+from tera.config.merge import deep_merge
+from tera.config.platform import PlatformConfig
 from tera.errors import ConfigError
 from tera.plan import Change, Plan, plan
 
@@ -39,13 +40,13 @@ def platform(*edits: Object) -> PlatformConfig:
     values: Object = VALUES
     for edit in edits:
         values = deep_merge(values, edit)
-    return parse_platform(values)
+    return PlatformConfig.parse(values)
 
 
 def without(section: str, name: str) -> PlatformConfig:
     """Return the platform without one of its models or pools."""
     rest = {key: value for key, value in VALUES[section].items() if key != name}
-    return parse_platform({**VALUES, section: rest})
+    return PlatformConfig.parse({**VALUES, section: rest})
 
 
 def model(**values: Any) -> Object:
@@ -303,7 +304,7 @@ def test_pool_that_joins_another_than_before_makes_a_new_cluster() -> None:
 
 def test_pool_that_is_removed_makes_a_new_cluster() -> None:
     old = platform(model(pool="h100"))
-    new = parse_platform(
+    new = PlatformConfig.parse(
         {**VALUES, **platform_form(old, "models"), "gpuPools": {"h100": {"order": 3}}}
     )
     change = only(plan(old, new))
@@ -382,13 +383,13 @@ def test_one_machine_keeps_the_redis_that_it_was_started_with() -> None:
 
 
 def test_one_machine_that_asks_no_hub_does_not_begin_to() -> None:
-    local = parse_platform({"models": {"a": {"id": "a", "source": "demo://a"}}})
+    local = PlatformConfig.parse({"models": {"a": {"id": "a", "source": "demo://a"}}})
     hub = {
         "models": {"a": {"id": "a", "source": "demo://a"}, "b": {"id": "b", "source": "hf://b/b"}}
     }
-    change = only(plan(local, parse_platform(hub), on_cluster=False))
+    change = only(plan(local, PlatformConfig.parse(hub), on_cluster=False))
     assert (change.effect, change.paths) == ("not_taken", ("models.b",))
-    moved = parse_platform({"models": {"a": {"id": "a", "source": "hf://b/b"}}})
+    moved = PlatformConfig.parse({"models": {"a": {"id": "a", "source": "hf://b/b"}}})
     assert only(plan(local, moved, on_cluster=False)).effect == "not_taken"
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tera.cli.reference import configuration_page
-from tera.config import PlatformConfig
+from tera.config.platform import PlatformConfig
 
 ROOT = Path(__file__).parents[1]
 VALUES = yaml.safe_load((ROOT / "helm/tera/values.yaml").read_text())

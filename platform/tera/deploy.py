@@ -11,23 +11,17 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from tera.config import (
-    EngineConfig,
-    GpuSharing,
-    ModelConfig,
-    Parallelism,
-    Runtime,
-    Section,
-    engine_args,
-    model_directory,
-    revision_args,
-)
+from tera.config.environment import Runtime
+from tera.config.model import EngineConfig, GpuSharing, Parallelism, engine_args
+from tera.config.names import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT
+from tera.config.section import Section
+from tera.config.source import ModelSource
 from tera.engine.base import Engine
 from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.turns import Sleeper, Turn, TurnTakingEngine
 from tera.engine.vllm import VllmEngine
-from tera.gateway.deployment import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayReplica
+from tera.gateway.deployment import GatewayReplica
 from tera.generation import ENGINE_STALL_S
 
 
@@ -60,10 +54,10 @@ class EngineStarter:
         engine, parallelism = self.args.engine, self.args.parallelism
         if engine.kind == "simulated":
             return await SimulatedEngine.start(engine.args, stall_s=ENGINE_STALL_S)
-        model = ModelConfig(id="-", source=self.args.source, engine=engine)
+        source = ModelSource.parse(self.args.source)
         return await VllmEngine.start(
-            model_directory(model, Runtime.from_environment().home),
-            {**revision_args(self.args.source), **engine_args(engine.args)},
+            source.engine_path(Runtime.from_environment().home, engine.dtype),
+            {**source.revision_args(), **engine_args(engine.args)},
             tensor_parallel=parallelism.tensor,
             pipeline_parallel=parallelism.pipeline,
             sleeps=self.args.gpu_sharing.is_shared,
@@ -73,8 +67,8 @@ class EngineStarter:
 
 def build_model(args: dict[str, Any]) -> Application:
     """Return the application of one model; `args` is a `ModelArgs` in its file form."""
-    parsed = ModelArgs.model_validate(args, by_alias=True, by_name=False)
-    return serve.deployment(name=ENGINE_DEPLOYMENT)(EngineReplica).bind(EngineStarter(parsed))
+    starter = EngineStarter(ModelArgs.parse(args))
+    return serve.deployment(name=ENGINE_DEPLOYMENT)(EngineReplica).bind(starter)
 
 
 def build_gateway(args: dict[str, Any]) -> Application:

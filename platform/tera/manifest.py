@@ -4,14 +4,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tera.cluster_config import CPU_POOL
-from tera.config import ModelConfig, PlatformConfig, ReplicaBounds, Scaling
+from tera.config.model import ModelConfig, ReplicaBounds, Scaling
+from tera.config.names import (
+    CPU_POOL,
+    ENGINE_DEPLOYMENT,
+    GATEWAY_APPLICATION,
+    GATEWAY_DEPLOYMENT,
+    HTTP_PORT,
+    application_name,
+    pool_resource,
+)
+from tera.config.platform import PlatformConfig
 from tera.errors import ConfigError
-
-HTTP_PORT = 8000
-
-# The names that `tera.deploy` and `tera.gateway.deployment` give; a test holds them together.
-GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT, ENGINE_DEPLOYMENT = "gateway", "Gateway", "Engine"
 
 GATEWAY_ONGOING_REQUESTS = 10_000
 """Streams of one gateway replica; a bound for memory, not a queue (admission is per model)."""
@@ -20,7 +24,6 @@ GATEWAY_TARGET_ONGOING_REQUESTS = 200
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 10
 """Serve replaces a replica after three failed checks: a stalled engine is gone in seconds."""
 DRAIN_S = 30
-
 
 SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
 """How often what waits and runs is counted, and over how long it is averaged. With Serve's 10 and
@@ -61,7 +64,7 @@ def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
     for name, model in platform.deployed_models().items():
         if model.engine.kind == "vllm" and not model.pool:
             faults.append(f"models.{name}.pool: is missing; on a cluster a vllm model needs one")
-        if model.source.startswith("demo://"):
+        if model.weights is not None and model.weights.scheme == "demo":
             faults.append(f"models.{name}.source: demo:// is for one machine")
     if faults:
         raise ConfigError("\n".join(faults))
@@ -100,7 +103,7 @@ def _local_placement(_: ModelConfig | None) -> dict[str, Any]:
 
 
 def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
-    pool = {f"pool_{model.pool if model and model.pool else CPU_POOL}": POOL_SHARE}
+    pool = {pool_resource(model.pool if model and model.pool else CPU_POOL): POOL_SHARE}
     if model is None or not model.pool:
         return {"ray_actor_options": {"num_cpus": 1, "resources": pool}}
     if model.gpus == 1:
@@ -116,9 +119,9 @@ def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
 
 
 def _model_application(name: str, model: ModelConfig, placement: Placement) -> dict[str, Any]:
-    values = model.model_dump(mode="json", by_alias=True)
+    values = model.file_form()
     return {
-        "name": f"model-{name}",
+        "name": application_name(name),
         "import_path": "tera.deploy:build_model",
         "route_prefix": None,
         # Only what must reload the engine: Serve rolls the application when these change.
@@ -155,13 +158,8 @@ def _gateway_application(
                 "max_ongoing_requests": GATEWAY_ONGOING_REQUESTS,
                 **placement(None),
                 "user_config": {
-                    "models": {
-                        name: model.model_dump(mode="json", by_alias=True)
-                        for name, model in models.items()
-                    },
-                    "gateway": gateway.model_dump(
-                        mode="json", by_alias=True, exclude_none=True, exclude=_NOT_RELOADED
-                    ),
+                    "models": {name: model.file_form() for name, model in models.items()},
+                    "gateway": gateway.file_form(exclude_none=True, exclude=_NOT_RELOADED),
                 },
                 **_lifecycle(),
             }

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from tera.config import PlatformConfig, reads_hub
-from tera.manifest import GATEWAY_APPLICATION, applications
+from tera.config.names import GATEWAY_APPLICATION, application_name
+from tera.config.platform import PlatformConfig
+from tera.manifest import applications
 
 Effect = Literal[
     "in_place",
@@ -144,7 +145,7 @@ def plan(old: PlatformConfig, new: PlatformConfig, *, on_cluster: bool = True) -
 
     On a cluster that is what `helm upgrade` does, on one machine what `tera apply` does.
     """
-    paths = tuple(_differences(_file_form(old), _file_form(new)))
+    paths = tuple(_differences(old.file_form(), new.file_form()))
     edit = _Edit(old, new, on_cluster, paths)
     changes = [*_models(edit), *_gateway(edit)]
     if on_cluster:
@@ -152,10 +153,6 @@ def plan(old: PlatformConfig, new: PlatformConfig, *, on_cluster: bool = True) -
     else:
         changes += _sections(edit)
     return Plan(on_cluster, tuple(changes))
-
-
-def _file_form(platform: PlatformConfig) -> dict[str, Any]:
-    return platform.model_dump(mode="json", by_alias=True)
 
 
 def _differences(old: Any, new: Any, at: Path = ()) -> Iterator[Path]:
@@ -219,7 +216,7 @@ def _deployed_model(edit: _Edit, name: str, paths: list[Path]) -> Iterator[Chang
         if _lacks_hub(edit, name):
             yield _change(part, reloading, "not_taken", note=_OFFLINE)
         else:
-            yield _change(part, reloading, "reloads", (f"model-{name}",))
+            yield _change(part, reloading, "reloads", (application_name(name),))
     in_place = [path for path in paths if path[2] not in rolling]
     if in_place:
         yield _change(part, in_place, "in_place")
@@ -229,8 +226,8 @@ def _lacks_hub(edit: _Edit, name: str) -> bool:
     """Return whether a model of one machine is to come from where its processes do not ask."""
     return (
         not edit.on_cluster
-        and reads_hub([edit.new.models[name]])
-        and not reads_hub(edit.old.deployed_models().values())
+        and edit.new.models[name].needs_hub
+        and not any(model.needs_hub for model in edit.old.deployed_models().values())
     )
 
 
@@ -302,7 +299,7 @@ def _pool_effect(name: str, grown: bool) -> tuple[Effect, str]:
 def _sections(edit: _Edit) -> Iterator[Change]:
     """Yield what happens to all that is neither a model nor a pool nor goes through Serve."""
     heard = set(
-        _differences(_heard(_file_form(edit.old), edit), _heard(_file_form(edit.new), edit))
+        _differences(_heard(edit.old.file_form(), edit), _heard(edit.new.file_form(), edit))
         if edit.on_cluster
         else edit.paths
     )
@@ -391,7 +388,10 @@ def _settled(changes: list[Change], edit: _Edit) -> list[Change]:
             else each
             for each in changes
         ]
-    running = (*(f"model-{name}" for name in edit.old.deployed_models()), GATEWAY_APPLICATION)
+    running = (
+        *(application_name(name) for name in edit.old.deployed_models()),
+        GATEWAY_APPLICATION,
+    )
     return [
         _with(each, "cluster_replaced", running, "" if each.note == _MUTED else each.note)
         if each.effect in ("cluster_replaced", "group_appended") or each.note == _MUTED

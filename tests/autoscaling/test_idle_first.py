@@ -31,7 +31,7 @@ from ray.serve.config import AutoscalingConfig
 
 from tera.autoscaling import idle_first
 from tera.autoscaling.idle_first import GENERATIONS, busy_replicas, prefer_idle
-from tera.config import parse_platform
+from tera.config.platform import PlatformConfig
 from tera.manifest import serve_config
 
 ENGINES = DeploymentID("Engine", "model-demo")
@@ -201,7 +201,7 @@ def autoscaled(*, ours: bool) -> DeploymentAutoscalingState:
             "downscaleToZeroDelaySeconds": 300,
         },
     }
-    made = serve_config(parse_platform({"models": {"demo": model}}))
+    made = serve_config(PlatformConfig.parse({"models": {"demo": model}}))
     config = dict(made["applications"][0]["deployments"][0]["autoscaling_config"])
     if not ours:
         del config["policy"]

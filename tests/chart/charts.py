@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from helm_python import Chart
 
-from tera.config import PlatformConfig, deep_merge, parse_platform
+from tera.config.merge import deep_merge
+from tera.config.platform import PlatformConfig
 
 CHART = Path(__file__).parents[2] / "helm/tera"
 VALUES_FILES = ("small", "cpu", "production")
@@ -53,7 +54,7 @@ def values_file(name: str) -> Object:
 
 def platform_of(values: Object) -> PlatformConfig:
     """Return what Python makes of values over the chart's defaults."""
-    return parse_platform(deep_merge(values_file(""), values))
+    return PlatformConfig.parse(deep_merge(values_file(""), values))
 
 
 def ray_cluster(values: Object, name: str = "prod") -> Object:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from tests.chart.charts import VALUES_FILES, platform_of, render, values_file
 from tests.test_plan import CLUSTER, EDITS, IN_PLACE, JOINING, RELOADING, VALUES
 
-from tera.config import deep_merge
+from tera.config.merge import deep_merge
 from tera.plan import plan
 
 Object = dict[str, Any]

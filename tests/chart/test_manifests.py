@@ -12,7 +12,8 @@ from jsonschema import Draft202012Validator
 from k8s.render import MANIFESTS, NAMESPACE, OVERLAYS, RELEASE, ROOT, VALUES, manifests, values
 from tests.chart.charts import CHART, one, pods, render, values_file
 
-from tera.config import load_keys_file, parse_platform
+from tera.config.keys_file import load_keys_file
+from tera.config.platform import PlatformConfig
 
 SAMPLES = ROOT / "k8s/samples"
 README = (ROOT / "k8s/README.md").read_text()
@@ -149,7 +150,7 @@ def test_argo_ignores_the_secrets_that_the_chart_makes_and_no_others() -> None:
 
 def test_nodes_are_those_that_the_pool_wants() -> None:
     spec = sample("karpenter-node-pool")["spec"]
-    pool = parse_platform(values_file("production")).gpu_pools["l4"]
+    pool = PlatformConfig.parse(values_file("production")).gpu_pools["l4"]
     node = spec["template"]
     assert pool.node_selector.items() <= node["metadata"]["labels"].items()
     tolerated = {(each.key, each.effect) for each in pool.tolerations}

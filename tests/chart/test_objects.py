@@ -22,7 +22,7 @@ from tests.chart.charts import (
 )
 from tests.chart.refusals import cluster, model, spot
 
-from tera.config import deep_merge
+from tera.config.merge import deep_merge
 from tera.tenancy.keys import is_well_formed
 
 RAYSERVICE = Draft202012Validator(

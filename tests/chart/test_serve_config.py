@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.chart.charts import CHART, VALUES_FILES, platform_of, serve_config_of, values_file
 from tests.chart.refusals import cluster, model
 
-from tera.config import PlatformConfig, load_cluster_platform, parse_platform
+from tera.config.platform import PlatformConfig
+from tera.config.values_file import load_cluster_platform
 from tera.manifest import cluster_serve_config, serve_config
 
 Object = dict[str, Any]
@@ -36,7 +37,7 @@ def test_one_machine_reads_past_what_only_a_cluster_has(name: str) -> None:
     values = values_file(name)
     for each in values["models"].values():
         each["engine"] = {"kind": "simulated"}
-    for application in serve_config(parse_platform(values))["applications"]:
+    for application in serve_config(PlatformConfig.parse(values))["applications"]:
         (deployment,) = application["deployments"]
         assert deployment["ray_actor_options"] == {"num_cpus": 1}
         assert "placement_group_bundles" not in deployment

@@ -17,7 +17,8 @@ from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
 from tests.serve.conftest import Platform
 
-from tera.config import CorsConfig, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
+from tera.config.gateway import CorsConfig, GatewayConfig, RequestLimits
+from tera.config.model import EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.channel import TokenSender
 from tera.engine.runs import Runs

@@ -11,7 +11,8 @@ from starlette.routing import Route
 from tests.admitters import LocalAdmitter
 from tests.routing.conftest import HOST, SECRET, EngineHandle
 
-from tera.config import Capability, EngineConfig, GatewayConfig, ModelConfig, RequestLimits
+from tera.config.gateway import GatewayConfig, RequestLimits
+from tera.config.model import Capability, EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.errors import InvalidApiKeyError, MissingApiKeyError

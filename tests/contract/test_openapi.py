@@ -17,7 +17,7 @@ from tests.contract.document import (
 )
 
 from tera import errors
-from tera.config import GatewayConfig
+from tera.config.gateway import GatewayConfig
 from tera.contract.chat import ChatRequest
 from tera.contract.common import Request, parse_request
 from tera.contract.completions import CompletionRequest

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message
 from tests.admitters import LocalAdmitter
 from tests.routing.conftest import HOST, SECRET, EngineHandle, until
 
-from tera.config import EngineConfig, GatewayConfig, ModelConfig
+from tera.config.gateway import GatewayConfig
+from tera.config.model import EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedArgs, SimulatedEngine
 from tera.gateway.app import build_app

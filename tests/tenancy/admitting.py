@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.tenancy.limits import RedisLimiter, Scope
 from tera.tenancy.redis import connect
 

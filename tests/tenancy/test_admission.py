@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from tests.tenancy.conftest import RedisServer
 from tests.tenancy.proxy import Proxy
 
-from tera.config import Limits, LimitsConfig, TenantLimits
+from tera.config.limits import Limits, LimitsConfig, TenantLimits
 from tera.errors import ConcurrencyLimitError, InternalError, QuotaError, RequestRateLimitError
 from tera.tenancy import admission
 from tera.tenancy.admission import Admissions, Reservation

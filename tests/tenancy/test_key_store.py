@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tera.config import KeyEntry, Limits
+from tera.config.keys_file import KeyEntry
+from tera.config.limits import Limits
 from tera.errors import ConfigError, InternalError
 from tera.tenancy.key_store import (
     KeyNotFoundError,

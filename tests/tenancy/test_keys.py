@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.tenancy.keys import (
     KEY_PATTERN,
     ApiKey,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.errors import ConfigError, InternalError
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys import ApiKey, generate_key

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from redis import Redis as BlockingRedis
 from redis.crc import key_slot
 
-from tera.config import Limits, TenantLimits
+from tera.config.limits import Limits, TenantLimits
 from tera.errors import (
     ConcurrencyLimitError,
     QuotaError,

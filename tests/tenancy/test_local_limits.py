@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.tenancy.limits import Allowance, Kind, Refusal, Scope, Spent
 from tera.tenancy.local_limits import LocalLimiter
 

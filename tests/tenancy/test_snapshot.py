@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tera.config import Limits, TenantLimits
+from tera.config.limits import Limits, TenantLimits
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys import KEYS, LAST_USED, TENANTS, VERSION, generate_key

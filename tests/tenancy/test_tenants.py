@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tera.config import Limits, TenantLimits
+from tera.config.limits import Limits, TenantLimits
 from tera.errors import ConfigError, InternalError
 from tera.tenancy.keys import TENANTS, VERSION
 from tera.tenancy.tenants import BLOCKED, TenantNotFoundError, TenantStore, effective_limits

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis as BlockingRedis
 from tests.tenancy.test_usage import DAY_S, NOON_S, append, append_raw, record
 
-from tera.config import UsageConfig
+from tera.config.gateway import UsageConfig
 from tera.errors import InternalError
 from tera.tenancy import usage_export
 from tera.tenancy.usage import UsageRecord, position_of, stream_of
@@ -152,7 +152,7 @@ class TestOneAtATime:
         await append(redis, record("r1", status="lost"), record("r1"), record("r2"))
         killed = f"""
 import asyncio, os, signal, sys
-from tera.config import UsageConfig
+from tera.config.gateway import UsageConfig
 from tera.tenancy import usage_export
 from tera.tenancy.redis import connect
 

@@ -139,7 +139,7 @@ limits:
   {{- toYaml $resources | nindent 2 }}
 {{- end }}
 
-{{/* What `tera.config.Runtime` reads, and the weights' whereabouts. */}}
+{{/* What `tera.config.environment.Runtime` reads, and the weights' whereabouts. */}}
 {{- define "tera.workerEnvironment" -}}
 {{- $values := .root.Values -}}
 {{- $secret := include "tera.keysSecret" .root -}}

@@ -7,7 +7,7 @@ import yaml
 
 from tera.cli.console import ValuesFiles, out, reported
 from tera.cli.reference import configuration_page
-from tera.config import load_cluster_platform, load_platform
+from tera.config.values_file import load_cluster_platform, load_platform
 from tera.manifest import cluster_serve_config, values_schema
 
 group = typer.Typer(no_args_is_help=True, help="Check and render a values file.")

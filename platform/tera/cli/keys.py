@@ -17,7 +17,7 @@ from tera.cli.limits import (
     words,
 )
 from tera.cli.store import with_keys
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.errors import ConfigError
 from tera.tenancy.keys import ApiKey
 

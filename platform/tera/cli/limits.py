@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tera.config import Limits
+from tera.config.limits import Limits
 from tera.errors import ConfigError
 
 RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="0 blocks.")]
@@ -81,4 +81,4 @@ def file_form(limits: Limits | None) -> Any:
     """Return limits as a values file has them."""
     if limits is None:
         return None
-    return limits.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return limits.file_form(exclude_defaults=True)

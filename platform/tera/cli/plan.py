@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tera.cli.console import Json, ValuesFiles, out, print_json, reported
-from tera.config import Runtime, load_cluster_platform, load_platform
+from tera.config.environment import Runtime
+from tera.config.values_file import load_cluster_platform, load_platform
 from tera.errors import ConfigError
 from tera.local.state import LocalState
 from tera.manifest import cluster_serve_config

@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 
 from tera.cli.console import Json, out, print_json, reported
-from tera.config import Runtime, ServeOptions, default_values_file, load_platform
+from tera.config.environment import Runtime, ServeOptions
+from tera.config.values_file import default_values_file, load_platform
 from tera.local.state import LocalState
 
 _REPLICA_COLUMNS = ("replica_id", "pid", "running", "waiting")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tera.cli.console import Json, out, print_json, reported, seconds
-from tera.config import ClientOptions
+from tera.config.environment import ClientOptions
 from tera.errors import ConfigError, ServerError
 
 T = TypeVar("T")

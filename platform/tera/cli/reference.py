@@ -7,15 +7,17 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from tera.cluster_config import Quantity
-from tera.config import PlatformConfig, load_cluster_platform
+from tera.config.cluster import Quantity
+from tera.config.platform import PlatformConfig
+from tera.config.values_file import load_cluster_platform
 from tera.manifest import values_schema
 
 _HEAD = """\
 # Configuration
 
 Every value of `values.yaml`, its default and its meaning. Made by `make schema`; the meanings are
-those of `tera.config.PlatformConfig`. `tera config check -f FILE` says what is wrong with a file.
+those of `tera.config.platform.PlatformConfig`. `tera config check -f FILE` says what is wrong with
+a file.
 
 A default is the chart's; where that of one machine (`tera serve`) is another, it stands beside it.
 One machine reads past what only a cluster has. `<name>` is a name of yours.
@@ -46,8 +48,8 @@ class _Reference:
     def __init__(self, sections: dict[str, Any]) -> None:
         self._sections = sections
         self._described: dict[str, str] = {}
-        self._cluster = load_cluster_platform().model_dump(mode="json", by_alias=True)
-        self._machine = PlatformConfig().model_dump(mode="json", by_alias=True)
+        self._cluster = load_cluster_platform().file_form()
+        self._machine = PlatformConfig().file_form()
 
     def section(self, schema: dict[str, Any]) -> str | None:
         reference: str | None = schema.get("$ref")

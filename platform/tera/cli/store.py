@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from tera.config import Runtime
+from tera.config.environment import Runtime
 from tera.local.state import runtime_of
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.redis import connect

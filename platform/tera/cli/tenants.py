@@ -9,7 +9,9 @@ from rich.table import Table
 from tera.cli.console import Json, err, out, print_json, reported
 from tera.cli.limits import HEADINGS, Changed, ChangedPeriod, cells, changes, file_form
 from tera.cli.store import with_tenants
-from tera.config import Limits, LimitsConfig, Runtime, TenantLimits, load_platform
+from tera.config.environment import Runtime
+from tera.config.limits import Limits, LimitsConfig, TenantLimits
+from tera.config.values_file import load_platform
 from tera.errors import ConfigError
 from tera.local.state import LocalState
 from tera.tenancy.keys import require_tenant

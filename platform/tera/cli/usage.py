@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tera.cli.console import Json, out, print_json, reported, seconds
 from tera.cli.store import with_redis
-from tera.config import UsageConfig
+from tera.config.gateway import UsageConfig
 from tera.errors import ConfigError, ServerError
 from tera.tenancy.usage import UsageLedger, UsageRow, total_of
 from tera.tenancy.usage_export import UsageExporter

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from ray import serve
 
-from tera.config import Runtime
+from tera.config.environment import Runtime
+from tera.config.names import model_name
 from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
 from tera.engine.runs import Runs
@@ -38,7 +39,7 @@ class EngineReplica:
         self._engine = await start_engine()
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
-        self._model = context.app_name.removeprefix("model-")
+        self._model = model_name(context.app_name)
         self._runs = Runs(self._engine)
         self._sender = TokenSender(
             self._replica_id, cluster_secret, self._engine.load, self._runs.obey

@@ -16,11 +16,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 from zlib import crc32
 
 from pydantic import Field, JsonValue, ValidationError
 
-from tera.config import Section
+from tera.config.faults import faults
+from tera.config.section import Section
 from tera.engine.simulated_vocabulary import SPELLED_CHARACTERS, Vocabulary
 from tera.errors import (
     ConfigError,
@@ -89,7 +91,7 @@ class SimulatedArgs(Section):
     faults: Faults = Faults()
 
     @classmethod
-    def parse(cls, args: dict[str, JsonValue]) -> "SimulatedArgs":
+    def parse(cls, values: Any) -> Self:
         """Return the parsed arguments; one that is null is as if it was not there.
 
         A values file that puts this engine in the place of another sets the other's to null.
@@ -98,13 +100,10 @@ class SimulatedArgs(Section):
             ConfigError: one line for each fault, each beginning with the path of the value.
         """
         try:
-            given = {name: value for name, value in args.items() if value is not None}
+            given = {name: value for name, value in values.items() if value is not None}
             return cls.model_validate(given)
         except ValidationError as error:
-            lines = (
-                f"engine.args.{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-                for fault in error.errors()
-            )
+            lines = faults(error, below=("engine", "args"))
             raise ConfigError("\n".join(lines)) from error
 
 

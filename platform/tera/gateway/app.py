@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tera.config import CorsConfig, GatewayConfig
+from tera.config.gateway import CorsConfig, GatewayConfig
 from tera.contract.chat import ChatRequest
 from tera.contract.common import (
     ModelList,

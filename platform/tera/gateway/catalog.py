@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tera.config import ModelConfig
+from tera.config.model import ModelConfig
 from tera.contract.common import ModelCard, ModelStatus
 from tera.errors import ModelNotFoundError
 from tera.gateway.render import TextModel

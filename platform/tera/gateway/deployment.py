@@ -6,20 +6,20 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from ray import serve
 from ray.util import get_node_ip_address
 from starlette.types import ASGIApp
 
-from tera.config import (
-    GatewayConfig,
-    ModelConfig,
-    RequestLimits,
-    Runtime,
-    Section,
-    model_directory,
-    revision_args,
+from tera.config.environment import Runtime
+from tera.config.gateway import GatewayConfig, RequestLimits
+from tera.config.model import ModelConfig
+from tera.config.names import (
+    ENGINE_DEPLOYMENT,
+    GATEWAY_APPLICATION,
+    GATEWAY_DEPLOYMENT,
+    application_name,
 )
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
@@ -42,22 +42,11 @@ from tera.tenancy.usage_export import UsageExporter
 
 log = logging.getLogger(__name__)
 
-GATEWAY_APPLICATION = "gateway"
-GATEWAY_DEPLOYMENT = "Gateway"
-ENGINE_DEPLOYMENT = "Engine"
-
 STATUS_INTERVAL_S, STEADY_STATUS_INTERVAL_S = 1.0, 5.0
 """Between looks at Serve's status, which costs 30 ms of CPU; the longer one while every model is
 ready and the replicas that have sent tokens are connected."""
 REDIS_TIMEOUT_S = 1.0
 PEER_TIMEOUT_S = 2.0
-
-T = TypeVar("T", bound=Section)
-
-
-def application_name(model_name: str) -> str:
-    """Return the name of the Serve application of a model."""
-    return f"model-{model_name}"
 
 
 class GatewayReplica:
@@ -113,10 +102,10 @@ class GatewayReplica:
         Raises:
             ConfigError: a model's text side cannot be loaded; the old catalog stays.
         """
-        gateway = _parsed(GatewayConfig, user_config["gateway"])
+        gateway = GatewayConfig.parse(user_config["gateway"])
         models: dict[str, ServedModel] = {}
         for name, values in user_config["models"].items():
-            config = _parsed(ModelConfig, values)
+            config = ModelConfig.parse(values)
             text = await self._text(name, config)
             models[name] = ServedModel(
                 name, config, text, self._dispatcher(name, config, gateway.requests)
@@ -137,9 +126,11 @@ class GatewayReplica:
             return old.text
         if config.engine.kind == "simulated":
             return SimulatedTextModel(config.engine.args)
-        path = model_directory(config, self._runtime.home)
+        source = config.weights
+        assert source is not None  # a vllm model has one
+        path = source.engine_path(self._runtime.home, config.engine.dtype)
         # Seconds of imports and file reading: in a thread, the streams of other models go on.
-        args = {**revision_args(config.source), **config.engine.args}
+        args = {**source.revision_args(), **config.engine.args}
         return await asyncio.to_thread(VllmTextModel.load, path, args)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
@@ -212,10 +203,6 @@ def _spare_collections() -> None:
 def _node_address() -> str:
     address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
-
-
-def _parsed(kind: type[T], values: Any) -> T:
-    return kind.model_validate(values, by_alias=True, by_name=False)
 
 
 async def _ask_all(deployment: str, application: str) -> list[tuple[str, str]]:

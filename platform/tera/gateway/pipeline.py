@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from tera.config import Capability
+from tera.config.model import Capability
 from tera.contract.chat import ChatRequest, NamedToolChoice
 from tera.contract.common import ModelCard, ModelStatus
 from tera.contract.completions import CompletionRequest, Prompt, PromptArray

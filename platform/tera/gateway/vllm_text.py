@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import JsonValue
 
-from tera.config import FRONTEND_ARGS, engine_args
+from tera.config.model import FRONTEND_ARGS, engine_args
 from tera.contract.chat import ChatRequest, FunctionCallDelta, ToolCallDelta
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
 from tera.gateway.encode import TextEncoder

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tera.config import PlatformConfig
+from tera.config.platform import PlatformConfig
 from tera.errors import ConfigError
 from tera.local.cluster import attached
 from tera.local.serve import (

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tera.config import set_environment
+from tera.config.environment import set_environment
 from tera.errors import ConfigError
 from tera.local.state import LocalSecrets, LocalState
 

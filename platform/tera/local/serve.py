@@ -15,7 +15,9 @@ from typing import Any, Protocol, TypeVar, cast, get_args
 
 import psutil
 
-from tera.config import PlatformConfig, Runtime, engine_args, reads_hub, set_environment
+from tera.config.environment import Runtime, set_environment
+from tera.config.model import engine_args
+from tera.config.platform import PlatformConfig
 from tera.engine.vllm import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
@@ -265,12 +267,11 @@ async def make_models(platform: PlatformConfig, home: Path, console: Console) ->
     """Make the demo models that a platform has, where they are not made yet."""
     wanted: dict[tuple[str, Dtype], None] = {}
     for model in platform.deployed_models().values():
-        scheme, _, name = model.source.partition("://")
-        if scheme == "demo":
-            dtype = model.engine.args.get("dtype", "bfloat16")
+        if model.weights is not None and model.weights.scheme == "demo":
+            dtype = model.engine.dtype
             if dtype not in get_args(Dtype):
                 raise ConfigError(f"{model.id}: a demo model's dtype is bfloat16 or float32")
-            wanted[name, cast(Dtype, dtype)] = None
+            wanted[model.weights.location, cast(Dtype, dtype)] = None
     for name, dtype in wanted:
         with stage(console, f"Model {name} in {dtype}"):
             await asyncio.to_thread(
@@ -299,7 +300,7 @@ def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take half of the machine
     }
-    if not reads_hub(platform.deployed_models().values()):
+    if not any(model.needs_hub for model in platform.deployed_models().values()):
         variables["HF_HUB_OFFLINE"] = "1"
     return variables
 

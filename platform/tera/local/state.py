@@ -5,7 +5,9 @@ import secrets
 from pathlib import Path
 from typing import Self
 
-from tera.config import PlatformConfig, Runtime, Section
+from tera.config.environment import Runtime
+from tera.config.platform import PlatformConfig
+from tera.config.section import Section
 from tera.errors import ConfigError
 
 
@@ -86,6 +88,7 @@ class LocalSecrets(Section):
             redis_url=redis_url,
             home=home,
             channel_host="127.0.0.1",
+            keys_file=None,
             key_pepper=self.key_pepper,
             cluster_secret=self.cluster_secret,
         )

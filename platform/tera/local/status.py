@@ -16,9 +16,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis.exceptions import RedisError
 
+from tera.config.names import (
+    ENGINE_DEPLOYMENT,
+    GATEWAY_APPLICATION,
+    GATEWAY_DEPLOYMENT,
+    application_name,
+)
 from tera.errors import ConfigError
 from tera.local.state import LocalState
-from tera.manifest import ENGINE_DEPLOYMENT, GATEWAY_APPLICATION, GATEWAY_DEPLOYMENT
 
 STATUS_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 5.0
@@ -114,8 +119,7 @@ def _model(
     applications: dict[str, Any],
     loads: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    application_name = f"model-{name}"
-    application = applications.get(application_name, {})
+    application = applications.get(application_name(name), {})
     replicas = _replicas(application, ENGINE_DEPLOYMENT)
     running = [replica for replica in replicas if replica["state"] == "RUNNING"]
     if running:

@@ -22,7 +22,7 @@ from msgspec import structs
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from tera.config import LimitsConfig, TenantLimits
+from tera.config.limits import LimitsConfig, TenantLimits
 from tera.errors import InternalError
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Allowance, Progress, RedisLimiter, Scope, scopes_of

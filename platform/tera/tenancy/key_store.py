@@ -9,7 +9,8 @@ from typing import Final
 
 from redis.asyncio import Redis
 
-from tera.config import KeyEntry, Limits
+from tera.config.keys_file import KeyEntry
+from tera.config.limits import Limits
 from tera.errors import ConfigError, TeraError
 from tera.tenancy.keys import (
     CHANGED,

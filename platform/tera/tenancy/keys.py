@@ -26,7 +26,8 @@ from typing import Any, Final
 
 import msgspec
 
-from tera.config import Limits
+from tera.config.limits import Limits
+from tera.config.names import is_tenant_name
 from tera.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,6 @@ _CHECKSUM_CHARS: Final = 6
 """62**6 is over 2**32: every CRC-32 fits."""
 
 _WELL_FORMED = re.compile(KEY_PATTERN)
-_TENANT = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def decode_keys(stored: Mapping[bytes, bytes]) -> list[ApiKey]:
             record = _decoder.decode(data)
             if record.key_id.encode() != key_id:
                 raise msgspec.DecodeError("The record names another key.")
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, ConfigError):
             logger.error("The record of API key %r cannot be read; the key is refused.", key_id)
         else:
             records.append(record)
@@ -159,7 +159,7 @@ def with_last_used(record: ApiKey, last_used: bytes | None) -> ApiKey:
 
 def require_tenant(tenant: str) -> None:
     """Raise ConfigError unless this can be a tenant's name."""
-    if not _TENANT.fullmatch(tenant):
+    if not is_tenant_name(tenant):
         raise ConfigError(
             "A tenant's name must have 1 to 64 of the characters a-z, 0-9, '.', '_' and '-', "
             "and begin and end with a letter or digit."
@@ -176,12 +176,12 @@ def require_pepper(pepper: str) -> None:
 
 def _encode_limits(value: Any) -> Any:
     assert isinstance(value, Limits)
-    return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return value.file_form(exclude_none=True)
 
 
 def _decode_limits(kind: type, value: Any) -> Any:
     assert kind is Limits
-    return Limits.model_validate(value, by_alias=True, by_name=False)
+    return Limits.parse(value)
 
 
 _decoder: Final = msgspec.json.Decoder(ApiKey, dec_hook=_decode_limits)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tera.config import load_keys_file
+from tera.config.keys_file import load_keys_file
 from tera.errors import ConfigError, InternalError
 from tera.tenancy.key_store import KeyStore, import_records, records_of
 from tera.tenancy.keys import ApiKey

@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-from tera.config import Limits, TenantLimits
+from tera.config.limits import Limits, TenantLimits
 from tera.errors import (
     ConcurrencyLimitError,
     QuotaError,

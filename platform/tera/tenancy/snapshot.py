@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
-from tera.config import TenantLimits
+from tera.config.limits import TenantLimits
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
 from tera.tenancy.keys import (
     CHANGED,

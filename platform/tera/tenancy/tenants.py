@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from pydantic import ValidationError
+import msgspec
 from redis.asyncio import Redis
 
-from tera.config import Limits, TenantLimits
+from tera.config.limits import Limits, TenantLimits
 from tera.errors import ConfigError, TeraError
 from tera.tenancy.keys import CHANGED, TENANTS, VERSION, require_tenant
 from tera.tenancy.redis import reaching
@@ -152,8 +152,8 @@ def _first(layers: Iterable[Limits]) -> dict[str, Any]:
 def decode_tenant(name: bytes, data: bytes) -> TenantLimits | None:
     """Return a tenant's limits from their record; None, with an error in the log, if damaged."""
     try:
-        return TenantLimits.model_validate_json(data, by_alias=True, by_name=False)
-    except ValidationError:
+        return TenantLimits.parse(msgspec.json.decode(data))
+    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError):
         logger.error("The record of tenant %r cannot be read; the tenant is blocked.", name)
         return None
 
@@ -171,16 +171,6 @@ def _readable(name: str, stored: bytes) -> TenantLimits | None:
 
 
 def _encode(limits: TenantLimits) -> bytes:
-    data = limits.model_dump_json(by_alias=True, exclude_none=True).encode()
-    try:
-        TenantLimits.model_validate_json(data, by_alias=True, by_name=False)
-    except ValidationError as error:
-        # `model_copy` checks nothing; what readers would refuse is not to be stored.
-        faults = [(detail["loc"], detail["msg"]) for detail in error.errors()]
-        raise ConfigError(
-            "\n".join(
-                f"{'.'.join(str(part) for part in path if part != '[key]')}: {message}"
-                for path, message in faults
-            )
-        ) from error
-    return data
+    values = limits.file_form(exclude_none=True)
+    TenantLimits.parse(values)  # `model_copy` checks nothing; what readers refuse is not stored
+    return msgspec.json.encode(values)

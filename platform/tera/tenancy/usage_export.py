@@ -29,7 +29,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from tera.config import UsageConfig
+from tera.config.gateway import UsageConfig
 from tera.errors import TeraError
 from tera.tenancy.redis import end, reaching
 from tera.tenancy.usage import (

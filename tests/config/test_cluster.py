@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 from tests.chart.refusals import CROSS_FIELD, SHAPE, cluster, model, models, spot
 
-from tera.config import parse_platform
+from tera.config.platform import PlatformConfig
 from tera.errors import ConfigError
 
 
 def refused(values: Any) -> list[str]:
     with pytest.raises(ConfigError) as raised:
-        parse_platform(values)
+        PlatformConfig.parse(values)
     return raised.value.message.splitlines()
 
 
@@ -31,27 +31,27 @@ def test_all_faults_between_parts_are_told_at_once() -> None:
 def test_pool_inherits_key_by_key() -> None:
     pools = {"l4": {"order": 1, "resources": {"cpu": "12"}}}
     defaults = {"resources": {"cpu": "4", "memory": "32Gi"}, "maxWorkers": 3}
-    pool = parse_platform(cluster(gpuPools=pools, poolDefaults=defaults)).gpu_pools["l4"]
+    pool = PlatformConfig.parse(cluster(gpuPools=pools, poolDefaults=defaults)).gpu_pools["l4"]
     assert (pool.resources.cpu, pool.resources.memory, pool.max_workers) == ("12", "32Gi", 3)
 
 
 def test_disabled_model_asks_for_no_gpu() -> None:
-    parse_platform(models(enabled=False, replicas={"max": 99}))
+    PlatformConfig.parse(models(enabled=False, replicas={"max": 99}))
 
 
 def test_workers_of_both_pools_count_for_the_models_of_one() -> None:
     wanted = {"one": model(replicas={"max": 6}, parallelism={"tensor": 2})}
-    platform = parse_platform(spot(models=wanted))
+    platform = PlatformConfig.parse(spot(models=wanted))
     assert platform.gpu_pools["spot"].joins == "l4"
     with pytest.raises(ConfigError, match="its workers have 8"):
-        parse_platform(cluster(models=wanted))
+        PlatformConfig.parse(cluster(models=wanted))
 
 
 def test_replicas_that_share_gpus_count_in_parts() -> None:
     shared = {"replicas": {"max": 3}, "gpuSharing": {"replicasPerGpu": 2}}
     names = [f"m{number}" for number in range(5)]
     # 7.5 GPUs of the 8 that there are; in whole ones for each model it would be 10.
-    parse_platform(cluster(models={name: model(id=name, **shared) for name in names}))
+    PlatformConfig.parse(cluster(models={name: model(id=name, **shared) for name in names}))
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_replicas_that_share_gpus_count_in_parts() -> None:
     ],
 )
 def test_gpus_of_a_replica(parallelism: dict[str, int], gpus: int) -> None:
-    assert parse_platform(models(parallelism=parallelism)).models["one"].gpus == gpus
+    assert PlatformConfig.parse(models(parallelism=parallelism)).models["one"].gpus == gpus

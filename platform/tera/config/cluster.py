@@ -4,15 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
-from tera.section import Section
-
-PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$")]
+from tera.config.section import Section
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$")]
 """A Kubernetes quantity, written as text: "6", "500m", 24Gi."""
-
-CPU_POOL = "cpu"
-"""The worker group of gateways and of models without a pool."""
 
 
 class ImageConfig(Section):

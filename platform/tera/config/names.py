@@ -1,0 +1,49 @@
+"""Names that Tera, its chart and the clients of Ray Serve agree on, and patterns of names."""
+
+import re
+from typing import Annotated, Final
+
+from pydantic import StringConstraints
+
+GATEWAY_APPLICATION: Final = "gateway"
+"""The Serve application that speaks HTTP; each model has one of its own beside it."""
+GATEWAY_DEPLOYMENT: Final = "Gateway"
+"""The one Serve deployment of `GATEWAY_APPLICATION`."""
+ENGINE_DEPLOYMENT: Final = "Engine"
+"""The one Serve deployment of a model's application."""
+_MODEL_APPLICATION: Final = "model-"
+
+HTTP_PORT: Final = 8000
+"""Where a platform listens, unless it is told otherwise; on a cluster always."""
+
+CPU_POOL: Final = "cpu"
+"""The worker group of gateways and of models without a pool."""
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+"""A short DNS label: it becomes part of an application's and a Kubernetes object's name."""
+
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$")]
+
+_TENANT = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
+
+TenantName = Annotated[str, StringConstraints(pattern=_TENANT.pattern)]
+
+
+def application_name(model_name: str) -> str:
+    """Return the name of the Serve application of a model."""
+    return _MODEL_APPLICATION + model_name
+
+
+def model_name(application_name: str) -> str:
+    """Return the short name of the model whose Serve application this is."""
+    return application_name.removeprefix(_MODEL_APPLICATION)
+
+
+def pool_resource(pool: str) -> str:
+    """Return the Ray resource that the workers of a pool have, and no others."""
+    return f"pool_{pool}"
+
+
+def is_tenant_name(text: str) -> bool:
+    """Return whether a tenant can have this name."""
+    return _TENANT.fullmatch(text) is not None

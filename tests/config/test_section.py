@@ -1,0 +1,28 @@
+import pytest
+
+from tera.config.gateway import GatewayConfig
+from tera.config.limits import Limits, TenantLimits
+from tera.config.model import ModelConfig
+from tera.config.platform import PlatformConfig
+from tera.config.section import Section
+from tera.config.values_file import default_values_file, load_platform
+
+
+def default_model() -> ModelConfig:
+    (model,) = load_platform(default_values_file()).models.values()
+    return model
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(PlatformConfig(), id="platform"),
+        pytest.param(GatewayConfig(), id="gateway"),
+        pytest.param(default_model(), id="model"),
+        pytest.param(TenantLimits(weight=3, models={"m": Limits(token_budget=1)}), id="limits"),
+    ],
+)
+def test_a_section_comes_back_from_its_file_form(section: Section) -> None:
+    assert type(section).parse(section.file_form()) == section
+    assert type(section).parse(section.file_form(exclude_none=True)) == section
+    assert type(section).parse(section.file_form(exclude_defaults=True)) == section
