@@ -99,6 +99,18 @@ def test_edit_of_what_an_engine_is_made_of_reloads_that_model_alone(edit: dict[s
         assert reloading_part(before[name]) == reloading_part(after[name])
 
 
+def test_how_long_replicas_drain_is_a_value_that_applies_in_place() -> None:
+    edit = {"requests": {"drainSeconds": 2.5}}
+    before, after = applications(values()), applications({**values(), "gateway": edit})
+    assert before.keys() == after.keys()
+    for name, application in after.items():
+        (deployment,) = application["deployments"]
+        assert deployment["graceful_shutdown_timeout_s"] == 2.5
+        assert reloading_part(before[name]) == reloading_part(application)
+        if name != "gateway":
+            assert deployment["user_config"] == {"drainSeconds": 2.5}
+
+
 def test_serve_listens_where_it_is_told() -> None:
     config = serve_config(PlatformConfig.parse({}), host="127.0.0.1", port=8123)
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8123}

@@ -23,7 +23,6 @@ GATEWAY_TARGET_ONGOING_REQUESTS = 200
 
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 10
 """Serve replaces a replica after three failed checks: a stalled engine is gone in seconds."""
-DRAIN_S = 30
 
 SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
 """How often what waits and runs is counted, and over how long it is averaged. With Serve's 10 and
@@ -91,9 +90,9 @@ def applications(platform: PlatformConfig, *, on_cluster: bool) -> dict[str, dic
 
 
 def _applications(platform: PlatformConfig, placement: Placement) -> list[dict[str, Any]]:
-    models = platform.deployed_models()
+    models, drain_s = platform.deployed_models(), platform.gateway.requests.drain_seconds
     return [
-        *(_model_application(name, model, placement) for name, model in models.items()),
+        *(_model_application(name, model, placement, drain_s) for name, model in models.items()),
         _gateway_application(platform, models, placement),
     ]
 
@@ -118,7 +117,9 @@ def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
     }
 
 
-def _model_application(name: str, model: ModelConfig, placement: Placement) -> dict[str, Any]:
+def _model_application(
+    name: str, model: ModelConfig, placement: Placement, drain_s: float
+) -> dict[str, Any]:
     values = model.file_form()
     return {
         "name": application_name(name),
@@ -134,8 +135,10 @@ def _model_application(name: str, model: ModelConfig, placement: Placement) -> d
                     "policy": SCALING_POLICY,
                 },
                 "max_ongoing_requests": model.scaling.max_ongoing_requests,
+                # In place, unlike `args`; see `EngineReplica.reconfigure`.
+                "user_config": {"drainSeconds": drain_s},
                 **placement(model),
-                **_lifecycle(),
+                **_lifecycle(drain_s),
             }
         ],
     }
@@ -161,7 +164,7 @@ def _gateway_application(
                     "models": {name: model.file_form() for name, model in models.items()},
                     "gateway": gateway.file_form(exclude_none=True, exclude=_NOT_RELOADED),
                 },
-                **_lifecycle(),
+                **_lifecycle(gateway.requests.drain_seconds),
             }
         ],
     }
@@ -180,11 +183,11 @@ def _autoscaling(replicas: ReplicaBounds, scaling: Scaling) -> dict[str, Any]:
     }
 
 
-def _lifecycle() -> dict[str, Any]:
+def _lifecycle(drain_s: float) -> dict[str, Any]:
     return {
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-        "graceful_shutdown_timeout_s": DRAIN_S,
+        "graceful_shutdown_timeout_s": drain_s,
     }
 
 

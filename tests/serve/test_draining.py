@@ -28,8 +28,9 @@ pytestmark = pytest.mark.slow
 MODEL = "sim/leaving"
 GATEWAYS = 2
 STEP_S = 0.1
-LONG_TOKENS = 350
-"""Five seconds more than `manifest.DRAIN_S`, in which a leaving replica's streams may finish."""
+DRAIN_S = 10
+LONG_TOKENS = 150
+"""Five seconds more than `DRAIN_S`, in which a leaving replica's streams may finish."""
 SHORT_TOKENS = 50
 """Enough to be under way until whatever happens has happened."""
 GRACE_S = 2
@@ -44,7 +45,9 @@ models:
   fast:
     id: sim/fast
     engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0}}}}}}
-gateway: {{replicas: {{min: {GATEWAYS}, max: {GATEWAYS}}}}}
+gateway:
+  replicas: {{min: {GATEWAYS}, max: {GATEWAYS}}}
+  requests: {{drainSeconds: {DRAIN_S}}}
 """
 WITH_ONE_REPLICA = VALUES.replace("{min: 2, max: 2}\n    scaling", "{min: 1, max: 1}\n    scaling")
 

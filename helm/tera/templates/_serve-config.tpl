@@ -2,6 +2,7 @@
      Helm's numbers keep their form there (10485760 would become 1.048576e+07 in YAML). */}}
 {{- define "tera.serveConfig" -}}
 {{- $models := include "tera.deployed" . | fromJson -}}
+{{- $drain := .Values.gateway.requests.drainSeconds -}}
 {{- $applications := list -}}
 {{- range $name, $model := $models -}}
 {{- $autoscaling := include "tera.autoscaling" (list $model.replicas $model.scaling) | fromJson -}}
@@ -9,8 +10,9 @@
 {{- $deployment := dict
       "name" "Engine"
       "autoscaling_config" $autoscaling
-      "max_ongoing_requests" (int $model.scaling.maxOngoingRequests) -}}
-{{- $deployment = merge $deployment (include "tera.placement" $model | fromJson) (include "tera.lifecycle" . | fromJson) -}}
+      "max_ongoing_requests" (int $model.scaling.maxOngoingRequests)
+      "user_config" (dict "drainSeconds" $drain) -}}
+{{- $deployment = merge $deployment (include "tera.placement" $model | fromJson) (include "tera.lifecycle" $drain | fromJson) -}}
 {{- $applications = append $applications (dict
       "name" (printf "model-%s" $name)
       "import_path" "tera.deploy:build_model"
@@ -26,7 +28,7 @@
       "autoscaling_config" (include "tera.autoscaling" (list .Values.gateway.replicas $scaling) | fromJson)
       "max_ongoing_requests" 10000
       "user_config" (dict "models" $models "gateway" $gateway) -}}
-{{- $deployment = merge $deployment (include "tera.placement" (dict "pool" "") | fromJson) (include "tera.lifecycle" . | fromJson) -}}
+{{- $deployment = merge $deployment (include "tera.placement" (dict "pool" "") | fromJson) (include "tera.lifecycle" $drain | fromJson) -}}
 {{- $applications = append $applications (dict
       "name" "gateway"
       "import_path" "tera.deploy:build_gateway"
@@ -78,7 +80,7 @@
 {{- end }}
 
 {{- define "tera.lifecycle" -}}
-{{- toJson (dict "health_check_period_s" 2 "health_check_timeout_s" 10 "graceful_shutdown_timeout_s" 30) -}}
+{{- toJson (dict "health_check_period_s" 2 "health_check_timeout_s" 10 "graceful_shutdown_timeout_s" .) -}}
 {{- end }}
 
 {{/* Limits with what Python adds to them, and without what is null. */}}

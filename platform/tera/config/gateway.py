@@ -22,6 +22,9 @@ class RequestLimits(Section):
     """Further replicas tried after one has failed."""
     keep_alive_seconds: float = Field(default=15, gt=0, le=15)
     """Longest silence on a stream before a comment line is sent."""
+    drain_seconds: float = Field(default=30, gt=0)
+    """How long a gateway or engine replica that is taken away goes on with the requests it has.
+    Then Ray Serve ends it."""
 
 
 class CorsConfig(Section):

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 from ray import serve
 
 from tera.config.environment import Runtime
+from tera.config.gateway import RequestLimits
 from tera.config.names import model_name
 from tera.engine.base import Engine
 from tera.engine.channel import TokenSender
@@ -18,9 +19,9 @@ from tera.observability import load_exposition, log_json_lines
 
 log = logging.getLogger(__name__)
 
-RESUMED_GRACE_S = 15.0
-"""How long a draining replica goes on with resumed generations once Serve's own calls have ended.
-What is left then goes on elsewhere; after `manifest.DRAIN_S` in all Serve would kill it."""
+RESUMED_GRACE_RATIO = 0.5
+"""Of the time that Serve lets a replica drain: the part for resumed generations once Serve's own
+calls have ended. What is left then goes on elsewhere; after all of the time Serve kills it."""
 
 EngineFactory = Callable[[], Awaitable[Engine]]
 
@@ -40,10 +41,15 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._model = model_name(context.app_name)
+        self._drain_s = RequestLimits().drain_seconds
         self._runs = Runs(self._engine)
         self._sender = TokenSender(
             self._replica_id, cluster_secret, self._engine.load, self._runs.obey
         )
+
+    def reconfigure(self, user_config: Mapping[str, float]) -> None:
+        """Take over what an edit of the values changes without a restart."""
+        self._drain_s = user_config["drainSeconds"]
 
     async def generate(self, data: bytes) -> bytes:
         """Run one generation to its end; `data` and the answer are encoded records.
@@ -73,7 +79,7 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is None:
             return
-        await self._runs.drained(RESUMED_GRACE_S)
+        await self._runs.drained(self._drain_s * RESUMED_GRACE_RATIO)
         try:
             await self._sender.close()
             async with asyncio.timeout(10):
