@@ -5,15 +5,18 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tera.config.limits import Limits
+from tera.config.limits import LARGEST_BUDGET, LARGEST_LIMIT, Limits
 from tera.errors import ConfigError
 
-RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="0 blocks.")]
+RequestsPerMinute = Annotated[int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks.")]
 TokensPerMinute = Annotated[
-    int | None, typer.Option(min=0, help="Prompt and completion together; 0 blocks.")
+    int | None,
+    typer.Option(min=0, max=LARGEST_LIMIT, help="Prompt and completion together; 0 blocks."),
 ]
-ConcurrentRequests = Annotated[int | None, typer.Option(min=0, help="0 blocks.")]
-TokenBudget = Annotated[int | None, typer.Option(min=0, help="Of a day or month; 0 blocks.")]
+ConcurrentRequests = Annotated[int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks.")]
+TokenBudget = Annotated[
+    int | None, typer.Option(min=0, max=LARGEST_BUDGET, help="Of a day or month; 0 blocks.")
+]
 BudgetPeriod = Annotated[
     Literal["day", "month"] | None, typer.Option(help="In UTC; a month without.")
 ]

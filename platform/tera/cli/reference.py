@@ -100,7 +100,7 @@ class _Reference:
             return "list" if "$ref" in schema["items"] else f"list of {self._type(schema['items'])}"
         names = {"object": "map", "string": "text", "null": "absent"}
         bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
-        limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+        limits = [f"{sign} {schema[key]:.16g}" for key, sign in bounds.items() if key in schema]
         if schema.get("pattern") == _QUANTITY["pattern"]:
             return "quantity"
         return " ".join([names.get(kind, kind), ", ".join(limits)]).strip()
