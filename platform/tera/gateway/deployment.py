@@ -24,6 +24,7 @@ from tera.config.names import (
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.model_status import model_status
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
@@ -275,13 +276,9 @@ class StatusWatcher:
 
 
 def _status(application: Any, config: ModelConfig) -> ModelStatus:
-    if application is None or ENGINE_DEPLOYMENT not in application.deployments:
-        return "starting"
-    states = application.deployments[ENGINE_DEPLOYMENT].replica_states
-    if states.get("RUNNING", 0):
-        return "ready"
-    if application.status == "DEPLOY_FAILED":
-        return "failed"
-    if config.replicas.min == 0 and not sum(states.values()):
-        return "scaled_to_zero"
-    return "starting"
+    deployment = application and application.deployments.get(ENGINE_DEPLOYMENT)
+    return model_status(
+        application and application.status,
+        deployment and deployment.replica_states,
+        least_replicas=config.replicas.min,
+    )

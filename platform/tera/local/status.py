@@ -6,6 +6,7 @@ It is connected to Ray anyway; a command of its own would need a second of CPU t
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from http.client import HTTPConnection, HTTPException
@@ -23,6 +24,7 @@ from tera.config.names import (
     application_name,
 )
 from tera.errors import ConfigError
+from tera.gateway.model_status import model_status
 from tera.local.state import LocalState
 
 STATUS_TIMEOUT_S = 30.0
@@ -120,22 +122,20 @@ def _model(
     loads: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     application = applications.get(application_name(name), {})
+    known = ENGINE_DEPLOYMENT in application.get("deployments", {})
     replicas = _replicas(application, ENGINE_DEPLOYMENT)
-    running = [replica for replica in replicas if replica["state"] == "RUNNING"]
-    if running:
-        status = "ready"
-    elif application.get("status") == "DEPLOY_FAILED":
-        status = "failed"
-    elif values["replicas"]["min"] == 0 and not replicas:
-        status = "scaled_to_zero"
-    else:
-        status = "starting"
+    states = Counter(replica["state"] for replica in replicas)
+    status = model_status(
+        application.get("status"),
+        states if known else None,
+        least_replicas=values["replicas"]["min"],
+    )
     return {
         "name": name,
         "id": values["id"],
         "status": status,
         "wanted": _deployment(application, ENGINE_DEPLOYMENT).get("target_num_replicas", 0),
-        "running": len(running),
+        "running": states["RUNNING"],
         "starting": sum(replica["state"] in STARTING for replica in replicas),
         "replicas": [
             {
