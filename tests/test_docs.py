@@ -17,6 +17,7 @@ from tera.observability import Metrics
 ROOT = Path(__file__).parents[1]
 API = (ROOT / "docs/api.md").read_text()
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
+CONTRACT = (ROOT / "docs/contract.md").read_text()
 DOCUMENT = openapi_document()
 
 COMPLETIONS = "`POST /v1/completions`"
@@ -165,6 +166,45 @@ def test_every_metric_is_documented() -> None:
     for metric in metrics:
         name = metric._name + ("_total" if isinstance(metric, Counter) else "")
         assert name in documented
+
+
+UNBUILT = "*Not built yet.*"
+UNTESTED = "*Not tested:"
+# A rule is named in prose by its name, and by a test in the test's own name.
+IN_PROSE = re.compile(r"\b([HEALCSBMTURNVKPX])-(\d{1,2})\b")
+IN_TEST_NAME = re.compile(r"\btest_([healcsbmturnvkpx])(\d{1,2})_")
+
+
+def rules() -> dict[str, str]:
+    """Return each rule of the contract with its text, to which its section's mark is added."""
+    found: list[tuple[str, str]] = []
+    for part in CONTRACT.split("\n## "):
+        head, *texts = re.split(r'(?=^- <a id="[A-Z]-\d+"></a>)', part, flags=re.MULTILINE)
+        mark = UNBUILT if UNBUILT in head.partition("\n")[2] else ""
+        for text in texts:
+            anchor, name = re.findall(r'<a id="(.*?)"></a>\*\*(.*?)\*\*', text)[0]
+            assert anchor == name
+            found.append((name, text + mark))
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def rules_named_in(*folders: str) -> set[str]:
+    """Return the rules that sources and pages below these folders name."""
+    here = Path(__file__)
+    paths = [path for it in folders for path in (ROOT / it).rglob("*.*") if path != here]
+    texts = [path.read_text() for path in paths if path.suffix in (".py", ".md", ".lua")]
+    named = [it for text in texts for it in IN_PROSE.findall(text) + IN_TEST_NAME.findall(text)]
+    return {f"{letter.upper()}-{number}" for letter, number in named}
+
+
+def test_every_rule_that_is_named_is_in_the_contract() -> None:
+    assert rules_named_in("platform", "tests", "docs", "benchmarks", "k8s", "helm") <= set(rules())
+
+
+def test_every_rule_that_is_built_is_named_by_a_test_or_says_why_not() -> None:
+    excused = {name for name, text in rules().items() if UNBUILT in text or UNTESTED in text}
+    assert set(rules()) - rules_named_in("tests") == excused
 
 
 def test_readme_leads_to_every_page() -> None:

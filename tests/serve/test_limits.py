@@ -189,6 +189,7 @@ def test_l3_who_hangs_up_pays_for_what_was_generated(platform: Platform) -> None
     platform.wait_until_idle("limited", replicas=1)
 
 
+# U-2 holds here too: the killed replica's request is in the ledger.
 def test_l9_a_killed_gateway_leaves_records_and_no_slots(platform: Platform) -> None:
     key = new_key(platform, "orphaned", "--concurrent-requests", "1", gateways=GATEWAYS)
     body = {"model": MODEL, "prompt": "Story", "max_tokens": 4000, "stream": True}

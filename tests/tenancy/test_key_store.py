@@ -47,6 +47,7 @@ async def test_the_record_says_what_was_asked(store: KeyStore, clock: FakeClock)
     assert await store.list() == [record]
 
 
+# what Redis stores of a key.
 async def test_redis_holds_no_key(store: KeyStore, redis: Redis) -> None:
     new = await store.create("team-a")
     for name in await redis.keys("*"):

@@ -18,6 +18,7 @@ from tera.tenancy.keys import (
 )
 
 
+# the form of a key.
 def test_keys_are_well_formed_and_differ() -> None:
     keys = {generate_key() for _ in range(100)}
     assert len(keys) == 100

@@ -45,6 +45,7 @@ def store(redis: Redis, clock: FakeClock) -> KeyStore:
     return KeyStore(redis, PEPPER, clock)
 
 
+# A-3, by message; the next test has what holds when a message is lost.
 async def test_made_and_revoked_keys_arrive_by_message(
     redis: Redis, store: KeyStore, clock: FakeClock
 ) -> None:
@@ -137,6 +138,7 @@ async def test_every_refusal_reads_the_same(
             snapshot.authenticate(None)
 
 
+# L-7: who has never read the keys knows none.
 async def test_without_a_snapshot_it_is_not_ready_and_refuses(
     redis: Redis, redis_server: RedisServer, store: KeyStore, clock: FakeClock
 ) -> None:

@@ -70,6 +70,7 @@ def ledger(redis: Redis) -> UsageLedger:
 
 
 class TestRecord:
+    # U-1: what a record holds, and what it does not.
     def test_it_says_nothing_of_prompt_or_answer(self) -> None:
         assert UsageRecord.__struct_fields__ == (
             *("request_id", "tenant", "key_id", "model", "route", "status", "started_s"),

@@ -146,6 +146,7 @@ class TestFiles:
 
 
 class TestOneAtATime:
+    # U-2: at least once in the files, once for who reads them.
     async def test_an_exporter_killed_before_it_remembers_loses_and_doubles_nothing(
         self, redis: Redis, redis_server: RedisServer, tmp_path: Path
     ) -> None:
