@@ -126,3 +126,20 @@ def test_versions_that_the_tag_is_compared_with_are_where_they_are_looked_for() 
     for line, path in lines:
         wanted = line.replace("\\", "").replace("$version", version)
         assert wanted in (ROOT / path).read_text().splitlines()
+
+
+def test_hooks_before_a_commit_run_commands_of_the_makefile() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
+    for hook in repository["hooks"]:
+        assert hook["language"] == "system"  # no version but that of constraints.txt
+        assert hook["entry"].removesuffix(" --force-exclude") in makefile
+
+
+def test_updates_of_every_kind_of_dependency_are_proposed() -> None:
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    watched = {update["package-ecosystem"] for update in updates}
+    kinds = {"pyproject.toml": "pip", "Dockerfile": "docker", "package.json": "npm"}
+    folders = [ROOT, *(it for it in ROOT.iterdir() if it.is_dir() and it.name[0] != ".")]
+    there = {kind for name, kind in kinds.items() if any((it / name).exists() for it in folders)}
+    assert watched == {"github-actions"} | there
