@@ -24,10 +24,10 @@ define stage
 @printf '%-44s ' '$(1)'; start=$$SECONDS; $(2); printf '%4d s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help install serve test check lint types layers schema overlays bench clean
+.PHONY: help install serve test slow check lint types layers schema overlays docs bench clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
 		printf 'make %-8s %s\n' "$$name" "$$what"; done
 
 install: $(STAMP) ## Install everything into .venv, pinned by constraints.txt
@@ -47,7 +47,9 @@ comma := ,
 serve: install ## Serve on this machine until Ctrl-C (TERA_HOST, TERA_PORT, ARGS)
 	@exec $(BIN)/tera serve $(ARGS)
 
-test: check ## Run all tests: the checks, then the tests that start Ray and vLLM
+test: check slow ## Run all tests: the checks, then the tests that start Ray and vLLM
+
+slow: install ## Run the tests that start Ray and vLLM (ARGS: which)
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: lint types layers ## Run the fast lane: style, types, layers and quick tests
@@ -69,6 +71,14 @@ schema: install ## Write the chart's values.schema.json and docs/configuration.m
 
 overlays: install ## Write k8s/overlays from the chart
 	$(BIN)/python -m k8s.render
+
+docs: $(VENV)/.docs ## Build the documentation into build/site
+	$(BIN)/python -m docs.build
+
+# Who only runs Tera does not need what builds its pages.
+$(VENV)/.docs: $(STAMP)
+	$(call stage,Installing what builds the pages,$(INSTALL) --editable '.[docs]')
+	@touch $@
 
 bench: install ## Run the benchmarks and print their table
 	$(BIN)/python -m benchmarks $(ARGS)

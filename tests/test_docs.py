@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs import build
+from docs.routes import route_pages
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAiChat
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAiCompletion
 from prometheus_client import Counter
@@ -211,3 +213,41 @@ def test_readme_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{page.name})" in readme
+
+
+def test_every_page_is_in_the_sites_navigation_once(tmp_path: Path) -> None:
+    routes = build.gather(tmp_path)
+    shown = [
+        name
+        for part in build.settings(routes)["nav"]
+        for entries in part.values()
+        for name in build.named(entries)
+    ]
+    assert sorted(shown) == sorted(str(it.relative_to(tmp_path)) for it in tmp_path.rglob("*.md"))
+
+
+def test_every_link_of_a_page_leads_to_something(tmp_path: Path) -> None:
+    build.gather(tmp_path)  # which raises where one does not; `make docs` looks at headings too
+
+
+def test_every_route_has_a_page_with_its_fields_and_errors() -> None:
+    pages = route_pages(DOCUMENT)
+    for path, operations in DOCUMENT["paths"].items():
+        for method, operation in operations.items():
+            title = f"{method.upper()} {path}"
+            (page,) = (it for it in pages.values() if it.startswith(f"# {title}\n"))
+            assert f"`{title}`" in pages["index.md"]
+            assert operation["summary"] in page
+    completions, chat = (pages[f"post-v1-{it}.md"] for it in ("completions", "chat-completions"))
+    for page, kind in ((completions, CompletionRequest), (chat, ChatRequest)):
+        for field in kind.model_fields:
+            if field in DOCUMENT["components"]["schemas"][kind.__name__]["properties"]:
+                assert f"| `{field}` |" in page
+    for _, _, code, _ in rows(section("Errors")):
+        assert code in completions
+
+
+def test_what_a_page_of_a_route_names_is_on_it() -> None:
+    for page in route_pages(DOCUMENT).values():
+        there = {title.lower() for title in re.findall("^### (.*)$", page, re.MULTILINE)}
+        assert set(re.findall(r"\]\(#(.*?)\)", page)) <= there

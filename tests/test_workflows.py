@@ -58,13 +58,22 @@ def test_jobs_may_only_read_unless_they_say_why(path: Path) -> None:
                 assert step["with"]["persist-credentials"] is False
 
 
-def test_who_publishes_on_pypi_runs_nothing_of_the_checkout() -> None:
+@pytest.mark.parametrize(
+    ("action", "permissions"),
+    [
+        ("gh-action-pypi-publish", {"id-token": "write"}),
+        ("deploy-pages", {"id-token": "write", "pages": "write"}),
+    ],
+)
+def test_who_publishes_runs_nothing_of_the_checkout(
+    action: str, permissions: dict[str, str]
+) -> None:
     (job,) = [
         job
         for job in RELEASE["jobs"].values()
-        if any("gh-action-pypi-publish" in step.get("uses", "") for step in job["steps"])
+        if any(action in step.get("uses", "") for step in job["steps"])
     ]
-    assert job["permissions"] == {"id-token": "write"}
+    assert job["permissions"] == permissions
     assert not [step for step in job["steps"] if "run" in step or "checkout" in step["uses"]]
 
 
@@ -143,3 +152,10 @@ def test_updates_of_every_kind_of_dependency_are_proposed() -> None:
     folders = [ROOT, *(it for it in ROOT.iterdir() if it.is_dir() and it.name[0] != ".")]
     there = {kind for name, kind in kinds.items() if any((it / name).exists() for it in folders)}
     assert watched == {"github-actions"} | there
+
+
+def test_site_is_published_where_it_says_that_it_is() -> None:
+    site = yaml.safe_load((ROOT / "docs/site.yml").read_text())
+    _, owner, name = RELEASE["env"]["IMAGE"].split("/")
+    assert site["site_url"] == f"https://{owner}.github.io/{name}/"
+    assert site["repo_url"] == f"https://github.com/{owner}/{name}"
