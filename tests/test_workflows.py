@@ -9,6 +9,7 @@ from dockerfile_parse import DockerfileParser
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").iterdir())
+CI = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 RELEASE = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 
@@ -56,6 +57,28 @@ def test_jobs_may_only_read_unless_they_say_why(path: Path) -> None:
             assert "${{" not in step.get("run", "")
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
+
+
+def test_ci_runs_what_anybody_can_run() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = dict(re.findall(r"^([a-z-]+): ([^#\n]*)", makefile, re.MULTILINE))
+    lanes = CI["jobs"]["lane"]["strategy"]["matrix"]["include"]
+    everything = {"check", *(lane["target"] for lane in lanes)}
+    assert everything <= set(targets)
+    assert everything == {*targets["test"].split(), "docs"}
+    assert "\nmake test docs\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_ci_runs_the_checks_on_each_python_that_the_package_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest, *_ = CI["jobs"]["check"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={oldest}"
+
+
+def test_a_failed_lane_keeps_its_logs() -> None:
+    (kept,) = [it for it in CI["jobs"]["lane"]["steps"] if "upload-artifact" in it.get("uses", "")]
+    assert kept["if"] == "failure()"
+    assert "/tmp/ray/session_*/logs/" in kept["with"]["path"]  # noqa: S108  where Ray has them
 
 
 @pytest.mark.parametrize(
