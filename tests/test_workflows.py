@@ -177,8 +177,10 @@ def test_updates_of_every_kind_of_dependency_are_proposed() -> None:
     assert watched == {"github-actions"} | there
 
 
-def test_site_is_published_where_it_says_that_it_is() -> None:
+def test_site_and_signatures_are_of_this_repository() -> None:
     site = yaml.safe_load((ROOT / "docs/site.yml").read_text())
     _, owner, name = RELEASE["env"]["IMAGE"].split("/")
     assert site["site_url"] == f"https://{owner}.github.io/{name}/"
     assert site["repo_url"] == f"https://github.com/{owner}/{name}"
+    # Without the repository, a release workflow of anybody's would do.
+    assert f"'^{site['repo_url']}/" in (ROOT / "SECURITY.md").read_text()
