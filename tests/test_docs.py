@@ -230,6 +230,14 @@ def test_every_link_of_a_page_leads_to_something(tmp_path: Path) -> None:
     build.gather(tmp_path)  # which raises where one does not; `make docs` looks at headings too
 
 
+def test_every_path_that_contributors_are_led_to_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [it for it in names(page) if re.fullmatch(r"[a-z][a-z_./-]*(/|\.[a-z]+)", it)]
+    assert "gateway/pipeline.py" in paths
+    places = (ROOT, ROOT / "platform/tera", ROOT / "tests")
+    assert not [path for path in paths if not any((it / path).exists() for it in places)]
+
+
 def test_every_route_has_a_page_with_its_fields_and_errors() -> None:
     pages = route_pages(DOCUMENT)
     for path, operations in DOCUMENT["paths"].items():
