@@ -16,7 +16,7 @@ from tera.config.model import EngineConfig, GpuSharing, Parallelism, engine_args
 from tera.config.names import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from tera.config.section import Section
 from tera.config.source import ModelSource
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.turns import Sleeper, Turn, TurnTakingEngine
@@ -40,7 +40,7 @@ class EngineStarter:
 
     args: ModelArgs
 
-    async def __call__(self) -> Engine:
+    async def __call__(self) -> TextEngine:
         """Return the loaded engine."""
         sharing = self.args.gpu_sharing
         if not sharing.is_shared:
@@ -48,14 +48,14 @@ class EngineStarter:
         # Without a GPU, all that share one on this machine do as if it had one.
         gpu = "-".join(map(str, ray.get_gpu_ids())) or "none"
         turn = Turn(Runtime.from_environment().home / "gpus" / gpu)
-        return await TurnTakingEngine.start(self._start, turn, sharing.turn_seconds)
+        return await TurnTakingEngine.launch(self._start, turn, sharing.turn_seconds)
 
     async def _start(self) -> Sleeper:
         engine, parallelism = self.args.engine, self.args.parallelism
         if engine.kind == "simulated":
-            return await SimulatedEngine.start(engine.args, stall_s=ENGINE_STALL_S)
+            return await SimulatedEngine.launch(engine.args, stall_s=ENGINE_STALL_S)
         source = ModelSource.parse(self.args.source)
-        return await VllmEngine.start(
+        return await VllmEngine.launch(
             source.engine_path(Runtime.from_environment().home, engine.dtype),
             {**source.revision_args(), **engine_args(engine.args)},
             tensor_parallel=parallelism.tensor,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from pydantic import JsonValue
+from tests.engine.streams import streamed
 
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.engine.turns import Sleeper
@@ -42,7 +43,7 @@ class Clock:
 class Asker:
     """Asks one engine for generations; token ids below 256 mean something to every engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TextEngine) -> None:
         self.engine = engine
         self._next_id = 0
 
@@ -59,7 +60,7 @@ class Asker:
         self, token_ids: list[int], sampling: Sampling, resumed_tokens: int = 0
     ) -> list[TokenDelta]:
         generation = self.generation(token_ids, sampling, resumed_tokens)
-        async with aclosing(self.engine.generate(generation)) as stream:
+        async with aclosing(streamed(self.engine, generation)) as stream:
             return [delta async for delta in stream]
 
     async def tokens(
@@ -95,7 +96,7 @@ def vllm_environment() -> Iterator[None]:
 
 @pytest_asyncio.fixture(loop_scope="session", scope="session")
 async def vllm_engine(model_path: str, vllm_environment: None) -> AsyncGenerator[VllmEngine]:
-    engine = await VllmEngine.start(model_path, VLLM_ARGS, stall_s=60)
+    engine = await VllmEngine.launch(model_path, VLLM_ARGS, stall_s=60)
     yield engine
     await engine.close()
 
@@ -104,7 +105,7 @@ async def vllm_engine(model_path: str, vllm_environment: None) -> AsyncGenerator
 async def simulated_engine() -> AsyncGenerator[SimulatedEngine]:
     profile = {"decode_step_s": 0, "prefill_tokens_per_s": 0, "max_running": 16}
     profile["context_tokens"] = 2048
-    engine = await SimulatedEngine.start({"profile": dict(profile)}, stall_s=60)
+    engine = await SimulatedEngine.launch({"profile": dict(profile)}, stall_s=60)
     yield engine
     await engine.close()
 
@@ -121,10 +122,10 @@ def engine(request: pytest.FixtureRequest) -> Sleeper:
 
 
 @pytest.fixture
-def asker(engine: Engine) -> Asker:
+def asker(engine: TextEngine) -> Asker:
     return Asker(engine)
 
 
 @pytest.fixture
-def eos_id(engine: Engine) -> int:
+def eos_id(engine: TextEngine) -> int:
     return Vocabulary.eos_id if isinstance(engine, SimulatedEngine) else 2

@@ -1,14 +1,16 @@
 """What every engine promises, on every engine."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
 from tests.engine.conftest import Asker, until
+from tests.engine.streams import streamed
 
 from tera.engine.turns import Sleeper
-from tera.errors import ContextLengthError, InvalidRequestError
-from tera.generation import FinishReason, Sampling
+from tera.errors import ContextLengthError, InvalidRequestError, InvalidValueError, TeraError
+from tera.generation import FinishReason, Sampling, TokenDelta
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -18,6 +20,108 @@ GREEDY = Sampling(max_tokens=24, temperature=0, ignore_eos=True)
 
 def sampled(seed: int | None, max_tokens: int = 24) -> Sampling:
     return Sampling(max_tokens=max_tokens, temperature=1.0, seed=seed, ignore_eos=True)
+
+
+class Calls:
+    """What an engine calls of one generation, in order."""
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker = asker
+        self.deltas: list[TokenDelta] = []
+        self.errors: list[TeraError] = []
+        self.abort: Callable[[], None] = lambda: None
+        self.then: Callable[[TokenDelta], None] = lambda delta: None
+        """Called with each delta."""
+
+    def start(self, token_ids: list[int], sampling: Sampling) -> None:
+        generation = self._asker.generation(token_ids, sampling)
+        self.abort = self._asker.engine.start(generation, self._emit, self.errors.append)
+
+    def _emit(self, delta: TokenDelta) -> None:
+        self.deltas.append(delta)
+        self.then(delta)
+
+    async def end(self) -> None:
+        await until(lambda: bool(self.errors or (self.deltas and self.deltas[-1].finish_reason)))
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for delta in self.deltas for token_id in delta.token_ids]
+
+
+async def test_a_generation_is_pushed_until_its_finish_reason(asker: Asker) -> None:
+    calls = Calls(asker)
+    calls.start(PROMPT, GREEDY)
+    assert calls.deltas == []
+    await calls.end()
+    assert calls.errors == []
+    assert calls.token_ids == await asker.tokens(PROMPT, GREEDY)
+    assert [bool(delta.finish_reason) for delta in calls.deltas].index(True) == (
+        len(calls.deltas) - 1
+    )
+
+
+async def test_a_refused_generation_ends_after_it_was_started(asker: Asker) -> None:
+    calls, let_go = Calls(asker), Calls(asker)
+    calls.start(PROMPT, Sampling(max_tokens=0))
+    let_go.start(PROMPT, Sampling(max_tokens=0))
+    let_go.abort()
+    assert calls.errors == []
+    await calls.end()
+    assert [type(error) for error in calls.errors] == [InvalidValueError]
+    assert calls.deltas == []
+    await asker.tokens(PROMPT, GREEDY)
+    assert let_go.errors == []
+    assert asker.engine.load().running == 0
+
+
+async def test_nothing_is_heard_of_an_aborted_generation(asker: Asker) -> None:
+    at_once, from_within, in_between = Calls(asker), Calls(asker), Calls(asker)
+    at_once.start(PROMPT, GREEDY)
+    at_once.abort()
+    from_within.then = lambda delta: from_within.abort()
+    from_within.start(PROMPT, GREEDY)
+    in_between.start(PROMPT, GREEDY)
+    await until(lambda: bool(in_between.deltas))
+    in_between.abort()
+    heard = len(in_between.deltas)
+    for calls in (at_once, from_within, in_between):
+        calls.abort()
+    await until(lambda: asker.engine.load().running == 0)
+    await asker.tokens(PROMPT, GREEDY)
+    assert (len(at_once.deltas), len(from_within.deltas)) == (0, 1)
+    assert len(in_between.deltas) == heard
+    assert [*at_once.errors, *from_within.errors, *in_between.errors] == []
+    assert asker.engine.load().kv_usage_ratio == 0
+
+
+async def test_a_generation_may_abort_another_one_in_the_same_step(asker: Asker) -> None:
+    first, second = Calls(asker), Calls(asker)
+    first.then = lambda delta: second.abort()
+    second.then = lambda delta: first.abort()
+    first.start(PROMPT, GREEDY)
+    second.start([*PROMPT, 300], GREEDY)
+    await until(lambda: bool(first.deltas or second.deltas))
+    await until(lambda: len(first.deltas) == 24 or len(second.deltas) == 24)
+    assert min(len(first.deltas), len(second.deltas)) == 0
+    assert asker.engine.load().running == 0
+
+
+async def test_an_emit_that_raises_ends_its_own_generation_alone(
+    asker: Asker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(delta: TokenDelta) -> None:
+        raise RuntimeError("nobody there")
+
+    broken, whole = Calls(asker), Calls(asker)
+    broken.then = fail
+    broken.start(PROMPT, GREEDY)
+    whole.start(PROMPT, GREEDY)
+    await whole.end()
+    assert len(broken.deltas) == 1
+    assert broken.errors == []
+    assert len(whole.token_ids) == 24
+    assert "nobody there" in caplog.text
 
 
 async def test_greedy_is_deterministic(asker: Asker) -> None:
@@ -70,7 +174,7 @@ async def test_forbidden_token_never_comes(asker: Asker) -> None:
 
 async def test_closing_the_stream_frees_the_engine(asker: Asker) -> None:
     long = Sampling(max_tokens=1500, temperature=0, ignore_eos=True)
-    streams = [asker.engine.generate(asker.generation([*PROMPT, i], long)) for i in range(4)]
+    streams = [streamed(asker.engine, asker.generation([*PROMPT, i], long)) for i in range(4)]
     for stream in streams:
         await anext(stream)
     await until(lambda: asker.engine.load().running == 4)
@@ -103,7 +207,7 @@ async def test_resumed_greedy_text_is_the_undisturbed_one(asker: Asker, cut: int
 async def test_load_moves_and_returns(asker: Asker) -> None:
     assert asker.engine.load().running == 0
     long = Sampling(max_tokens=400, temperature=0, ignore_eos=True)
-    streams = [asker.engine.generate(asker.generation([*PROMPT, i], long)) for i in range(20)]
+    streams = [streamed(asker.engine, asker.generation([*PROMPT, i], long)) for i in range(20)]
     firsts = [asyncio.ensure_future(anext(stream)) for stream in streams]
     await until(lambda: asker.engine.load().running == 16)
     assert asker.engine.load().waiting == 4
@@ -183,7 +287,7 @@ async def test_wrong_parameters_are_the_clients_fault(
 
 async def test_healthy_when_idle_and_when_busy(asker: Asker) -> None:
     await asker.engine.check_health()
-    stream = asker.engine.generate(asker.generation(PROMPT, GREEDY))
+    stream = streamed(asker.engine, asker.generation(PROMPT, GREEDY))
     async with aclosing(stream):
         await anext(stream)
         await asker.engine.check_health()
@@ -195,7 +299,7 @@ async def test_sleep_stops_what_runs_and_waking_goes_on_with_it(
     long = Sampling(max_tokens=300, temperature=0, ignore_eos=True)
     undisturbed = await asker.tokens(PROMPT, long)
     token_ids: list[int] = []
-    stream = engine.generate(asker.generation(PROMPT, long))
+    stream = streamed(engine, asker.generation(PROMPT, long))
 
     async def read() -> None:
         async with aclosing(stream):
@@ -219,7 +323,7 @@ async def test_sleep_stops_what_runs_and_waking_goes_on_with_it(
 async def test_whoever_leaves_an_engine_that_sleeps_is_forgotten(
     asker: Asker, engine: Sleeper
 ) -> None:
-    stream = engine.generate(asker.generation(PROMPT, GREEDY))
+    stream = streamed(engine, asker.generation(PROMPT, GREEDY))
     await anext(stream)
     await engine.sleep()
     await stream.aclose()

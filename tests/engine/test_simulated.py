@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 from tests.engine.conftest import Asker, until
+from tests.engine.streams import streamed
 
 from tera.engine.simulated import CRASH_STATUS, SimulatedArgs, SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
@@ -46,7 +47,7 @@ async def started(
     profile: dict[str, JsonValue] | None = None, **faults: JsonValue
 ) -> SimulatedEngine:
     args: dict[str, JsonValue] = {"profile": {**INSTANT, **(profile or {})}, "faults": faults}
-    return await SimulatedEngine.start(args, stall_s=5)
+    return await SimulatedEngine.launch(args, stall_s=5)
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ async def test_a_step_costs_what_the_profile_says() -> None:
         "decode_step_s": 0.5,
         "startup_s": 7,
     }
-    engine = await SimulatedEngine.start(
+    engine = await SimulatedEngine.launch(
         {"profile": profile}, stall_s=5, clock=clock, sleep=clock.sleep
     )
     asker = Asker(engine)
@@ -175,7 +176,7 @@ def test_null_takes_an_argument_away() -> None:
 )
 async def test_wrong_arguments_are_refused_with_their_path(args: Any, path: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        await SimulatedEngine.start(args, stall_s=5)
+        await SimulatedEngine.launch(args, stall_s=5)
     assert raised.value.message.startswith(f"{path}: ")
 
 
@@ -196,7 +197,7 @@ async def test_a_marker_limits_a_fault_to_its_prompts() -> None:
 async def test_a_failed_generation_has_given_its_tokens() -> None:
     engine = await started(fail_after_tokens=3)
     asker = Asker(engine)
-    stream = engine.generate(asker.generation([300], GREEDY))
+    stream = streamed(engine, asker.generation([300], GREEDY))
     received = [token_id for _ in range(3) for token_id in (await anext(stream)).token_ids]
     assert len(received) == 3
     with pytest.raises(EngineError) as raised:
@@ -209,7 +210,7 @@ async def test_a_failed_generation_has_given_its_tokens() -> None:
 
 async def test_a_stalled_engine_is_seen_by_its_health_check() -> None:
     clock = Clock()
-    engine = await SimulatedEngine.start(
+    engine = await SimulatedEngine.launch(
         {"profile": INSTANT, "faults": {"stall_after_tokens": 2}}, stall_s=5, clock=clock
     )
     asker = Asker(engine)
@@ -228,7 +229,7 @@ async def test_a_stalled_engine_is_seen_by_its_health_check() -> None:
 
 async def test_slow_steps_last_longer() -> None:
     clock = Clock()
-    engine = await SimulatedEngine.start(
+    engine = await SimulatedEngine.launch(
         {"profile": INSTANT, "faults": {"slow_step_s": 2}},
         stall_s=5,
         clock=clock,

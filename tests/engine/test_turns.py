@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from tests.engine.conftest import Asker, Clock, until
 
 from tera.engine import turns
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.turns import Turn, TurnTakingEngine
 from tera.errors import ConfigError, EngineStalledError, ReplicaLostError, TeraError
@@ -49,7 +49,7 @@ class Gpu:
 
         async def start() -> Noted:
             profile: JsonValue = {"decode_step_s": 0.001, "context_tokens": 2048}
-            engine = await Noted.start({"profile": profile, **args}, stall_s=stall_s)
+            engine = await Noted.launch({"profile": profile, **args}, stall_s=stall_s)
             assert isinstance(engine, Noted)
             self.takes(engine)
             return engine
@@ -83,7 +83,7 @@ def asleep(*askers: Asker) -> list[bool]:
     return [asker.engine.load().asleep for asker in askers]
 
 
-async def health_fault(engine: Engine) -> TeraError:
+async def health_fault(engine: TextEngine) -> TeraError:
     """Return what an engine's health check raises, once it does."""
     async with asyncio.timeout(10):
         while True:
@@ -152,10 +152,10 @@ async def test_many_texts_of_many_engines_are_what_they_are_alone(gpu: Gpu) -> N
 
 async def test_an_engine_that_does_not_start_leaves_its_turn(gpu: Gpu) -> None:
     async def fails() -> SimulatedEngine:
-        return await SimulatedEngine.start({"faults": {"failStart": True}}, stall_s=5)
+        return await SimulatedEngine.launch({"faults": {"failStart": True}}, stall_s=5)
 
     with pytest.raises(ConfigError):
-        await TurnTakingEngine.start(fails, Turn(gpu.directory), 10)
+        await TurnTakingEngine.launch(fails, Turn(gpu.directory), 10)
     async with gpu.engine() as asker:
         assert await asker.tokens(PROMPT, SHORT)
 
@@ -240,7 +240,7 @@ async def test_an_engine_that_does_not_wake_is_unhealthy(gpu: Gpu) -> None:
             raise ReplicaLostError("no memory")
 
     turn = Turn(gpu.directory)
-    engine = await TurnTakingEngine.start(lambda: Broken.start({}, stall_s=5), turn, 10)
+    engine = await TurnTakingEngine.launch(lambda: Broken.launch({}, stall_s=5), turn, 10)
     async with gpu.engine():
         await until(lambda: engine.load().asleep)
         reads = asyncio.create_task(Asker(engine).tokens(PROMPT, SHORT))

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from pydantic import JsonValue
 from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, Clock, until
+from tests.engine.streams import streamed
 
 from tera.engine.vllm import VllmEngine, argument_names
 from tera.errors import (
@@ -55,7 +56,7 @@ async def test_wrong_arguments_are_named(
     args: dict[str, JsonValue], message: str, model_path: str
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        await VllmEngine.start(model_path, args, stall_s=5)
+        await VllmEngine.launch(model_path, args, stall_s=5)
     assert raised.value.message == message
 
 
@@ -67,7 +68,7 @@ async def test_arguments_are_known_without_importing_vllm() -> None:
 
 async def test_wrong_values_are_refused(model_path: str, vllm_environment: None) -> None:
     with pytest.raises(ConfigError, match=r"^engine\.args: "):
-        await VllmEngine.start(model_path, {"dtype": "float3"}, stall_s=5)
+        await VllmEngine.launch(model_path, {"dtype": "float3"}, stall_s=5)
 
 
 async def test_resumed_tokens_count_for_the_frequency_penalty(asker: Asker) -> None:
@@ -130,7 +131,7 @@ async def doomed(
 ) -> AsyncGenerator[tuple[VllmEngine, Clock, list[psutil.Process]]]:
     clock = Clock()
     before = set(psutil.Process().children(recursive=True))
-    engine = await VllmEngine.start(model_path, VLLM_ARGS, stall_s=5, clock=clock)
+    engine = await VllmEngine.launch(model_path, VLLM_ARGS, stall_s=5, clock=clock)
     started = [each for each in psutil.Process().children(recursive=True) if each not in before]
     yield engine, clock, [each for each in started if each.name().startswith("VLLM::")]
     await engine.close()
@@ -146,7 +147,7 @@ async def test_a_stall_is_seen_and_a_death_is_retryable_and_nothing_is_left(
     await engine.check_health()
 
     sampling = Sampling(max_tokens=2000, temperature=0, ignore_eos=True)
-    stream = engine.generate(asker.generation(PROMPT, sampling))
+    stream = streamed(engine, asker.generation(PROMPT, sampling))
     await anext(stream)
     core.send_signal(signal.SIGSTOP)
     try:

@@ -7,9 +7,10 @@ from contextlib import aclosing, suppress
 import pytest
 import pytest_asyncio
 import uvloop
+from tests.engine.streams import streamed
 
 from tera import wire
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.channel import GatewayLink
 from tera.errors import ReplicaLostError
 from tera.generation import (
@@ -184,7 +185,7 @@ class EngineHandle:
     The n-th dispatch goes to a replica of its own that is lost after `deaths[n]` tokens.
     """
 
-    def __init__(self, engine: Engine, deaths: list[int] | None = None) -> None:
+    def __init__(self, engine: TextEngine, deaths: list[int] | None = None) -> None:
         self._engine = engine
         self._deaths = deaths or []
         self._transports: list[asyncio.Transport] = []
@@ -206,7 +207,7 @@ class EngineHandle:
         await link.ready
         link.send(TokenDelta(asked.generation_id, []))
         sent = 0
-        async with aclosing(self._engine.generate(asked)) as deltas:
+        async with aclosing(streamed(self._engine, asked)) as deltas:
             async for delta in deltas:
                 if dies_after is not None and sent >= dies_after:
                     transport.abort()

@@ -608,7 +608,7 @@ Undisturbed = Callable[[Sampling], Awaitable[Stage]]
 @pytest_asyncio.fixture
 async def engine() -> AsyncGenerator[SimulatedEngine]:
     profile = {"decode_step_s": 0, "prefill_tokens_per_s": 0}
-    engine = await SimulatedEngine.start({"profile": dict(profile)}, stall_s=60)
+    engine = await SimulatedEngine.launch({"profile": dict(profile)}, stall_s=60)
     yield engine
     await engine.close()
 

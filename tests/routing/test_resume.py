@@ -60,7 +60,7 @@ class Fleet:
     async def add(self, *names: str, connected: bool = True, step_s: float = 0.002) -> None:
         for name in names:
             profile = {"decode_step_s": step_s, "prefill_tokens_per_s": 0}
-            engine = await SimulatedEngine.start({"profile": dict(profile)}, stall_s=60)
+            engine = await SimulatedEngine.launch({"profile": dict(profile)}, stall_s=60)
             self.replicas[name] = Replica(name, engine)
             if connected:
                 await self.replicas[name].connect(self.receiver.address)
@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_stops_what_was_resumed_and_frees_its_place(
 
 async def test_an_engine_that_fails_what_it_resumed_says_so(fleet: Fleet) -> None:
     await fleet.add("a", "b")
-    faulty = await SimulatedEngine.start(
+    faulty = await SimulatedEngine.launch(
         {"profile": {"decode_step_s": 0.002}, "faults": {"fail_after_tokens": 3}}, stall_s=60
     )
     await fleet.replicas["b"].engine.close()

@@ -10,7 +10,7 @@ from ray import serve
 from tera.config.environment import Runtime
 from tera.config.gateway import RequestLimits
 from tera.config.names import model_name
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.channel import TokenSender
 from tera.engine.runs import Runs
 from tera.errors import InvalidRequestError, TeraError
@@ -23,7 +23,7 @@ RESUMED_GRACE_RATIO = 0.5
 """Of the time that Serve lets a replica drain: the part for resumed generations once Serve's own
 calls have ended. What is left then goes on elsewhere; after all of the time Serve kills it."""
 
-EngineFactory = Callable[[], Awaitable[Engine]]
+EngineFactory = Callable[[], Awaitable[TextEngine]]
 
 
 class EngineReplica:

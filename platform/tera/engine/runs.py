@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-from contextlib import aclosing
 
-from tera.engine.base import Engine
+from tera.engine.base import TextEngine
 from tera.engine.channel import GatewayLink
 from tera.errors import ReplicaLostError, TeraError
 from tera.generation import Abort, Generation, GenerationEnd, Order, TokenDelta
@@ -19,7 +18,7 @@ class Runs:
     itself, which costs a tenth: when a replica dies, all that ran there has to go on at once.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TextEngine) -> None:
         self._engine = engine
         self._resumed: dict[tuple[GatewayLink, int], asyncio.Task[None]] = {}
 
@@ -34,13 +33,29 @@ class Runs:
         # generation's loss, and before it, only the call's.
         link.send(TokenDelta(generation.generation_id, []))
         completion_tokens = 0
-        async with aclosing(self._engine.generate(generation)) as deltas:
-            async for delta in deltas:
-                completion_tokens += len(delta.token_ids)
+        end: asyncio.Future[GenerationEnd] = asyncio.get_running_loop().create_future()
+
+        def emit(delta: TokenDelta) -> None:
+            nonlocal completion_tokens
+            completion_tokens += len(delta.token_ids)
+            try:
                 link.send(delta)
-                if delta.finish_reason is not None:
-                    return GenerationEnd(delta.finish_reason, completion_tokens)
-        raise ReplicaLostError("The engine ended a generation without a reason.")
+            except ReplicaLostError as error:
+                abort()
+                fail(error)
+            else:
+                if delta.finish_reason is not None and not end.done():
+                    end.set_result(GenerationEnd(delta.finish_reason, completion_tokens))
+
+        def fail(error: TeraError) -> None:
+            if not end.done():
+                end.set_exception(error)
+
+        abort = self._engine.start(generation, emit, fail)
+        try:
+            return await end
+        finally:
+            abort()
 
     def obey(self, link: GatewayLink, order: Order) -> None:
         """Go on with what another replica has lost, or stop doing so."""

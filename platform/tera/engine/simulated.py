@@ -8,14 +8,16 @@ sampling. `top_p`, `top_k`, `min_p` and the penalties change nothing; `logit_bia
 """
 
 import asyncio
+import logging
 import math
 import os
 import secrets
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 from zlib import crc32
 
@@ -42,6 +44,8 @@ from tera.generation import (
     TokenDelta,
     TokenLogprobs,
 )
+
+log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
 """Tokens per block of the prefix cache, as in vLLM."""
@@ -278,32 +282,30 @@ def _block_keys(token_ids: Sequence[int]) -> list[int]:
 class _Slot:
     """One generation inside the engine."""
 
+    generation: Generation
+    emit: Callable[[TokenDelta], None]
+    ended: Callable[[TeraError], None]
     token_ids: list[int]
     text: _Text
-    sampling: Sampling
     remaining: int
     """Tokens until `length` ends the text: `max_tokens`, or less where the context is full."""
     until_end: int
     """Tokens until the end of sequence is due."""
-    prompt_tokens: int
     faulty: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """Until the first delta has carried them."""
     generated: int = 0
     cached_tokens: int = 0
-    fresh: list[int] = field(default_factory=list)
-    """Generated and not yet yielded."""
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    error: TeraError | None = None
-    waiter: asyncio.Future[None] | None = None
 
-    def wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None:
-            self.waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+    @property
+    def sampling(self) -> Sampling:
+        return self.generation.sampling
 
-    def grow(self) -> None:
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.generation.token_ids)
+
+    def grow(self) -> TokenDelta:
         """Add one token."""
         text = self.text
         state = text.state
@@ -311,16 +313,26 @@ class _Slot:
         self.until_end -= 1
         self.generated += 1
         self.remaining -= 1
-        self.fresh.append(token_id)
         self.token_ids.append(token_id)
-        if self.logprobs is not None:
-            rank = 0 if _is_greedy(self.sampling) else _sampled_rank(state)
-            count = self.sampling.logprobs or 0
-            self.logprobs.append(_logprobs(state, token_id, rank, count))
-        if token_id == _EOS and not self.sampling.ignore_eos:
-            self.finish_reason = FinishReason.STOP
+        sampling = self.sampling
+        logprobs = None
+        if sampling.logprobs is not None:
+            rank = 0 if _is_greedy(sampling) else _sampled_rank(state)
+            logprobs = [_logprobs(state, token_id, rank, sampling.logprobs)]
+        finish_reason = None
+        if token_id == _EOS and not sampling.ignore_eos:
+            finish_reason = FinishReason.STOP
         elif self.remaining <= 0:
-            self.finish_reason = FinishReason.LENGTH
+            finish_reason = FinishReason.LENGTH
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return TokenDelta(
+            self.generation.generation_id,
+            [token_id],
+            finish_reason,
+            self.cached_tokens,
+            logprobs,
+            prompt_logprobs,
+        )
 
 
 class SimulatedEngine:
@@ -361,7 +373,7 @@ class SimulatedEngine:
         self._steps.add_done_callback(self._fail_open)
 
     @classmethod
-    async def start(
+    async def launch(
         cls,
         args: dict[str, JsonValue],
         *,
@@ -386,42 +398,22 @@ class SimulatedEngine:
             raise ConfigError("engine.args.faults.failStart: the engine was told not to start")
         return cls(parsed, stall_s=stall_s, clock=clock, sleep=sleep)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta]:
-        """Yield what each step adds; see `Engine.generate`."""
-        if self._closed or self._steps.done():
-            raise ReplicaLostError("The engine has stopped.")
-        slot = self._slot(generation)
+    def start(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+    ) -> Callable[[], None]:
+        """Begin a generation; see `TextEngine.start`."""
+        try:
+            slot = self._slot(generation, emit, ended)
+        except TeraError as error:
+            return self._loop.call_soon(ended, error).cancel
         if not self._running and not self._waiting:
             self._progress_at = self._clock()  # idle time is no stall
         self._waiting[slot] = None
         self._work.set()
-        wants_logprobs = slot.logprobs is not None
-        prompt_logprobs = _prompt_logprobs(generation)
-        try:
-            while True:
-                if not slot.fresh:
-                    if slot.error is not None:
-                        raise slot.error
-                    slot.waiter = self._loop.create_future()
-                    await slot.waiter
-                    continue
-                token_ids, slot.fresh = slot.fresh, []
-                logprobs = slot.logprobs
-                if wants_logprobs:
-                    slot.logprobs = []
-                yield TokenDelta(
-                    generation.generation_id,
-                    token_ids,
-                    slot.finish_reason,
-                    slot.cached_tokens,
-                    logprobs,
-                    prompt_logprobs,
-                )
-                prompt_logprobs = None
-                if slot.finish_reason is not None and not slot.fresh:
-                    return
-        finally:
-            self._release(slot)
+        return partial(self._release, slot)
 
     def load(self) -> ReplicaLoad:
         """Return the figures of the latest step; see `Engine.load`."""
@@ -458,7 +450,14 @@ class SimulatedEngine:
         self._steps.cancel()
         await asyncio.wait([self._steps])
 
-    def _slot(self, generation: Generation) -> _Slot:
+    def _slot(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+    ) -> _Slot:
+        if self._closed or self._steps.done():
+            raise ReplicaLostError("The engine has stopped.")
         token_ids = generation.token_ids
         sampling = generation.sampling
         _check(generation, self._profile.context_tokens)
@@ -467,18 +466,17 @@ class SimulatedEngine:
             raise InvalidValueError("The engine refuses this prompt.", param="prompt")
         first_resumed = len(token_ids) - generation.resumed_tokens
         text = _Text(token_ids[:first_resumed], token_ids[first_resumed:], sampling)
-        slot = _Slot(
+        return _Slot(
+            generation=generation,
+            emit=emit,
+            ended=ended,
             token_ids=list(token_ids),
             text=text,
-            sampling=sampling,
             remaining=min(sampling.max_tokens, self._profile.context_tokens - len(token_ids)),
             until_end=2**62 if sampling.ignore_eos else text.length - generation.resumed_tokens,
-            prompt_tokens=len(token_ids),
             faulty=faulty,
+            prompt_logprobs=_prompt_logprobs(generation),
         )
-        if sampling.logprobs is not None:
-            slot.logprobs = []
-        return slot
 
     def _is_marked(self, token_ids: list[int]) -> bool:
         return self._marker in b"".join(map(_VOCABULARY.token_bytes, token_ids))
@@ -498,13 +496,21 @@ class SimulatedEngine:
                 due = max(due, now)
                 await self._sleep(due - now)
                 await self._meet_faults()
-                self._held_tokens += len(self._running)
                 for slot in list(self._running):
-                    slot.grow()
-                    if slot.finish_reason is not None:
-                        self._release(slot)
-                    slot.wake()
+                    if slot in self._running:  # unless another one's `emit` has aborted it
+                        self._grow(slot)
                 self._progress_at = self._clock()
+
+    def _grow(self, slot: _Slot) -> None:
+        self._held_tokens += 1
+        delta = slot.grow()
+        if delta.finish_reason is not None:
+            self._release(slot)
+        try:
+            slot.emit(delta)
+        except Exception:
+            log.exception("Nobody could take a generation's tokens; it is aborted.")
+            self._release(slot)
 
     def _step_s(self) -> float:
         """Begin a step; return the seconds that it takes."""
@@ -542,9 +548,14 @@ class SimulatedEngine:
             if _reached(slot, faults.stall_after_tokens):
                 await asyncio.Event().wait()
             if _reached(slot, faults.fail_after_tokens):
-                slot.error = EngineError("The engine failed this generation.")
-                self._release(slot)
-                slot.wake()
+                self._end(slot, EngineError("The engine failed this generation."))
+
+    def _end(self, slot: _Slot, error: TeraError) -> None:
+        self._release(slot)
+        try:
+            slot.ended(error)
+        except Exception:
+            log.exception("Nobody could be told that a generation has ended.")
 
     def _release(self, slot: _Slot) -> None:
         self._waiting.pop(slot, None)
@@ -555,8 +566,7 @@ class SimulatedEngine:
 
     def _fail_open(self, steps: asyncio.Task[None]) -> None:
         for slot in [*self._running, *self._waiting]:
-            slot.error = ReplicaLostError("The engine has stopped.")
-            slot.wake()
+            self._end(slot, ReplicaLostError("The engine has stopped."))
         if not steps.cancelled() and (error := steps.exception()) is not None:
             # Raised where it is seen: the loop's exception handler logs it.
             raise error

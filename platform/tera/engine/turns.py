@@ -4,15 +4,15 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from tera.engine.base import Engine
-from tera.errors import ReplicaLostError
+from tera.engine.base import TextEngine
+from tera.errors import ReplicaLostError, TeraError
 from tera.generation import Generation, ReplicaLoad, TokenDelta
 
 POLL_S = 0.05
@@ -21,7 +21,7 @@ AFTERMATH_S = 5.0
 """How long the processes of an engine may go on, and hold GPU memory, once its replica is dead."""
 
 
-class Sleeper(Engine, Protocol):
+class Sleeper(TextEngine, Protocol):
     """An engine that can give its GPU's memory back and take it again."""
 
     async def sleep(self) -> None:
@@ -106,40 +106,59 @@ class TurnTakingEngine:
         self._turn = turn
         self._turn_s = turn_s
         self._clock = clock
-        self._open = 0
+        self._open: set[object] = set()
         self._work = asyncio.Event()
         self._asleep = False
         self._turns = asyncio.create_task(self._take_turns())
 
     @classmethod
-    async def start(
-        cls, start_engine: Callable[[], Awaitable[Sleeper]], turn: Turn, turn_s: float
+    async def launch(
+        cls, launch_engine: Callable[[], Awaitable[Sleeper]], turn: Turn, turn_s: float
     ) -> "TurnTakingEngine":
         """Load an engine once it is its turn: loading takes the memory that it works with.
 
         Raises:
-            TeraError: whatever `start_engine` raises.
+            TeraError: whatever `launch_engine` raises.
         """
         await turn.take()
         try:
-            engine = await start_engine()
+            engine = await launch_engine()
         except BaseException:
             turn.close()
             raise
         return cls(engine, turn, turn_s)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta]:
-        """Yield what each step adds; see `Engine.generate`."""
-        self._open += 1
+    def start(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+    ) -> Callable[[], None]:
+        """Begin a generation; see `TextEngine.start`."""
+        ticket = object()
+        self._open.add(ticket)
         self._work.set()
-        try:
-            async with aclosing(self._engine.generate(generation)) as deltas:
-                async for delta in deltas:
-                    yield delta
-        finally:
-            self._open -= 1
-            if not self._open:
-                self._work.clear()
+
+        def emit_counted(delta: TokenDelta) -> None:
+            if delta.finish_reason is not None:
+                self._leave(ticket)
+            emit(delta)
+
+        def ended_counted(error: TeraError) -> None:
+            self._leave(ticket)
+            ended(error)
+
+        def abort() -> None:
+            self._leave(ticket)
+            abort_inner()
+
+        abort_inner = self._engine.start(generation, emit_counted, ended_counted)
+        return abort
+
+    def _leave(self, ticket: object) -> None:
+        self._open.discard(ticket)
+        if not self._open:
+            self._work.clear()
 
     def load(self) -> ReplicaLoad:
         """Return the figures of the latest step; see `Engine.load`."""

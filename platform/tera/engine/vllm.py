@@ -5,10 +5,11 @@ import asyncio
 import contextlib
 import difflib
 import importlib.util
+import logging
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from tera.errors import (
     EngineStalledError,
     InvalidValueError,
     ReplicaLostError,
+    TeraError,
 )
 from tera.generation import (
     FinishReason,
@@ -33,6 +35,7 @@ from tera.generation import (
     TokenDelta,
     TokenLogprobs,
 )
+from tera.upstream.vllm import deliver
 
 # vLLM takes ten seconds to import and is not installed beside every part of Tera, so it is
 # imported where an engine starts and wherever one has started.
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
+
+log = logging.getLogger(__name__)
 
 _SET_ELSEWHERE = {
     "model": "source",
@@ -103,12 +108,13 @@ class VllmEngine:
         self._stall_s = stall_s
         self._clock = clock
         self._context_tokens: int = llm.model_config.max_model_len
-        self._open = 0
+        self._open: dict[_Run, None] = {}
+        self._aborting: set[asyncio.Task[None]] = set()
         self._asleep = False
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(
+    async def launch(
         cls,
         model_path: str,
         args: dict[str, JsonValue],
@@ -155,49 +161,68 @@ class VllmEngine:
             raise ReplicaLostError("The engine did not start.") from error
         return cls(llm, figures, stall_s, clock)
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta]:
-        """Yield what each step adds; see `Engine.generate`."""
-        from vllm.exceptions import GracefulHTTPError, VLLMClientError
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        if self._closing is not None:
-            raise ReplicaLostError("The engine has stopped.")
-        self._check(generation)
-        if self._open == 0:
+    def start(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+    ) -> Callable[[], None]:
+        """Begin a generation; see `TextEngine.start`."""
+        if not self._open:
             self._figures.progress_at = self._clock()  # idle time is no stall
-        self._open += 1
+        run = _Run(generation, emit, ended, self._forget)
+        self._open[run] = None
+        run.adding = asyncio.create_task(self._add(run))
+        return run.abort
+
+    async def _add(self, run: "_Run") -> None:
+        """Give a generation to vLLM, which adds it in a coroutine of its own."""
+        from vllm.inputs import tokens_input
+
+        if run.over:
+            return
+        generation = run.generation
         try:
-            outputs = self._llm.generate(
+            if self._closing is not None:
+                raise ReplicaLostError("The engine has stopped.")
+            self._check(generation)
+            collector = await self._llm.add_request(
+                generation.request_id,
                 tokens_input(generation.token_ids),
                 _sampling_params(generation),
-                generation.request_id,
             )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    yield _delta(generation, output)
-        except EngineDeadError as error:
-            raise ReplicaLostError("The engine has stopped.") from error
-        except VLLMClientError as error:
-            raise _invalid(error) from error
-        except GracefulHTTPError as error:  # vLLM's own queue bounds, if somebody sets them
-            raise EngineError("The engine is busy.") from error
-        except EngineGenerateError as error:
-            if isinstance(error.__cause__, ValueError):
-                raise _invalid(error.__cause__) from error
-            raise EngineError("The engine failed this generation.") from error
-        finally:
-            self._open -= 1
+        except TeraError as error:
+            run.end(error)
+        except Exception as error:  # noqa: BLE001  vLLM refuses with errors of many kinds
+            run.end(_refusal(error))
+        else:
+            run.vllm_id = collector.request_id
+            if run.over:  # aborted before vLLM had it
+                self._forget(run)
+            deliver(collector, run.put)
+
+    def _forget(self, run: "_Run") -> None:
+        """Forget a run that is over, and have vLLM forget one that it still works on."""
+        self._open.pop(run, None)
+        if run.vllm_id is not None and not run.finished:
+            abort = asyncio.create_task(self._abort(run.vllm_id))
+            self._aborting.add(abort)
+            abort.add_done_callback(self._aborting.discard)
+
+    async def _abort(self, vllm_id: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
+            await self._llm.abort(vllm_id, internal=True)
 
     def load(self) -> ReplicaLoad:
         """Return the figures of the latest step; see `Engine.load`."""
         # vLLM reports after a step, so a generation that has just come or gone is known here
         # before it is in a report.
-        unfinished = self._llm.get_num_unfinished_requests()
-        if unfinished == 0:
+        if not self._open:
             return ReplicaLoad()
-        running = min(self._figures.running, unfinished)
-        return ReplicaLoad(running, unfinished - running, self._figures.kv_usage_ratio)
+        running = min(self._figures.running, len(self._open))
+        return ReplicaLoad(running, len(self._open) - running, self._figures.kv_usage_ratio)
 
     def metrics_text(self) -> str:
         """Return vLLM's `vllm:` families in Prometheus text form."""
@@ -251,6 +276,8 @@ class VllmEngine:
         """Stop the engine core and its workers; takes some seconds."""
         if self._closing is None:
             self._closing = asyncio.create_task(asyncio.to_thread(_shut_down, self._llm))
+            for run in list(self._open):
+                run.end(ReplicaLostError("The engine has stopped."))
         await asyncio.shield(self._closing)
 
     def _check(self, generation: Generation) -> None:
@@ -261,6 +288,77 @@ class VllmEngine:
                 f"{prompt_tokens} and leaves no room for an answer.",
                 param="prompt",
             )
+
+
+class _Run:
+    """One generation inside vLLM."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+        on_over: Callable[["_Run"], None],
+    ) -> None:
+        """`on_over` is called once, when nobody is to be told anything any more."""
+        self.generation = generation
+        self._emit = emit
+        self._ended = ended
+        self._on_over = on_over
+        self.adding: asyncio.Task[None] | None = None
+        """Held, since the event loop holds tasks only weakly."""
+        self.vllm_id: str | None = None
+        """vLLM's own name of it, from when vLLM has it."""
+        self.over = False
+        self.finished = False
+        """vLLM has nothing more to do for it."""
+
+    def put(self, output: "RequestOutput | Exception") -> None:
+        """Take what vLLM's step has made, or the error by which vLLM has ended.
+
+        Raises nothing: vLLM calls it from its loop over all generations.
+        """
+        if self.over:
+            return
+        if isinstance(output, Exception):
+            self.end(_failure(output))
+            return
+        reason = output.outputs[0].finish_reason
+        if reason not in (None, "stop", "length"):
+            self.end(EngineError("The engine gave this generation up."))
+            return
+        try:
+            delta = _delta(self.generation, output)
+        except Exception as error:  # noqa: BLE001  what vLLM has made of it is of no use
+            self.end(_failure(error), finished=reason is not None)
+            return
+        if reason is not None:
+            self._leave(finished=True)
+        try:
+            self._emit(delta)
+        except Exception:
+            log.exception("Nobody could take a generation's tokens; it is aborted.")
+            self.abort()
+
+    def end(self, error: TeraError, *, finished: bool = True) -> None:
+        """Say that it has ended without a finish reason; `finished` if vLLM knows it."""
+        if self.over:
+            return
+        self._leave(finished=finished)
+        try:
+            self._ended(error)
+        except Exception:
+            log.exception("Nobody could be told that a generation has ended.")
+
+    def abort(self) -> None:
+        """Let it go; see `TextEngine.start`."""
+        if not self.over:
+            self._leave(finished=False)
+
+    def _leave(self, *, finished: bool) -> None:
+        self.over = True
+        self.finished = finished
+        self._on_over(self)
 
 
 class _VllmFamilies(Collector):
@@ -405,8 +503,6 @@ def _logit_bias(generation: Generation) -> dict[int, float] | None:
 
 def _delta(generation: Generation, output: "RequestOutput") -> TokenDelta:
     completion = output.outputs[0]
-    if completion.finish_reason not in (None, "stop", "length"):
-        raise EngineError("The engine gave this generation up.")
     token_ids = list(completion.token_ids)
     logprobs = prompt_logprobs = None
     count = generation.sampling.logprobs
@@ -438,6 +534,32 @@ def _token_logprobs(token_id: int, entries: Mapping[int, Any], count: int) -> To
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items())
     top = [(other, logprob) for rank, other, logprob in ranked if rank <= count]
     return TokenLogprobs(token_id, entries[token_id].logprob, top[:count])
+
+
+def _refusal(error: Exception) -> TeraError:
+    """Return our error for what vLLM raises when it is given a generation."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    if isinstance(error, VLLMClientError | ValueError):
+        return _caused(_invalid(error), error)
+    if isinstance(error, GracefulHTTPError):  # vLLM's own queue bounds, if somebody sets them
+        return _caused(EngineError("The engine is busy."), error)
+    return _failure(error)
+
+
+def _failure(error: Exception) -> TeraError:
+    """Return our error for what has ended a generation, or vLLM with all of them."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, EngineDeadError):
+        return _caused(ReplicaLostError("The engine has stopped."), error)
+    log.error("vLLM failed a generation.", exc_info=error)
+    return _caused(EngineError("The engine failed this generation."), error)
+
+
+def _caused(error: TeraError, cause: Exception) -> TeraError:
+    error.__cause__ = cause
+    return error
 
 
 def _invalid(error: Exception) -> InvalidValueError:
