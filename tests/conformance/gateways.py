@@ -22,7 +22,8 @@ from tera.config.model import EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.channel import TokenSender
 from tera.engine.runs import Runs
-from tera.engine.simulated import SimulatedArgs, SimulatedEngine
+from tera.engine.simulated import SimulatedEngine
+from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel

@@ -14,7 +14,8 @@ from tests.routing.conftest import HOST, SECRET, EngineHandle
 from tera.config.gateway import GatewayConfig, RequestLimits
 from tera.config.model import Capability, EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
-from tera.engine.simulated import SimulatedArgs, SimulatedEngine
+from tera.engine.simulated import SimulatedEngine
+from tera.engine.simulated_args import SimulatedArgs
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel

@@ -10,7 +10,9 @@ from pydantic import JsonValue
 from tests.engine.conftest import Asker, until
 from tests.engine.streams import streamed
 
-from tera.engine.simulated import CRASH_STATUS, SimulatedArgs, SimulatedEngine
+from tera.engine.simulated import SimulatedEngine
+from tera.engine.simulated_args import SimulatedArgs
+from tera.engine.simulated_faults import CRASH_STATUS
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import (
     ConfigError,

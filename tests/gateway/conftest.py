@@ -15,7 +15,8 @@ from tests.routing.conftest import HOST, SECRET, EngineHandle, until
 from tera.config.gateway import GatewayConfig
 from tera.config.model import EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
-from tera.engine.simulated import SimulatedArgs, SimulatedEngine
+from tera.engine.simulated import SimulatedEngine
+from tera.engine.simulated_args import SimulatedArgs
 from tera.gateway.app import build_app
 from tera.gateway.call import Call
 from tera.gateway.catalog import Catalog, ServedModel

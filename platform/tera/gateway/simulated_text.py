@@ -6,7 +6,7 @@ from functools import cache
 from pydantic import JsonValue
 
 from tera.contract.chat import ChatRequest
-from tera.engine.simulated import SimulatedArgs
+from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import UnsupportedParameterError
 from tera.gateway.render import PlainAnswer, RenderedChat, TokenText

@@ -1,0 +1,45 @@
+"""The prefix cache of the simulated engine."""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+BLOCK_TOKENS = 16
+"""Tokens per block of the prefix cache, as in vLLM."""
+
+
+class PrefixCache:
+    """Which blocks of tokens the KV cache holds; the longest unused go first."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self._capacity = capacity_tokens // BLOCK_TOKENS
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def match(self, token_ids: Sequence[int]) -> int:
+        """Return how many leading tokens are held; the last one always has to be computed."""
+        held = 0
+        for key in _block_keys(token_ids[:-1]):
+            if key not in self._blocks:
+                break
+            self._blocks.move_to_end(key)
+            held += BLOCK_TOKENS
+        return held
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Hold the whole blocks of these tokens."""
+        for key in _block_keys(token_ids):
+            self._blocks[key] = None
+            self._blocks.move_to_end(key)
+        while len(self._blocks) > self._capacity:
+            self._blocks.popitem(last=False)
+
+
+def _block_keys(token_ids: Sequence[int]) -> list[int]:
+    data = array("I", token_ids).tobytes()
+    width = BLOCK_TOKENS * 4
+    keys = []
+    key = 0
+    for end in range(width, len(data) + 1, width):
+        key = hash((key, data[end - width : end]))
+        keys.append(key)
+    return keys
