@@ -11,7 +11,8 @@ from pydantic import JsonValue
 from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, Clock, until
 from tests.engine.streams import streamed
 
-from tera.engine.vllm import VllmEngine, argument_names
+from tera.engine.vllm import VllmEngine
+from tera.engine.vllm_args import argument_names
 from tera.errors import (
     ConfigError,
     EngineError,

@@ -18,7 +18,7 @@ import psutil
 from tera.config.environment import Runtime, set_environment
 from tera.config.model import engine_args
 from tera.config.platform import PlatformConfig
-from tera.engine.vllm import check_args
+from tera.engine.vllm_args import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model

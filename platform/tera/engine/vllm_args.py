@@ -1,0 +1,95 @@
+"""A vLLM model's `engine.args`: vLLM's own arguments, but for those that are set elsewhere."""
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
+
+from tera.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+_SET_ELSEWHERE = {
+    "model": "source",
+    "tensor_parallel_size": "parallelism.tensor",
+    "pipeline_parallel_size": "parallelism.pipeline",
+    "enable_sleep_mode": "gpuSharing.replicasPerGpu",
+}
+"""vLLM arguments that other parts of a model's configuration decide."""
+
+_SHARED_GPU_MEMORY_RATIO = 0.85
+"""`gpu_memory_utilization` on a shared GPU, unless said: sleeping engines keep about a GiB each."""
+
+
+def async_engine_args(
+    args: Mapping[str, JsonValue], *, sleeps: bool, **decided: JsonValue
+) -> "AsyncEngineArgs":
+    """Return what vLLM starts from.
+
+    Args:
+        args: a model's `engine.args`.
+        sleeps: whether the engine can give its GPU's memory back.
+        decided: arguments that other parts of the model's configuration decide.
+
+    Raises:
+        ConfigError: an argument is unknown, or is one that is set elsewhere.
+        ValueError: vLLM refuses a value.
+        TypeError: likewise.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    check_args(args, "engine.args")
+    given: dict[str, Any] = {**(_sleep_args() if sleeps else {}), **args, **decided}
+    return AsyncEngineArgs(**given)
+
+
+def check_args(args: Mapping[str, JsonValue], path: str) -> None:
+    """Refuse arguments that vLLM does not have, without the seconds that importing it takes.
+
+    Args:
+        args: vLLM's `AsyncEngineArgs` by name.
+        path: where they stand in the values.
+
+    Raises:
+        ConfigError: one line for each argument, with the nearest name that there is.
+    """
+    known = argument_names()
+    if not known:
+        return
+    faults = []
+    for name in args:
+        if name in _SET_ELSEWHERE:
+            faults.append(f"{path}.{name}: set {_SET_ELSEWHERE[name]} instead")
+        elif name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def argument_names() -> set[str]:
+    """Return the names of vLLM's engine arguments from its source; none if there is no vLLM."""
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        return set()
+    source = Path(vllm.submodule_search_locations[0]) / "engine" / "arg_utils.py"
+    return {
+        statement.target.id
+        for block in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(block, ast.ClassDef) and block.name in ("EngineArgs", "AsyncEngineArgs")
+        for statement in block.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
+def _sleep_args() -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_sleep_mode_available():
+        return {}
+    return {"enable_sleep_mode": True, "gpu_memory_utilization": _SHARED_GPU_MEMORY_RATIO}

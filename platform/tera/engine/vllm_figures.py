@@ -1,0 +1,65 @@
+"""What vLLM reports of itself: the figures of its latest step, and its metrics."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+
+class StepFigures:
+    """What vLLM reported after its latest step."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.running = 0
+        self.kv_usage_ratio = 0.0
+        self.progress_at = clock()
+
+    def record(self, scheduler_stats: Any) -> None:
+        """Take vLLM's `SchedulerStats` of a step, or None where it made none."""
+        self.progress_at = self._clock()
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.kv_usage_ratio = scheduler_stats.kv_cache_usage
+
+
+def stat_logger(figures: StepFigures) -> "type[StatLoggerBase]":
+    """Return the class by which vLLM keeps `figures` current."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StepLogger(StatLoggerBase):
+        """Keeps the figures of the latest step; vLLM's own loggers stay beside it."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            figures.record(scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepLogger
+
+
+def metrics_text() -> str:
+    """Return vLLM's `vllm:` families in Prometheus text form."""
+    # vLLM registers them in the process's default registry, one engine per process.
+    registry = CollectorRegistry()
+    registry.register(_VllmFamilies())
+    return generate_latest(registry).decode()
+
+
+class _VllmFamilies(Collector):
+    def collect(self) -> Iterable[Metric]:
+        return [family for family in REGISTRY.collect() if family.name.startswith("vllm:")]

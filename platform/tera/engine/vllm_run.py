@@ -1,0 +1,159 @@
+"""One generation inside vLLM: what vLLM makes of it, and how it ends."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tera.errors import EngineError, InvalidValueError, ReplicaLostError, TeraError
+from tera.generation import FinishReason, Generation, TokenDelta, TokenLogprobs
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+log = logging.getLogger(__name__)
+
+_PARAMETER_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
+"""What vLLM appends to a validation message for its own server."""
+
+
+class Run:
+    """One generation inside vLLM."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+        on_over: Callable[["Run"], None],
+    ) -> None:
+        """`on_over` is called once, when nobody is to be told anything any more."""
+        self.generation = generation
+        self._emit = emit
+        self._ended = ended
+        self._on_over = on_over
+        self.adding: asyncio.Task[None] | None = None
+        """Held, since the event loop holds tasks only weakly."""
+        self.vllm_id: str | None = None
+        """vLLM's own name of it, from when vLLM has it."""
+        self.over = False
+        self.finished = False
+        """vLLM has nothing more to do for it."""
+
+    def put(self, output: "RequestOutput | Exception") -> None:
+        """Take what vLLM's step has made, or the error by which vLLM has ended.
+
+        Raises nothing: vLLM calls it from its loop over all generations.
+        """
+        if self.over:
+            return
+        if isinstance(output, Exception):
+            self.end(_failure(output))
+            return
+        reason = output.outputs[0].finish_reason
+        if reason not in (None, "stop", "length"):
+            self.end(EngineError("The engine gave this generation up."))
+            return
+        try:
+            delta = _delta(self.generation, output)
+        except Exception as error:  # noqa: BLE001  what vLLM has made of it is of no use
+            self.end(_failure(error), finished=reason is not None)
+            return
+        if reason is not None:
+            self._leave(finished=True)
+        try:
+            self._emit(delta)
+        except Exception:
+            log.exception("Nobody could take a generation's tokens; it is aborted.")
+            self.abort()
+
+    def end(self, error: TeraError, *, finished: bool = True) -> None:
+        """Say that it has ended without a finish reason; `finished` if vLLM knows it."""
+        if self.over:
+            return
+        self._leave(finished=finished)
+        try:
+            self._ended(error)
+        except Exception:
+            log.exception("Nobody could be told that a generation has ended.")
+
+    def abort(self) -> None:
+        """Let it go; see `TextEngine.start`."""
+        if not self.over:
+            self._leave(finished=False)
+
+    def _leave(self, *, finished: bool) -> None:
+        self.over = True
+        self.finished = finished
+        self._on_over(self)
+
+
+def _delta(generation: Generation, output: "RequestOutput") -> TokenDelta:
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    logprobs = prompt_logprobs = None
+    count = generation.sampling.logprobs
+    if count is not None and completion.logprobs is not None:
+        positions: Iterable[Any] = completion.logprobs
+        logprobs = [
+            _token_logprobs(token_id, entries, count)
+            for token_id, entries in zip(token_ids, positions, strict=True)
+        ]
+    count = generation.sampling.prompt_logprobs
+    if count is not None and output.prompt_logprobs:  # empty on every delta but the first
+        positions = output.prompt_logprobs
+        prompt_logprobs = [
+            None if entries is None else _token_logprobs(token_id, entries, count)
+            for token_id, entries in zip(generation.token_ids, positions, strict=True)
+        ]
+    return TokenDelta(
+        generation.generation_id,
+        token_ids,
+        None if completion.finish_reason is None else FinishReason(completion.finish_reason),
+        output.num_cached_tokens or 0,
+        logprobs,
+        prompt_logprobs,
+    )
+
+
+def _token_logprobs(token_id: int, entries: Mapping[int, Any], count: int) -> TokenLogprobs:
+    # vLLM gives the chosen token besides the asked number of likeliest ones.
+    ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items())
+    top = [(other, logprob) for rank, other, logprob in ranked if rank <= count]
+    return TokenLogprobs(token_id, entries[token_id].logprob, top[:count])
+
+
+def refusal(error: Exception) -> TeraError:
+    """Return our error for what vLLM raises when it is given a generation."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    if isinstance(error, VLLMClientError | ValueError):
+        return _caused(_invalid(error), error)
+    if isinstance(error, GracefulHTTPError):  # vLLM's own queue bounds, if somebody sets them
+        return _caused(EngineError("The engine is busy."), error)
+    return _failure(error)
+
+
+def _failure(error: Exception) -> TeraError:
+    """Return our error for what has ended a generation, or vLLM with all of them."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, EngineDeadError):
+        return _caused(ReplicaLostError("The engine has stopped."), error)
+    log.error("vLLM failed a generation.", exc_info=error)
+    return _caused(EngineError("The engine failed this generation."), error)
+
+
+def _caused(error: TeraError, cause: Exception) -> TeraError:
+    error.__cause__ = cause
+    return error
+
+
+def _invalid(error: Exception) -> InvalidValueError:
+    """Return vLLM's refusal without what it says to its own server."""
+    parameter = getattr(error, "parameter", None)
+    message = _PARAMETER_SUFFIX.sub("", str(error)).splitlines()
+    return InvalidValueError(
+        message[0] if message else "The engine refuses these parameters.", param=parameter
+    )
