@@ -5,6 +5,7 @@ import platform
 import signal
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -31,13 +32,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="name")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; keeps no results")
+    parser.add_argument(
+        "--beside", type=Path, help="another checkout, which `chain` measures in the same run"
+    )
     options = parser.parse_args()
     # Ended as by Ctrl-C, so that the systems under measurement end as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=max(100, Console().width))
-    for name in options.names or BENCHMARKS:
+    benchmarks = {**BENCHMARKS, "chain": partial(chain.run, beside=options.beside)}
+    for name in options.names or benchmarks:
         began = time.monotonic()
-        table, figures = BENCHMARKS[name](options.quick)
+        table, figures = benchmarks[name](options.quick)
         console.print(table)
         console.print(f"{name} took {time.monotonic() - began:.0f} s\n")
         if not options.quick:

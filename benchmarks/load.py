@@ -20,6 +20,7 @@ DEADLINE_S = 240.0
 """A load that has not ended by then has failed."""
 
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
+_CONTENT_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
@@ -29,12 +30,14 @@ class Load(msgspec.Struct, frozen=True):
     port: int
     api_key: str
     bodies: list[str]
-    """JSON bodies of streamed requests, with usage; taken in order, and again from the start."""
+    """JSON bodies of requests; taken in order, and again from the start."""
     clients: int
     requests: int
     """No more than these are sent."""
     seconds: float = DEADLINE_S
     """No request is sent after this time."""
+    stream: bool = True
+    """Whether the bodies ask for streams, which they have to with usage."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -67,6 +70,7 @@ class _Run:
         encoded = [body.encode() for body in load.bodies]
         self._requests = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in encoded]
         self._load = load
+        self.stream = load.stream
         self._sent = 0
         self._began = 0.0
         self._open = load.clients
@@ -119,6 +123,7 @@ class _Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self._marks = (b"data: {", b"[DONE]") if self._run.stream else (b"{", b"usage")
 
     def send(self) -> None:
         request = self._run.next_request()
@@ -129,9 +134,12 @@ class _Client(asyncio.Protocol):
             self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        if not self._first_at and b"data: {" in data:
+        if not self._first_at and self._marks[0] in data:
             self._first_at = time.perf_counter()
         self._pieces.append(data)
+        if not self._run.stream:
+            self._read_whole()
+            return
         # JSON escapes carriage returns and no header is «0», so only the last chunk looks so.
         end = data if len(data) >= len(_LAST_CHUNK) else b"".join(self._pieces[-7:])
         if end.endswith(_LAST_CHUNK):
@@ -139,13 +147,22 @@ class _Client(asyncio.Protocol):
         elif not self._pieces[0].startswith(b"HTTP/1.1 200"):
             self._run.fail(data.decode(errors="replace"))
 
+    def _read_whole(self) -> None:
+        """Finish once an answer is as long as it says."""
+        head, _, body = b"".join(self._pieces).partition(b"\r\n\r\n")
+        length = _CONTENT_LENGTH.search(head)
+        if length is not None and len(body) >= int(length[1]):
+            self._finish(body)
+        elif not self._pieces[0].startswith(b"HTTP/1.1 200"):
+            self._run.fail(head.decode(errors="replace"))
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._run.fail(f"the server closed a connection: {exc}")
 
     def _finish(self, answer: bytes) -> None:
         run = self._run
         found = _COMPLETION_TOKENS.findall(answer)
-        if not found or b"[DONE]" not in answer:
+        if not found or self._marks[1] not in answer:
             run.fail(f"an answer without usage or end: {answer[-300:]!r}")
             return
         run.first_token_s.append(self._first_at - self._sent_at)

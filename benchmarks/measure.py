@@ -32,7 +32,7 @@ _KINDS = (
     ("gcs_server", "GCS"),
     ("redis-server", "Redis"),
     ("tera serve", "tera serve"),
-    ("benchmarks.bare", "uvicorn"),
+    ("benchmarks.floor", "floor"),
 )
 OTHER = "Ray, the rest"
 

@@ -1,6 +1,7 @@
 """The systems under measurement: each starts in its own processes and ends with its block."""
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -51,13 +52,25 @@ class StartError(Exception):
     """A system did not start; the message holds its last lines."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkout of Tera to run, other than this one."""
+
+    name: str
+    """Of the system, in tables."""
+    path: Path
+
+
 @contextmanager
-def tera(values: str | None, models: Path | None = None) -> Iterator[System]:
+def tera(
+    values: str | None, models: Path | None = None, source: Source | None = None
+) -> Iterator[System]:
     """Run `tera serve` in a directory of its own.
 
     Args:
         values: text of a values file; None is the demo platform.
         models: directory of demo models that are made already.
+        source: run that checkout, with the packages that are installed for this one.
     """
     with _directory() as directory:
         home = directory / "home"
@@ -69,23 +82,28 @@ def tera(values: str | None, models: Path | None = None) -> Iterator[System]:
         if values is not None:
             (directory / "values.yaml").write_text(values)
             command += ["-f", "values.yaml"]
-        with _process(command, {"TERA_HOME": str(home)}, directory) as process:
+        environment = {"TERA_HOME": str(home)}
+        if source is not None:
+            environment["PYTHONPATH"] = str(source.path / "platform")
+        with _process(command, environment, directory) as process:
             ready = home / "local.env"
             _wait(process, directory, ready.exists)
             found = dict(line.split("=", 1) for line in ready.read_text().splitlines())
-            yield System("Tera", process, port, found["TERA_MODEL"], found["TERA_API_KEY"], home)
+            name = "Tera" if source is None else source.name
+            yield System(name, process, port, found["TERA_MODEL"], found["TERA_API_KEY"], home)
 
 
 @contextmanager
-def bare_uvicorn(events: list[bytes], model: str) -> Iterator[System]:
-    """Run `benchmarks.bare` under uvicorn, one process, which streams `events` to everybody."""
+def floor(events: list[bytes], answer: bytes, step_s: float) -> Iterator[System]:
+    """Run `benchmarks.floor`, which answers everybody alike: with events, or with one body."""
     with _directory() as directory:
         (directory / "events").write_bytes(b"".join(events))
+        (directory / "answer").write_bytes(answer)
         port = free_port()
-        command = [sys.executable, "-m", "benchmarks.bare", str(directory / "events"), str(port)]
+        command = [sys.executable, "-m", "benchmarks.floor", str(directory), str(port), str(step_s)]
         with _process(command, {}, Path.cwd(), directory) as process:
-            _wait(process, directory, lambda: _answers(port, "/healthz"))
-            yield System("bare uvicorn", process, port, model)
+            _wait(process, directory, lambda: _listens(port))
+            yield System("floor", process, port, "simulated")
 
 
 @contextmanager
@@ -157,6 +175,11 @@ def _wait(process: psutil.Process, logs: Path, is_ready: Callable[[], bool]) -> 
             log = (logs / "log").read_text(errors="replace")
             raise StartError(f"{' '.join(process.cmdline() if not gone else [])}\n{log[-3000:]}")
         time.sleep(0.2)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(port: int, path: str) -> bool:
