@@ -7,19 +7,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tera.generation import (
+    Abort,
+    Begin,
     FinishReason,
     Generation,
-    GenerationEnd,
+    GenerationFailure,
+    Order,
     ReplicaLoad,
     Sampling,
     StepFrame,
     TokenDelta,
     TokenLogprobs,
-    decode_end,
     decode_frame,
-    decode_generation,
     decode_order,
     encode,
+    merge,
 )
 
 SMALL = st.integers(0, 2**32)
@@ -41,9 +43,9 @@ GENERATIONS = st.builds(
     request_id=st.text(max_size=8),
     token_ids=st.lists(SMALL, max_size=8),
     sampling=SAMPLINGS,
-    reply_to=st.tuples(st.text(max_size=8), st.integers(0, 65535)),
     resumed_tokens=SMALL,
 )
+ORDERS = st.builds(Begin, GENERATIONS, SMALL) | st.builds(Abort, SMALL)
 LOGPROBS = st.builds(
     TokenLogprobs,
     token_id=SMALL,
@@ -61,14 +63,28 @@ DELTAS = st.builds(
 )
 FRAMES = st.builds(
     StepFrame,
-    load=st.builds(ReplicaLoad, running=SMALL, waiting=SMALL, kv_usage_ratio=REAL),
+    load=st.builds(
+        ReplicaLoad, running=SMALL, waiting=SMALL, kv_usage_ratio=REAL, asleep=st.booleans()
+    ),
     deltas=st.lists(DELTAS, max_size=3),
+    failures=st.lists(
+        st.builds(
+            GenerationFailure,
+            generation_id=SMALL,
+            message=st.text(max_size=8),
+            request_fault=st.none() | st.text(max_size=8),
+            param=st.none() | st.text(max_size=8),
+        ),
+        max_size=2,
+    ),
+    refused=st.lists(SMALL, max_size=2),
+    draining=st.booleans(),
 )
 
 
-@given(GENERATIONS)
-def test_generation_arrives_as_it_was_sent(generation: Generation) -> None:
-    assert decode_generation(encode(generation)) == generation
+@given(ORDERS)
+def test_order_arrives_as_it_was_sent(order: Order) -> None:
+    assert decode_order(encode(order)) == order
 
 
 @given(FRAMES)
@@ -76,35 +92,67 @@ def test_frame_arrives_as_it_was_sent(frame: StepFrame) -> None:
     assert decode_frame(encode(frame)) == frame
 
 
-@given(st.sampled_from(FinishReason), SMALL)
-def test_end_arrives_as_it_was_sent(reason: FinishReason, completion_tokens: int) -> None:
-    end = GenerationEnd(reason, completion_tokens)
-    assert decode_end(encode(end)) == end
-
-
 def test_infinite_logprob_crosses() -> None:
     delta = TokenDelta(1, [7], logprobs=[TokenLogprobs(7, -math.inf, [])])
     assert decode_frame(encode(StepFrame(ReplicaLoad(), [delta]))).deltas == [delta]
 
 
-def test_record_of_an_older_version_is_read_with_defaults() -> None:
-    older = msgspec.msgpack.encode([7, "req_1", [1, 2], [16], ["127.0.0.1", 9]])
-    assert decode_generation(older) == Generation(
-        7, "req_1", [1, 2], Sampling(16), ("127.0.0.1", 9)
-    )
+def test_order_of_an_older_version_is_read_with_defaults() -> None:
+    older = msgspec.msgpack.encode(["begin", [7, "req_1", [1, 2], [16]], 8])
+    assert decode_order(older) == Begin(Generation(7, "req_1", [1, 2], Sampling(16)), 8)
+
+
+def test_frame_of_an_older_version_is_read_with_defaults() -> None:
+    older = msgspec.msgpack.encode([[1], [[7, [3]]]])
+    assert decode_frame(older) == StepFrame(ReplicaLoad(running=1), [TokenDelta(7, [3])])
 
 
 def test_record_of_a_newer_version_is_read_without_what_it_appends() -> None:
-    newer = msgspec.msgpack.encode(["stop", 3, "appended later"])
-    assert decode_end(newer) == GenerationEnd(FinishReason.STOP, 3)
+    newer = msgspec.msgpack.encode(["abort", 3, "appended later"])
+    assert decode_order(newer) == Abort(3)
+    newer = msgspec.msgpack.encode([[1, 0, 0.5, True, "new"], [], [], [7], True, "appended later"])
+    load = ReplicaLoad(running=1, kv_usage_ratio=0.5, asleep=True)
+    assert decode_frame(newer) == StepFrame(load, refused=[7], draining=True)
 
 
 @given(st.binary(max_size=64))
-@example(b"\x92\xa1\x80\x01")  # a finish reason that is no UTF-8
+@example(b"\x92\xa1\x80\x01")  # a tag that is no UTF-8
+@example(b"\x92\x90\x91\x93\x01\x90\xa1\x80")  # a finish reason that is no UTF-8
 def test_garbage_is_a_decode_error_and_nothing_else(data: bytes) -> None:
-    for decode in (decode_generation, decode_frame, decode_order, decode_end):
+    for decode in (decode_frame, decode_order):
         with contextlib.suppress(msgspec.MsgspecError):
             decode(data)
+
+
+@given(ORDERS, FRAMES)
+def test_no_order_is_taken_for_a_frame(order: Order, frame: StepFrame) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode_frame(encode(order))
+    with pytest.raises(msgspec.MsgspecError):
+        decode_order(encode(frame))
+
+
+def logprobs_of(token_ids: list[int]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(token_id, -1.0, []) for token_id in token_ids]
+
+
+@given(st.lists(DELTAS, min_size=1, max_size=4))
+def test_merged_deltas_lose_nothing(parts: list[TokenDelta]) -> None:
+    # As an engine sends them: a delta has logprobs for each token if any has.
+    deltas = [
+        msgspec.structs.replace(part, generation_id=1, logprobs=logprobs_of(part.token_ids))
+        for part in parts
+    ]
+    token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    merged = deltas[0]
+    for delta in deltas[1:]:
+        merged = merge(merged, delta)
+    assert merged.token_ids == token_ids
+    assert merged.logprobs == logprobs_of(token_ids)
+    assert merged.finish_reason == deltas[-1].finish_reason
+    assert merged.cached_tokens == max(delta.cached_tokens for delta in parts)
+    told = [delta.prompt_logprobs for delta in parts if delta.prompt_logprobs]
+    assert (merged.prompt_logprobs or None) == (told[0] if told else None)
 
 
 def test_record_is_immutable() -> None:

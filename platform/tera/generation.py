@@ -64,8 +64,6 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     token_ids: list[int]
     sampling: Sampling
-    reply_to: tuple[str, int]
-    """Address of the gateway replica's token channel."""
     resumed_tokens: int = 0
 
 
@@ -94,6 +92,21 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """On the first delta, when asked for; None for the first prompt token."""
 
 
+def merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
+    """Return two deltas of one generation as one; extends the lists of `held`."""
+    held.token_ids.extend(delta.token_ids)
+    logprobs = held.logprobs
+    if delta.logprobs is not None:
+        logprobs = [*(logprobs or []), *delta.logprobs]
+    return msgspec.structs.replace(
+        held,
+        finish_reason=delta.finish_reason,
+        cached_tokens=max(held.cached_tokens, delta.cached_tokens),
+        logprobs=logprobs,
+        prompt_logprobs=held.prompt_logprobs or delta.prompt_logprobs,
+    )
+
+
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """What an engine is doing right now."""
 
@@ -107,61 +120,53 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GenerationFailure(msgspec.Struct, frozen=True, array_like=True):
-    """Why a generation that was resumed over the channel has ended without a finish reason."""
+    """Why a generation has ended without a finish reason."""
 
     generation_id: int
     message: str
+    request_fault: str | None = None
+    """The error code of a request that no engine can take; None where the engine is at fault."""
+    param: str | None = None
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
-    """All that one engine step made for one gateway replica; without deltas it is a heartbeat."""
+    """All that one engine step made for one gateway replica; with nothing new, a heartbeat."""
 
     load: ReplicaLoad
-    deltas: list[TokenDelta]
+    deltas: list[TokenDelta] = []
     failures: list[GenerationFailure] = []
+    refused: list[int] = []
+    """Ids of generations that the replica has no room for, or no time: they go elsewhere."""
+    draining: bool = False
+    """The replica takes nothing new and ends with what it runs."""
 
 
-class Resume(msgspec.Struct, frozen=True, array_like=True, tag="resume"):
-    """A gateway replica's order to go on with a generation that another replica has lost."""
+class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
+    """A gateway replica's order to run a generation."""
 
     generation: Generation
+    most_ongoing: int
+    """The replica refuses it while it runs so many, those of other gateway replicas included.
+    Serve tells gateways the number, and an edit of it restarts nothing."""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """A gateway replica's order to stop a resumed generation that nobody wants any more."""
+    """A gateway replica's order to stop a generation that nobody wants any more."""
 
     generation_id: int
 
 
-Order = Resume | Abort
-
-
-class GenerationEnd(msgspec.Struct, frozen=True, array_like=True):
-    """The answer of the unary dispatch call: the authoritative end of a generation."""
-
-    finish_reason: FinishReason
-    completion_tokens: int
+Order = Begin | Abort
 
 
 _encoder = msgspec.msgpack.Encoder()
-_generation_decoder = msgspec.msgpack.Decoder(Generation)
 _frame_decoder = msgspec.msgpack.Decoder(StepFrame)
 _order_decoder: "msgspec.msgpack.Decoder[Order]" = msgspec.msgpack.Decoder(Order)
-_end_decoder = msgspec.msgpack.Decoder(GenerationEnd)
 
 
 def encode(record: msgspec.Struct) -> bytes:
     """Return the record's MessagePack form."""
     return _encoder.encode(record)
-
-
-def decode_generation(data: bytes) -> Generation:
-    """Return the `Generation` in `data`.
-
-    Raises:
-        msgspec.DecodeError: the bytes are not one.
-    """
-    return _decoded(_generation_decoder, data)
 
 
 def decode_frame(data: bytes | memoryview) -> StepFrame:
@@ -180,15 +185,6 @@ def decode_order(data: bytes | memoryview) -> Order:
         msgspec.DecodeError: the bytes are not one.
     """
     return _decoded(_order_decoder, data)
-
-
-def decode_end(data: bytes) -> GenerationEnd:
-    """Return the `GenerationEnd` in `data`.
-
-    Raises:
-        msgspec.DecodeError: the bytes are not one.
-    """
-    return _decoded(_end_decoder, data)
 
 
 def _decoded(decoder: "msgspec.msgpack.Decoder[Record]", data: bytes | memoryview) -> Record:

@@ -140,6 +140,9 @@ def _front_rules() -> str:
     not_ours = "!{ res.hdr(content-type) -m beg application/json }"
     lines = [
         f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
+        # The gateway listens for hang-ups itself; Serve would do it once more, by two tasks a
+        # request.
+        "http-request set-header x-request-disconnect-disabled ?1",
         # The gateway answers every error in JSON, and never with these statuses: what matches
         # is Ray's plain text, or that of the server inside a replica.
         f"{_return('http-response', FAILED)} if {{ status 502:504 }}",

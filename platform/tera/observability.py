@@ -1,9 +1,10 @@
 """Metrics: every name, label and bucket on one screen; and the form of log lines.
 
-Each process keeps its own registry. `GET /metrics` on any gateway replica asks all gateway and
-engine replicas for theirs and puts them together with `merge_expositions`, which adds the label
-`replica` to every sample: so one scrape is whole, whichever process answers it, and sums and
-rates over `replica` are right when replicas come and go.
+Each process keeps its own registry. `GET /metrics` is that of the gateway replica that answers.
+`GET /metrics/all` on any of them asks all gateway and engine replicas for theirs and puts them
+together with `merge_expositions`, which adds the label `replica` to every sample: so one scrape is
+whole, whichever process answers it, and sums and rates over `replica` are right when replicas come
+and go.
 """
 
 import json

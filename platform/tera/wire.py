@@ -1,6 +1,6 @@
 """The token channel's bytes: frames and the handshake that both ends make first.
 
-A replica connects to the gateway address that came with a dispatch call. Each side then proves
+A replica connects to the address of each gateway replica that asks it to. Each side then proves
 that it holds the cluster secret, bound to both nonces, so that nobody who merely reaches the
 port can feed a tenant tokens or collect them:
 
@@ -11,7 +11,7 @@ port can feed a tenant tokens or collect them:
 After it each side sends frames of a 4-byte little-endian length and a payload. The replica's are
 `StepFrame`s; the first one is a heartbeat, without deltas, and another follows whenever nothing
 else was sent for `HEARTBEAT_S`: a process that is frozen, or a node that is gone, closes no
-connection. The gateway's are `Order`s about generations that another replica has lost.
+connection. The gateway's are `Order`s: to begin a generation, or to stop one.
 """
 
 import hashlib
@@ -24,6 +24,9 @@ NONCE_BYTES = 32
 MAC_BYTES = 32
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A longer length is no frame of ours: the peer is broken, and the connection is closed."""
+
+MAX_NAME_BYTES = 1024
+"""Of a replica's id, which is read before the peer has proved anything."""
 
 HEARTBEAT_S = 0.5
 SILENCE_S = 2.0
@@ -65,6 +68,12 @@ def proofs_match(received: bytes, expected: bytes) -> bool:
 def pack(payload: bytes) -> bytes:
     """Return the payload as a frame."""
     return _LENGTH.pack(len(payload)) + payload
+
+
+def frame_bytes(buffer: bytearray, start: int) -> int:
+    """Return the payload's length that the frame at `start` declares."""
+    length: int = _LENGTH.unpack_from(buffer, start)[0]
+    return length
 
 
 def take_frames(buffer: bytearray) -> Iterator[bytes]:

@@ -29,10 +29,12 @@ from ray.serve._private.deployment_scheduler import (
 )
 from ray.serve.config import AutoscalingConfig
 
-from tera.autoscaling import idle_first
-from tera.autoscaling.idle_first import GENERATIONS, busy_replicas, prefer_idle
+from tera.autoscaling.idle_first import idle_first
 from tera.config.platform import PlatformConfig
 from tera.manifest import serve_config
+from tera.upstream import ray_controller
+from tera.upstream.ray_controller import busy_replicas, choose_by
+from tera.upstream.ray_serve import GENERATIONS
 
 ENGINES = DeploymentID("Engine", "model-demo")
 OTHERS = DeploymentID("Engine", "model-other")
@@ -47,7 +49,7 @@ def test_idle_ones_go_first_and_each_kind_in_its_order(data: st.DataObject) -> N
     order = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=30, unique=True))
     busy = data.draw(st.sets(st.sampled_from([*order, 100])))
     count = data.draw(st.integers(1, len(order) + 1))
-    chosen = idle_first.idle_first(lambda number: set(order[:number]), count, busy)
+    chosen = idle_first(lambda number: set(order[:number]), count, busy)
     assert chosen == set(sorted(order, key=busy.__contains__)[:count])
 
 
@@ -93,12 +95,12 @@ def kind() -> type[DeploymentScheduler]:
 def test_serves_scheduler_takes(
     kind: type[DeploymentScheduler], nodes: dict[str, str], busy: str, count: int, expected: str
 ) -> None:
-    prefer_idle(kind, lambda _: {replica(name) for name in busy})
+    choose_by(idle_first, kind, lambda _: {replica(name) for name in busy})
     assert stopped(scheduler(kind, **nodes), count) == expected
 
 
 def test_what_has_not_started_goes_before_all_that_run(kind: type[DeploymentScheduler]) -> None:
-    prefer_idle(kind, lambda _: {replica("b")})
+    choose_by(idle_first, kind, lambda _: {replica("b")})
     found = scheduler(kind, head="ab")
     found._on_replica_launching(replica("c"))
     assert [stopped(found, count) for count in (1, 2, 3)] == ["c", "ac", "abc"]
@@ -107,14 +109,14 @@ def test_what_has_not_started_goes_before_all_that_run(kind: type[DeploymentSche
 def test_a_busy_one_that_a_new_controller_does_not_know_yet_stays(
     kind: type[DeploymentScheduler],
 ) -> None:
-    prefer_idle(kind, lambda _: {replica("c")})
+    choose_by(idle_first, kind, lambda _: {replica("c")})
     found = scheduler(kind, head="ab")
     found.on_replica_recovering(replica("c"))
     assert stopped(found, 1) == "b"
 
 
 def test_gangs_go_as_serve_says(kind: type[DeploymentScheduler]) -> None:
-    prefer_idle(kind, lambda _: {replica("c"), replica("d")})
+    choose_by(idle_first, kind, lambda _: {replica("c"), replica("d")})
     gangs = {"old": {replica("a"), replica("b")}, "new": {replica("c"), replica("d")}}
     by_replica = {each: gang for gang, members in gangs.items() for each in members}
     named = {"gang_id_by_replica": by_replica, "replicas_by_gang_id": gangs, "gang_size": 2}
@@ -127,10 +129,10 @@ def complaints(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     log = logging.Logger("tera.test")
     log.addFilter(lambda record: found.append(record.getMessage()) is None)
-    monkeypatch.setattr(idle_first, "log", log)
-    idle_first._complain.cache_clear()
+    monkeypatch.setattr(ray_controller, "log", log)
+    ray_controller._complain.cache_clear()
     yield found
-    idle_first._complain.cache_clear()
+    ray_controller._complain.cache_clear()
 
 
 def test_serves_choice_stays_where_serve_is_not_as_expected(
@@ -139,7 +141,7 @@ def test_serves_choice_stays_where_serve_is_not_as_expected(
     def broken(_: DeploymentID) -> set[ReplicaID]:
         raise AttributeError("_handle_store")
 
-    prefer_idle(kind, broken)
+    choose_by(idle_first, kind, broken)
     found = scheduler(kind, head="abcd")
     assert [stopped(found, 1), stopped(found, 2)] == ["d", "cd"]
     assert len(complaints) == 1
@@ -218,10 +220,10 @@ def autoscaled(*, ours: bool) -> DeploymentAutoscalingState:
 def _serves_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Serve's own scheduler as no policy has changed it, also afterwards."""
     own = DeploymentScheduler._get_replicas_to_stop
-    idle_first._watched.cache_clear()
+    ray_controller._watched.cache_clear()
     monkeypatch.setattr(DeploymentScheduler, "_get_replicas_to_stop", own)
     yield
-    idle_first._watched.cache_clear()
+    ray_controller._watched.cache_clear()
 
 
 # Replicas that run, what they run and what waits; long enough apart for each delay to pass or not.

@@ -134,7 +134,7 @@ def test_alert_says_what_and_how_bad(rule: Rule) -> None:
 def test_podmonitor_makes_the_job() -> None:
     objects = render({**cluster(), **MONITORED})
     monitor = one(objects, "PodMonitor", "prod-gateway")
-    assert [it["path"] for it in monitor["spec"]["podMetricsEndpoints"]] == ["/metrics"]
+    assert [it["path"] for it in monitor["spec"]["podMetricsEndpoints"]] == ["/metrics/all"]
 
 
 def test_only_models_that_are_always_there_are_missed() -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,13 +16,12 @@ import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
+from tests.routing.conftest import HOST, EngineFleet
 from tests.serve.conftest import Platform
 
 from tera.config.gateway import CorsConfig, GatewayConfig, RequestLimits
 from tera.config.model import EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
-from tera.engine.channel import TokenSender
-from tera.engine.runs import Runs
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
@@ -30,11 +30,8 @@ from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
-from tera.generation import Generation, decode_generation, encode
 from tera.observability import Metrics
-from tera.routing.channel import Inbox, TokenReceiver
-from tera.routing.dispatch import Dispatcher, DispatchLimits
-from tera.routing.switchboard import Route
+from tera.routing.run import Dispatcher, DispatchLimits
 from tera.tenancy.keys import ApiKey, generate_key, hash_key
 from tera.tenancy.snapshot import KeySnapshot
 
@@ -42,8 +39,6 @@ REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 ABSENT: Any = object()
 """In place of a field's value: the field is left out."""
 
-_HOST = "127.0.0.1"
-_SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
 _PEPPER = "the pepper of this cluster"
 
 
@@ -149,29 +144,6 @@ class DefectiveText(SimulatedTextModel):
         raise RuntimeError("/opt/tera/secret.py on node-7.internal: replica abc#def")
 
 
-class _Replica:
-    """A `ModelHandle` that is the replica itself, as `EngineReplica` is it behind Serve."""
-
-    def __init__(self, engine: SimulatedEngine) -> None:
-        self.engine = engine
-        self._runs = Runs(engine)
-        self._sender = TokenSender("replica", _SECRET, engine.load, self._runs.obey)
-
-    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
-        del generation, inbox, route
-        return False
-
-    async def generate(self, data: bytes, route: Route) -> bytes:
-        del route
-        asked = decode_generation(data)
-        link = await self._sender.link(asked.reply_to)
-        return encode(await self._runs.run(asked, link))
-
-    async def close(self) -> None:
-        await self._sender.close()
-        await self.engine.close()
-
-
 @dataclass
 class Exchange:
     """One request at the level of ASGI: what was read of it and what was answered."""
@@ -193,8 +165,8 @@ class InProcessGateway(Gateway):
     """The real gateway and simulated engines in this process; no Ray, no Redis, no sockets of HTTP.
 
     Its models, in order: `sim/small` (alias `sim`; fails after 5 tokens where the prompt holds
-    FAULT), `Sim/Chat-Only`, and `sim/dead`, `sim/stalled` and `sim/defective`, which are what
-    they are called.
+    FAULT), `Sim/Chat-Only`, and `sim/dead`, `sim/stalled`, `sim/stuck` and `sim/defective`, which are
+    what they are called. One that stalls does so for good, with its first request.
     """
 
     model = "sim/small"
@@ -211,8 +183,8 @@ class InProcessGateway(Gateway):
         self.now_s = 1_800_000_000.0
         self._runner = asyncio.Runner()
         self._catalog = Catalog()
-        self._receiver = TokenReceiver(_HOST, _SECRET)
-        self._replicas: dict[str, _Replica] = {}
+        self._stack = AsyncExitStack()
+        self._engines: list[SimulatedEngine] = []
         # It is never entered, so it never asks Redis: these tests put the keys in themselves.
         self._keys = KeySnapshot(cast(Redis, None), _PEPPER, lambda: self.now_s)
         self.metrics = Metrics()
@@ -223,18 +195,18 @@ class InProcessGateway(Gateway):
         self._runner.run(self._start())
 
     async def _start(self) -> None:
-        await self._receiver.__aenter__()
         flaky = {"only_prompts_with": "FAULT", "fail_after_tokens": 5}
         models = [
-            self._served("small", "sim/small", faults=flaky, aliases=("sim",)),
-            self._served("chat", "Sim/Chat-Only", capabilities=("chat",)),
-            self._served("dead", "sim/dead", faults={"fail_after_tokens": 0}),
-            self._served("stalled", "sim/stalled", faults={"stall_after_tokens": 1}),
-            self._served("defective", "sim/defective", text=DefectiveText),
+            await self._served("small", "sim/small", faults=flaky, aliases=("sim",)),
+            await self._served("chat", "Sim/Chat-Only", capabilities=("chat",)),
+            await self._served("dead", "sim/dead", faults={"fail_after_tokens": 0}),
+            await self._served("stalled", "sim/stalled", faults={"stall_after_tokens": 1}),
+            await self._served("stuck", "sim/stuck", faults={"stall_after_tokens": 1}),
+            await self._served("defective", "sim/defective", text=DefectiveText),
         ]
         self._catalog.replace({model.name: model for model in models})
 
-    def _served(
+    async def _served(
         self,
         name: str,
         model_id: str,
@@ -248,20 +220,26 @@ class InProcessGateway(Gateway):
             "profile": {**profile, "context_tokens": self.context_tokens},
             "faults": dict(faults or {}),
         }
-        replica = _Replica(SimulatedEngine(SimulatedArgs.parse(args), stall_s=60))
-        self._replicas[name] = replica
+        engine = SimulatedEngine(SimulatedArgs.parse(args), stall_s=60)
+        self._engines.append(engine)
+        self._stack.push_async_callback(engine.close)
+        fleet = await self._stack.enter_async_context(EngineFleet(engine))
         config = ModelConfig(
             id=model_id, engine=EngineConfig(kind="simulated", args=args), **options
         )
         limits = DispatchLimits(60, 60, 60, retries=1)
         served_text: TextModel = text(args)
-        return ServedModel(name, config, served_text, Dispatcher(replica, self._receiver, limits))
+        dispatcher = Dispatcher(fleet.fleet, fleet.links, limits)
+        return ServedModel(name, config, served_text, dispatcher)
 
     def _status(self, name: str) -> ModelStatus:
         return "ready"
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
         return True, {"models": {}, "redis": "ok"}
+
+    def own_exposition(self) -> str:
+        return self.metrics.exposition()
 
     async def exposition(self) -> str:
         return self.metrics.exposition()
@@ -321,6 +299,7 @@ class InProcessGateway(Gateway):
         headers: Mapping[str, str] | None = None,
         key: str | None = "",
         hang_up_after: int | None = None,
+        hang_up_when: Callable[[bytes], bool] | None = None,
     ) -> Exchange:
         """POST a body in these pieces and return both sides' messages.
 
@@ -330,6 +309,7 @@ class InProcessGateway(Gateway):
             headers: beside `authorization`.
             key: as for `request`.
             hang_up_after: the client is gone after that many messages of the answer.
+            hang_up_when: the client is gone once the answer's body is so.
         """
         shown = self.key if key == "" else key
         named = {} if shown is None else {"authorization": f"Bearer {shown}"}
@@ -347,17 +327,23 @@ class InProcessGateway(Gateway):
                 (name.encode(), value.encode())
                 for name, value in {**named, **(headers or {})}.items()
             ],
-            "client": (_HOST, 1),
-            "server": (_HOST, 80),
+            "client": (HOST, 1),
+            "server": (HOST, 80),
         }
-        return self._runner.run(self._exchange(scope, body, hang_up_after))
+
+        def leaves(so_far: Exchange) -> bool:
+            if hang_up_when is not None:
+                return hang_up_when(so_far.body)
+            return len(so_far.sent) == hang_up_after
+
+        return self._runner.run(self._exchange(scope, body, leaves))
 
     async def _exchange(
-        self, scope: Scope, body: Sequence[bytes], hang_up_after: int | None
+        self, scope: Scope, body: Sequence[bytes], leaves: Callable[[Exchange], bool]
     ) -> Exchange:
         exchange = Exchange(0, [])
         gone = asyncio.Event()
-        if hang_up_after == 0:
+        if leaves(exchange):
             gone.set()
 
         async def receive() -> Message:
@@ -371,7 +357,7 @@ class InProcessGateway(Gateway):
 
         async def send(message: Message) -> None:
             exchange.sent.append(message)
-            if len(exchange.sent) == hang_up_after:
+            if leaves(exchange):
                 gone.set()
 
         await self.app(scope, receive, send)
@@ -383,16 +369,11 @@ class InProcessGateway(Gateway):
 
     async def _idle(self) -> None:
         async with asyncio.timeout(10):
-            for replica in self._replicas.values():
-                load = replica.engine.load
+            for engine in self._engines:
+                load = engine.load
                 while load().running or load().waiting:  # noqa: ASYNC110  it has no event
                     await asyncio.sleep(0.001)
 
     def close(self) -> None:
-        self._runner.run(self._stop())
+        self._runner.run(self._stack.aclose())
         self._runner.close()
-
-    async def _stop(self) -> None:
-        for replica in self._replicas.values():
-            await replica.close()
-        await self._receiver.__aexit__(None, None, None)

@@ -316,7 +316,7 @@ def test_a4_no_part_of_a_key_is_shown_logged_or_counted(
         assert wrong[-8:] not in text
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/metrics/all"])
 def test_a5_health_and_metrics_need_no_key(gateway: Gateway, path: str) -> None:
     for key in (None, "sk-wrong"):
         assert gateway.request("GET", path, key=key).status_code == 200

@@ -37,7 +37,7 @@ def test_m1_the_list_has_exactly_these_members(text_gateway: Gateway) -> None:
 def test_m1_the_list_has_the_catalogs_order(in_process: InProcessGateway) -> None:
     found = accepted(in_process.request("GET", "/v1/models"))["data"]
     assert [card["id"] for card in found] == [
-        *("sim/small", "Sim/Chat-Only", "sim/dead", "sim/stalled", "sim/defective")
+        *("sim/small", "Sim/Chat-Only", "sim/dead", "sim/stalled", "sim/stuck", "sim/defective")
     ]
     assert found[0]["capabilities"] == ["completions", "chat"]
     assert found[1]["capabilities"] == ["chat"]

@@ -267,14 +267,29 @@ def test_s6_a_later_error_is_an_event_and_the_end(in_process: InProcessGateway, 
     in_process.wait_until_idle()
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_s7_silence_is_broken_by_comments(in_process: InProcessGateway, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/v1/completions", "sim/stalled"), ("/v1/chat/completions", "sim/stuck")],
+)
+def test_s7_silence_is_broken_by_comments(
+    in_process: InProcessGateway, path: str, model: str
+) -> None:
     in_process.keep_alive_after(0.01)
     make = in_process.completion if path == "/v1/completions" else in_process.conversation
-    body = make(model="sim/stalled", stream=True, max_tokens=50)
-    # Head, the one token, and then only comments: the client leaves after two of them.
-    exchange = in_process.exchange([json.dumps(body).encode()], path=path, hang_up_after=4)
-    assert exchange.body.endswith(b": keep-alive\n\n: keep-alive\n\n")
+    readable = {str(ord("x")): 100}
+    body = make(model=model, stream=True, max_tokens=50, logit_bias=readable)
+    # After the one token come only comments, and the client leaves after two of them.
+    comments = b": keep-alive\n\n: keep-alive\n\n"
+    exchange = in_process.exchange(
+        [json.dumps(body).encode()],
+        path=path,
+        hang_up_when=lambda so_far: b"data: " in so_far and so_far.endswith(comments),
+    )
+    before, _, token_and_after = exchange.body.partition(b"data: ")
+    token, _, after = token_and_after.partition(b"\n\n")
+    assert "choices" in json.loads(token)
+    assert before.replace(b": keep-alive\n\n", b"") == b""
+    assert after.replace(b": keep-alive\n\n", b"") == b""
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineHandle
+from tests.routing.conftest import EngineFleet
 
 from tera.config.gateway import GatewayConfig, RequestLimits
 from tera.config.model import Capability, EngineConfig, ModelConfig
@@ -22,8 +23,7 @@ from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.observability import Metrics
-from tera.routing.channel import TokenReceiver
-from tera.routing.dispatch import Dispatcher, DispatchLimits
+from tera.routing.run import Dispatcher, DispatchLimits
 from tera.tenancy.keys import ApiKey
 
 KEY = "sk-tera-of-these-tests"
@@ -58,25 +58,23 @@ class Gateway:
         self.admitter = LocalAdmitter()
         self._runner = asyncio.Runner()
         self._catalog = Catalog()
-        self._receiver = TokenReceiver(HOST, SECRET)
-        self._engines: list[tuple[SimulatedEngine, EngineHandle]] = []
+        self._stack = AsyncExitStack()
         pipeline = Pipeline(self._catalog, OneKey(), self.admitter, self._status, self.metrics)
         self._app: Any = build_app(pipeline, self, self.metrics, lambda: self.config)
         self._runner.run(self._start())
 
     async def _start(self) -> None:
-        await self._receiver.__aenter__()
         self._catalog.replace(
             {
-                "small": self._model("small", MODEL, {}, ("completions", "chat")),
-                "broken": self._model(
+                "small": await self._model("small", MODEL, {}, ("completions", "chat")),
+                "broken": await self._model(
                     "broken", BROKEN_MODEL, {"fail_after_tokens": 3}, ("completions", "chat")
                 ),
-                "chat": self._model("chat", CHAT_MODEL, {}, ("chat",)),
+                "chat": await self._model("chat", CHAT_MODEL, {}, ("chat",)),
             }
         )
 
-    def _model(
+    async def _model(
         self,
         name: str,
         model_id: str,
@@ -90,14 +88,14 @@ class Gateway:
         }
         args: dict[str, JsonValue] = {"profile": profile, "faults": faults}
         engine = SimulatedEngine(SimulatedArgs.parse(args), stall_s=60)
-        handle = EngineHandle(engine)
-        self._engines.append((engine, handle))
+        self._stack.push_async_callback(engine.close)
+        fleet = await self._stack.enter_async_context(EngineFleet(engine))
         config = ModelConfig(
             id=model_id,
             engine=EngineConfig(kind="simulated", args=args),
             capabilities=capabilities,
         )
-        dispatcher = Dispatcher(handle, self._receiver, _LIMITS)
+        dispatcher = Dispatcher(fleet.fleet, fleet.links, _LIMITS)
         return ServedModel(name, config, SimulatedTextModel(args), dispatcher)
 
     def _status(self, name: str) -> ModelStatus:
@@ -105,6 +103,9 @@ class Gateway:
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
         return self.ready, {"models": {}, "redis": "ok"}
+
+    def own_exposition(self) -> str:
+        return self.metrics.exposition()
 
     async def exposition(self) -> str:
         return self.metrics.exposition()
@@ -139,14 +140,8 @@ class Gateway:
             return await client.request(method, path, json=json, content=content, headers=headers)
 
     def close(self) -> None:
-        self._runner.run(self._stop())
+        self._runner.run(self._stack.aclose())
         self._runner.close()
-
-    async def _stop(self) -> None:
-        for engine, handle in self._engines:
-            handle.close()
-            await engine.close()
-        await self._receiver.__aexit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

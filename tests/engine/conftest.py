@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import uvloop
 from pydantic import JsonValue
 from tests.engine.streams import streamed
 
@@ -32,6 +33,16 @@ VLLM_MARKS = [
 ]
 
 
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    factories = {"asyncio": asyncio.new_event_loop}
+    if item.path.name in ("test_link.py", "test_runs.py"):
+        # Serve's replicas run uvloop, whose transports differ from asyncio's.
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,9 +63,7 @@ class Asker:
     ) -> Generation:
         self._next_id += 1
         name = f"request-{self._next_id}"
-        return Generation(
-            self._next_id, name, token_ids, sampling, ("127.0.0.1", 1), resumed_tokens
-        )
+        return Generation(self._next_id, name, token_ids, sampling, resumed_tokens)
 
     async def deltas(
         self, token_ids: list[int], sampling: Sampling, resumed_tokens: int = 0

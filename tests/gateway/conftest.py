@@ -2,15 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Self
+from uuid import uuid4
 
+import pytest
 import pytest_asyncio
+import uvloop
 from pydantic import JsonValue
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Send
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineHandle, until
+from tests.routing.conftest import EngineFleet, until
 
 from tera.config.gateway import GatewayConfig
 from tera.config.model import EngineConfig, ModelConfig
@@ -18,19 +20,27 @@ from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_args import SimulatedArgs
 from tera.gateway.app import build_app
-from tera.gateway.call import Call
 from tera.gateway.catalog import Catalog, ServedModel
-from tera.gateway.pipeline import Pipeline
+from tera.gateway.exchange import Exchange
+from tera.gateway.pipeline import Authenticator, Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.generation import ReplicaLoad
 from tera.observability import Metrics
-from tera.routing.channel import TokenReceiver
-from tera.routing.dispatch import Dispatcher, DispatchLimits
+from tera.routing.run import Dispatcher, DispatchLimits
 from tera.tenancy.keys import ApiKey
 
 MODEL, CONTEXT_TOKENS = "sim/one", 2048
 CALLER = ApiKey("key_1", "acme", "", "", None, 0.0)
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    # Serve's replicas run uvloop, and what is sent is sent by hand: see `relay.Events`.
+    loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    sends = item.path.stem in ("test_relay", "test_hang_up")
+    return loops if sends else {"asyncio": loops["asyncio"]}
 
 
 class EveryKey:
@@ -40,10 +50,21 @@ class EveryKey:
         return CALLER
 
 
-class Gateway:
-    """A pipeline and its application; the n-th dispatch is lost after `deaths[n]` tokens.
+async def unused(message: Message) -> None:
+    raise AssertionError("nothing is sent here")
 
-    Prompts that say FAULT fail on the engine.
+
+def exchange(send: Send = unused) -> Exchange:
+    """Return the exchange of a request that has just arrived."""
+    arrived = asyncio.get_running_loop().time()
+    return Exchange(f"req_{uuid4().hex}", "/v1/completions", arrived, 0.0, send)
+
+
+class Gateway:
+    """A pipeline and its application; the n-th generation's replica is lost after `deaths[n]`
+    tokens.
+
+    Prompts that say FAULT fail on the engine after three tokens.
     """
 
     def __init__(
@@ -52,40 +73,35 @@ class Gateway:
         *,
         text: type[SimulatedTextModel] = SimulatedTextModel,
         profile: Mapping[str, JsonValue] | None = None,
+        faults: Mapping[str, JsonValue] | None = None,
+        keys: Authenticator | None = None,
     ) -> None:
         free: dict[str, JsonValue] = {"prefill_tokens_per_s": 0, "decode_step_s": 0}
         self._args: dict[str, JsonValue] = {
             "profile": {**free, "context_tokens": CONTEXT_TOKENS, **(profile or {})},
-            "faults": {"only_prompts_with": "FAULT", "fail_after_tokens": 3},
+            "faults": {"only_prompts_with": "FAULT", **(faults or {"fail_after_tokens": 3})},
         }
         self._deaths = list(deaths)
         self._text = text
-        self._receiver = TokenReceiver(HOST, SECRET)
         self.config = GatewayConfig()
         self.metrics = Metrics()
         self.admitter = LocalAdmitter()
         self.catalog = Catalog()
         self.pipeline = Pipeline(
-            self.catalog, EveryKey(), self.admitter, self._status, self.metrics
+            self.catalog, keys or EveryKey(), self.admitter, self._status, self.metrics
         )
         self.app: ASGIApp = build_app(self.pipeline, self, self.metrics, lambda: self.config)
 
     async def __aenter__(self) -> Self:
-        await self._receiver.__aenter__()
         self._engine = SimulatedEngine(SimulatedArgs.parse(self._args), stall_s=60)
-        self.handle = EngineHandle(self._engine, self._deaths)
+        self.fleet = EngineFleet(self._engine, self._deaths)
+        await self.fleet.__aenter__()
         self.catalog.replace({"one": self.model("one", MODEL)})
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.handle.close()
+    async def __aexit__(self, *exc: object) -> None:
+        await self.fleet.__aexit__(*exc)
         await self._engine.close()
-        await self._receiver.__aexit__(None, None, None)
 
     def model(self, name: str, model_id: str, aliases: tuple[str, ...] = ()) -> ServedModel:
         """Return another name for this gateway's engine."""
@@ -97,31 +113,37 @@ class Gateway:
         )
         limits = DispatchLimits(60, 60, 60, retries=len(self._deaths))
         text: TextModel = self._text(self._args)
-        return ServedModel(name, config, text, Dispatcher(self.handle, self._receiver, limits))
-
-    def call(self) -> Call:
-        return Call("request", "/v1/completions", 0.0, 0.0)
+        dispatcher = Dispatcher(self.fleet.fleet, self.fleet.links, limits)
+        return ServedModel(name, config, text, dispatcher)
 
     @property
     def load(self) -> ReplicaLoad:
         return self._engine.load()
 
     async def wait_until_idle(self) -> None:
+        """Wait until no engine has work, and nothing is counted at any replica."""
         await until(lambda: (self.load.running, self.load.waiting) == (0, 0))
+        assert self.fleet.serve.idle
 
     async def post(self, client: "Client", path: str = "/v1/completions") -> None:
         """Answer one request."""
+        await self.request(client, "POST", path)
+
+    async def request(self, client: "Client", method: str, path: str, key: str = "") -> None:
+        headers = [(b"content-type", b"application/json")]
+        if key:
+            headers.append((b"authorization", f"Bearer {key}".encode()))
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": headers,
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
         }
@@ -132,6 +154,9 @@ class Gateway:
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
         return True, {}
+
+    def own_exposition(self) -> str:
+        return self.metrics.exposition()
 
     async def exposition(self) -> str:
         return self.metrics.exposition()
@@ -170,6 +195,28 @@ class Client:
     @property
     def ended(self) -> bool:
         return bool(self.sent) and self.sent[-1].get("more_body") is False
+
+
+class SlowClient(Client):
+    """A client that takes in what it is sent, and no more until the test lets it.
+
+    As a server's: `send` waits while the connection is full, and not for what it was given.
+    """
+
+    def __init__(self, body: object = None) -> None:
+        super().__init__(body)
+        self._reads = asyncio.Event()
+        self._reads.set()
+
+    def stop_reading(self) -> None:
+        self._reads.clear()
+
+    def read_on(self) -> None:
+        self._reads.set()
+
+    async def send(self, message: Message) -> None:
+        await super().send(message)
+        await self._reads.wait()
 
 
 @pytest_asyncio.fixture

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tera.contract.chat import ChatRequest
-from tera.contract.common import parse_request
 from tera.errors import InvalidRequestError, UnsupportedParameterError
+from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.render import AnswerPiece
+from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
 from tera.local.demo_model import ensure_demo_model
 
@@ -53,15 +53,18 @@ def with_tools(model_path: str) -> VllmTextModel:
     )
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> Conversation:
     messages = [{"role": "user", "content": "What is the weather in Paris?"}]
-    return parse_request(ChatRequest, {"model": "m", "messages": messages, **fields})
+    content = ChatQuestion({"model": "m", "messages": messages, **fields}).request.content
+    assert isinstance(content, Conversation)
+    return content
 
 
-async def said(model: VllmTextModel, request: ChatRequest, text: str) -> list[AnswerPiece]:
+async def said(model: VllmTextModel, conversation: Conversation, text: str) -> list[AnswerPiece]:
     """Feed a model's answer token by token through the derendering parts."""
-    rendered = await model.render_chat(request)
-    parser = model.answer_parser(request, rendered)
+    rendered = await model.render_chat(conversation)
+    parser = model.answer_parser(conversation, rendered)
+    assert parser is not None
     detokenizer = model.detokenizer(rendered.token_ids, special_tokens=rendered.special_tokens)
     token_ids = await model.encode(text)
     return [

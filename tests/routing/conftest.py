@@ -1,33 +1,44 @@
 """Replicas that the tests own: they speak the token channel and fail as they are told."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Self
 
 import pytest
 import pytest_asyncio
 import uvloop
-from tests.engine.streams import streamed
 
 from tera import wire
 from tera.engine.base import TextEngine
-from tera.engine.channel import GatewayLink
-from tera.errors import ReplicaLostError
+from tera.engine.link import GatewayLink, GatewayLinks, _is_open
+from tera.engine.runs import Runs
+from tera.errors import ReplicaLostError, TeraError
 from tera.generation import (
+    Abort,
+    Begin,
     FinishReason,
     Generation,
-    GenerationEnd,
+    GenerationFailure,
+    Order,
     ReplicaLoad,
     StepFrame,
     TokenDelta,
-    decode_generation,
+    decode_order,
     encode,
 )
-from tera.routing.channel import Inbox, TokenReceiver
-from tera.routing.switchboard import Route
+from tera.routing.fleet import Changed, Fleet
+from tera.routing.link import ReplicaLinks
+from tera.routing.switchboard import Switchboard
 
 SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
 HOST = "127.0.0.1"
+MANY = 1000
+"""Of generations: the capacity of a replica that is never full."""
+
+Address = tuple[str, int]
 
 
 def pytest_asyncio_loop_factories(
@@ -55,7 +66,7 @@ class FakeReplica:
 
     @classmethod
     async def connect(
-        cls, address: tuple[str, int], name: str = "replica", secret: str = SECRET
+        cls, address: Address, name: str = "replica", secret: str = SECRET
     ) -> "FakeReplica":
         reader, writer = await asyncio.open_connection(*address)
         replica = cls(name, reader, writer)
@@ -73,6 +84,10 @@ class FakeReplica:
         nonce_g = await self.reader.readexactly(wire.NONCE_BYTES)
         nonce_r = wire.new_nonce()
         await self.write(self.opening(nonce_g, nonce_r, self.name, secret))
+        await self.check_proof(nonce_g, nonce_r, secret)
+
+    async def check_proof(self, nonce_g: bytes, nonce_r: bytes, secret: str = SECRET) -> None:
+        """Read the gateway's answer to an opening."""
         answer = await self.reader.readexactly(wire.MAC_BYTES)
         assert wire.proofs_match(answer, wire.gateway_proof(secret, nonce_r, nonce_g))
 
@@ -81,12 +96,44 @@ class FakeReplica:
         proof = wire.replica_proof(secret, nonce_g, nonce_r, name)
         return nonce_r + proof + wire.pack(name.encode())
 
+    async def order(self) -> Order:
+        """Return the gateway's next order.
+
+        Raises:
+            IncompleteReadError: the gateway has closed the connection.
+        """
+        length = int.from_bytes(await self.reader.readexactly(wire.LENGTH_BYTES), "little")
+        return decode_order(await self.reader.readexactly(length))
+
+    async def begin(self) -> Begin:
+        """Return the gateway's next order, which is to begin a generation."""
+        order = await self.order()
+        assert isinstance(order, Begin), order
+        return order
+
+    async def abort(self) -> int:
+        """Return which generation the gateway's next order stops."""
+        order = await self.order()
+        assert isinstance(order, Abort), order
+        return order.generation_id
+
     async def write(self, data: bytes) -> None:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def send(self, *deltas: TokenDelta, load: ReplicaLoad | None = None) -> None:
-        await self.write(wire.pack(encode(StepFrame(load or ReplicaLoad(), list(deltas)))))
+    async def send(
+        self,
+        *deltas: TokenDelta,
+        load: ReplicaLoad | None = None,
+        failures: Sequence[GenerationFailure] = (),
+        refused: Sequence[int] = (),
+        draining: bool = False,
+    ) -> None:
+        """Send one frame."""
+        frame = StepFrame(
+            load or ReplicaLoad(), list(deltas), list(failures), list(refused), draining
+        )
+        await self.write(wire.pack(encode(frame)))
 
     async def beat(self, load: ReplicaLoad | None = None) -> None:
         """Send a heartbeat: from the first on, silence is the replica's loss."""
@@ -112,118 +159,363 @@ class FakeReplica:
             await self.writer.wait_closed()
 
 
+class Heard:
+    """A `Listener` that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.error: TeraError | None = None
+        self.refused = False
+
+    def receive(self, delta: TokenDelta) -> None:
+        self.deltas.append(delta)
+
+    def fail(self, error: TeraError) -> None:
+        assert self.error is None, "the first error of a generation is its only one"
+        self.error = error
+
+    def refuse(self) -> None:
+        self.refused = True
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for delta in self.deltas for token_id in delta.token_ids]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.deltas[-1].finish_reason if self.deltas else None
+
+
+class RecordingWatcher:
+    """Keeps what it hears of replicas."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def report(self, replica_id: str, load: ReplicaLoad) -> None:
+        self.heard.append(f"{replica_id} has {load.running + load.waiting}")
+
+    def connected(self, replica_id: str) -> None:
+        self.heard.append(f"{replica_id} connected")
+
+    def lost(self, replica_id: str) -> None:
+        self.heard.append(f"{replica_id} lost")
+
+    def draining(self, replica_id: str) -> None:
+        self.heard.append(f"{replica_id} drains")
+
+
+class RecordingWorker:
+    """A `Worker` that keeps its orders and carries none out."""
+
+    def __init__(self) -> None:
+        self.figures = ReplicaLoad()
+        self.orders: list[Order] = []
+        self.gone: list[GatewayLink] = []
+
+    def load(self) -> ReplicaLoad:
+        return self.figures
+
+    def obey(self, link: GatewayLink, order: Order) -> None:
+        self.orders.append(order)
+
+    def lost(self, link: GatewayLink) -> None:
+        self.gone.append(link)
+
+
+class FakeServe:
+    """Ray Serve as a `Fleet` sees it: calls replicas, and counts what waits and what runs."""
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, Callable[[Address], Awaitable[None]]] = {}
+        """What each replica does that is asked to connect; who is not here is gone."""
+        self.asked: list[str] = []
+        """Who was asked to connect, in order."""
+        self.waiting = 0
+        self.most_waiting = 0
+        self.running: Counter[str] = Counter()
+
+    async def connect(self, replica: str, host: str, port: int) -> None:
+        self.asked.append(replica)
+        if replica not in self.replicas:
+            raise ReplicaLostError("The engine replica was taken away.")
+        await self.replicas[replica]((host, port))
+
+    @contextmanager
+    def queued(self) -> Iterator[None]:
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def began(self, replica: str) -> None:
+        self.running[replica] += 1
+
+    def ended(self, replica: str) -> None:
+        self.running[replica] -= 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether every generation that was counted is counted no more."""
+        return self.waiting == 0 and not any(self.running.values())
+
+
 class Attempt:
-    """One dispatched generation, on a replica of its own."""
+    """One generation that a fake replica was sent, and what the replica says about it."""
 
-    def __init__(self, generation: Generation, route: Route, name: str) -> None:
-        self.generation = generation
-        self.name = name
-        self.cancelled = False
-        self._route = route
-        self._replica: FakeReplica | None = None
+    def __init__(self, replica: FakeReplica, begin: Begin) -> None:
+        self.replica = replica
+        self.generation = begin.generation
+        self.room = begin.most_ongoing
+        self.aborted = asyncio.Event()
+        """The gateway has told the replica to stop it."""
 
-    def offered(self) -> None:
-        """Be the replica that was chosen."""
-        self._route.offered(self.name)
-
-    async def take(self) -> FakeReplica:
-        self._replica = await FakeReplica.connect(self.generation.reply_to, self.name)
-        await self._replica.send(TokenDelta(self.generation.generation_id, []))
-        return self._replica
+    async def take(self) -> None:
+        """Say «I have it»."""
+        await self.send()
 
     async def send(self, *token_ids: int, finish: FinishReason | None = None) -> None:
-        assert self._replica is not None
         delta = TokenDelta(self.generation.generation_id, list(token_ids), finish)
-        await self._replica.send(delta)
+        await self.replica.send(delta)
 
-    async def die(self) -> bytes:
-        assert self._replica is not None
-        await self._replica.lose()
-        raise ReplicaLostError("The engine replica was lost.")
+    async def fail(self, fault: str | None = None, param: str | None = None) -> None:
+        """Take it and fail it, which engines may do in one frame."""
+        number = self.generation.generation_id
+        failure = GenerationFailure(number, "The engine cannot go on.", fault, param)
+        await self.replica.send(TokenDelta(number, []), failures=[failure])
 
-    async def close(self) -> None:
-        if self._replica is not None:
-            await self._replica.close()
+    async def refuse(self) -> None:
+        await self.replica.send(refused=[self.generation.generation_id])
 
-
-Script = Callable[[Attempt], Awaitable[bytes]]
-
-
-def ended(finish: FinishReason = FinishReason.LENGTH, tokens: int = 0) -> bytes:
-    return encode(GenerationEnd(finish, tokens))
+    async def die(self) -> None:
+        """End the replica; others that it runs end with it."""
+        await self.replica.lose()
 
 
-class ScriptedHandle:
-    """A `ModelHandle` whose n-th call does what the n-th script says; the last one repeats."""
+class FakeModel:
+    """A model whose replicas are fakes that connect when Serve is told to have them do so.
 
-    def __init__(self, *scripts: Script) -> None:
-        self._scripts = scripts
-        self.attempts: list[Attempt] = []
-
-    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
-        del generation, inbox, route
-        return False
-
-    async def generate(self, generation: bytes, route: Route) -> bytes:
-        number = len(self.attempts)
-        attempt = Attempt(decode_generation(generation), route, f"replica-{number}")
-        self.attempts.append(attempt)
-        try:
-            return await self._scripts[min(number, len(self._scripts) - 1)](attempt)
-        except asyncio.CancelledError:
-            attempt.cancelled = True
-            raise
-
-    async def close(self) -> None:
-        for attempt in self.attempts:
-            await attempt.close()
-
-
-class EngineHandle:
-    """A `ModelHandle` over an engine in this process, with the real token channel between.
-
-    The n-th dispatch goes to a replica of its own that is lost after `deaths[n]` tokens.
+    One that is lost is asked again, and connects again, unless it is taken out of `serve.replicas`.
     """
 
-    def __init__(self, engine: TextEngine, deaths: list[int] | None = None) -> None:
+    def __init__(self, links: ReplicaLinks) -> None:
+        self.links = links
+        self.serve = FakeServe()
+        self.switchboard = Switchboard()
+        self.fleet = Fleet(links, self.switchboard, lambda _: self.serve)
+        self.replicas: dict[str, FakeReplica] = {}
+        """Those that have connected, the latest of each name."""
+        self._begun: asyncio.Queue[Attempt] = asyncio.Queue()
+        self._readers: dict[asyncio.Task[None], FakeReplica] = {}
+
+    async def start(self, *names: str, room: int = MANY) -> None:
+        """Have Serve run these replicas, and wait until all are connected."""
+        for name in names:
+            self.serve.replicas.setdefault(name, partial(self._connect, name))
+        self.fleet.changed(dict.fromkeys(names, room))
+        await until(lambda: all(self.links.find(name) for name in names))
+        await until(lambda: not self.fleet._contacts)
+
+    async def begun(self) -> Attempt:
+        """Return the next generation that a replica is sent."""
+        async with asyncio.timeout(10):
+            return await self._begun.get()
+
+    @property
+    def nothing_begun(self) -> bool:
+        """Whether no replica was sent anything that `begun` has not returned."""
+        return self._begun.empty()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and every room that was taken was given back."""
+        boards = self.switchboard._replicas.values()
+        return self.serve.idle and all(each.mine == 0 for each in boards)
+
+    async def _connect(self, name: str, address: Address) -> None:
+        replica = await FakeReplica.connect(address, name)
+        self.replicas[name] = replica
+        self._readers[asyncio.create_task(self._read(replica))] = replica
+
+    async def _read(self, replica: FakeReplica) -> None:
+        attempts: dict[int, Attempt] = {}
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                order = await replica.order()
+                if isinstance(order, Begin):
+                    attempt = attempts[order.generation.generation_id] = Attempt(replica, order)
+                    self._begun.put_nowait(attempt)
+                else:
+                    attempts[order.generation_id].aborted.set()
+
+    async def close(self) -> None:
+        self.fleet.changed({})
+        tasks = [*self.fleet._contacts.values(), *self._readers]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in self._readers.values():
+            await replica.close()
+
+
+class EngineReplica:
+    """An engine replica in this process, all of it but Serve, which can die."""
+
+    def __init__(self, name: str, engine: TextEngine) -> None:
+        self.name = name
+        self.engine = engine
+        self.runs = Runs(engine)
+        self.links = GatewayLinks(name, SECRET, self.runs)
+        self.dead = False
+
+    async def connect(self, address: Address) -> None:
+        if self.dead:
+            raise ReplicaLostError("The engine replica was lost.")
+        await self.links.connect(address)
+
+    async def drain(self, timeout_s: float) -> None:
+        """End as `EngineReplica` does in a replica that Serve takes away."""
+        self.links.drain()
+        await self.runs.drain(timeout_s)
+        await self.links.close()
+
+    def die(self) -> None:
+        """Break the connections, as the death of the process does."""
+        self.dead = True
+        for task in self.links._links.values():
+            if _is_open(task):
+                transport = task.result()._transport
+                assert transport is not None
+                transport.abort()
+            else:
+                task.cancel()
+
+
+class MortalEngine:
+    """An engine whose replica dies at a generation's token after so many; None is never."""
+
+    def __init__(self, engine: TextEngine, lives_for: int | None) -> None:
         self._engine = engine
-        self._deaths = deaths or []
-        self._transports: list[asyncio.Transport] = []
-        self.dispatched: list[Generation] = []
+        self._lives_for = lives_for
+        self.die: Callable[[], None] = lambda: None
+        self.started: list[Generation] = []
 
-    async def resume(self, generation: Generation, inbox: Inbox, route: Route) -> bool:
-        del generation, inbox, route
-        return False
+    def start(
+        self,
+        generation: Generation,
+        emit: Callable[[TokenDelta], None],
+        ended: Callable[[TeraError], None],
+    ) -> Callable[[], None]:
+        self.started.append(generation)
+        tokens = 0
 
-    async def generate(self, generation: bytes, route: Route) -> bytes:
-        asked = decode_generation(generation)
-        number = len(self.dispatched)
-        self.dispatched.append(asked)
-        dies_after = self._deaths[number] if number < len(self._deaths) else None
-        transport, link = await asyncio.get_running_loop().create_connection(
-            lambda: GatewayLink(f"replica-{number}", SECRET, self._engine.load), *asked.reply_to
-        )
-        self._transports.append(transport)
-        await link.ready
-        link.send(TokenDelta(asked.generation_id, []))
-        sent = 0
-        async with aclosing(streamed(self._engine, asked)) as deltas:
-            async for delta in deltas:
-                if dies_after is not None and sent >= dies_after:
-                    transport.abort()
-                    raise ReplicaLostError("The engine replica was lost.")
-                sent += len(delta.token_ids)
-                link.send(delta)
-                if delta.finish_reason is not None:
-                    return ended(delta.finish_reason, sent)
-        raise AssertionError("the engine ended without a reason")
+        def counted(delta: TokenDelta) -> None:
+            nonlocal tokens
+            if self._lives_for is not None and tokens >= self._lives_for:
+                self.die()
+                return
+            tokens += len(delta.token_ids)
+            emit(delta)
 
-    def close(self) -> None:
-        for transport in self._transports:
-            transport.abort()
+        return self._engine.start(generation, counted, ended)
+
+    def load(self) -> ReplicaLoad:
+        return self._engine.load()
+
+    def metrics_text(self) -> str:
+        return self._engine.metrics_text()
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class EngineFleet:
+    """A model's replicas over one engine in this process, with the real token channel between.
+
+    The n-th generation begins on a replica of its own, which is lost after `deaths[n]` tokens;
+    those after the last death share one that lives.
+    """
+
+    def __init__(self, engine: TextEngine, deaths: Sequence[int] | None = None) -> None:
+        self.links = ReplicaLinks(HOST, SECRET)
+        self.serve = OneAfterAnother()
+        self.fleet = Fleet(self.links, Switchboard(), self.serve.attached)
+        self._engines = [MortalEngine(engine, lives_for) for lives_for in [*(deaths or ()), None]]
+        self._replicas: list[EngineReplica] = []
+        for number, mortal in enumerate(self._engines):
+            replica = EngineReplica(f"replica-{number}", mortal)
+            mortal.die = replica.die
+            self._replicas.append(replica)
+
+    async def __aenter__(self) -> Self:
+        await self.links.__aenter__()
+        # All before the fleet knows the first, so that none has to be waited for.
+        for replica in self._replicas:
+            await replica.connect(self.links.address)
+        self.serve.reveal({each.name: each.connect for each in self._replicas})
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.fleet.changed({})
+        for replica in self._replicas:
+            await replica.links.close()
+        await self.links.__aexit__(None, None, None)
+
+    @property
+    def dispatched(self) -> list[Generation]:
+        """What replicas were sent, in the order in which it was sent."""
+        started = [generation for engine in self._engines for generation in engine.started]
+        return sorted(started, key=lambda generation: generation.generation_id)
+
+
+class OneAfterAnother(FakeServe):
+    """Lets each generation begin on the next replica alone, and all others share the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unused: list[str] = []
+        self._changed: Changed = lambda _: None
+
+    def attached(self, changed: Changed) -> Self:
+        """Be the view of a fleet's deployment."""
+        self._changed = changed
+        return self
+
+    def reveal(self, replicas: dict[str, Callable[[Address], Awaitable[None]]]) -> None:
+        self.replicas = replicas
+        self._unused = list(replicas)
+        self._tell()
+
+    def began(self, replica: str) -> None:
+        super().began(replica)
+        if replica == self._unused[0] and len(self._unused) > 1:
+            del self._unused[0]
+            self._tell()
+
+    def ended(self, replica: str) -> None:
+        super().ended(replica)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Show the replicas that are full, and the one that is next and so has room."""
+        full = {replica: 1 for replica, count in self.running.items() if count}
+        room = MANY if len(self._unused) == 1 else 1
+        self._changed({**full, self._unused[0]: room})
 
 
 @pytest_asyncio.fixture
-async def receiver() -> AsyncGenerator[TokenReceiver]:
-    async with TokenReceiver(HOST, SECRET) as receiver:
-        yield receiver
+async def links() -> AsyncGenerator[ReplicaLinks]:
+    async with ReplicaLinks(HOST, SECRET) as links:
+        yield links
+
+
+@pytest_asyncio.fixture
+async def model(links: ReplicaLinks) -> AsyncGenerator[FakeModel]:
+    model = FakeModel(links)
+    yield model
+    await model.close()

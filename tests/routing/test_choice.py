@@ -117,6 +117,14 @@ def test_a_replica_that_is_gone_is_not_chosen_for_what_it_had() -> None:
     assert choose(board_of({"here": 3}), index, prompt(1, 2)) == "here"
 
 
+def test_who_may_go_beyond_the_capacity_gets_the_least_busy_up_to_there() -> None:
+    board = board_of({"a": 2 * CAPACITY - 1, "b": 2 * CAPACITY})
+    assert board.least() is None
+    assert board.least(2.0) == "a"
+    board.put("a", 2 * CAPACITY, CAPACITY)
+    assert board.least(2.0) is None
+
+
 @given(
     st.lists(
         st.tuples(

@@ -1,16 +1,14 @@
 """The bounded queue before a model's replicas."""
 
 import asyncio
-from contextlib import aclosing
 
 import pytest
-from tests.routing.conftest import Attempt, ScriptedHandle, ended, until
+from tests.routing.conftest import FakeModel, until
 
 from tera.errors import EngineOverloadedError
-from tera.generation import FinishReason, Sampling
-from tera.routing.channel import TokenReceiver
-from tera.routing.dispatch import Attempts, Dispatcher, DispatchLimits
-from tera.routing.queue import LONGEST_WAIT_S, SHORTEST_WAIT_S, Queue
+from tera.generation import FinishReason, Sampling, TokenDelta
+from tera.routing.queue import LONGEST_WAIT_S, SHORTEST_WAIT_S, Place, Queue
+from tera.routing.run import Dispatcher, DispatchLimits, Work
 from tera.routing.switchboard import Share
 
 
@@ -59,74 +57,94 @@ def test_b4_the_told_wait_follows_the_rate_at_which_replicas_take() -> None:
     assert wait_s(queue) == LONGEST_WAIT_S
 
 
+class Sink:
+    """Keeps what a generation brings."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    def push(self, delta: TokenDelta) -> bool:
+        self.token_ids += delta.token_ids
+        return False
+
+
 class HeldModel:
-    """A model whose replicas take nothing until they may, and then end each at once."""
+    """A model whose replica is there when it may be, and then ends each generation at once."""
 
-    def __init__(self, receiver: TokenReceiver, most_queued: int) -> None:
-        self.may_take = asyncio.Event()
-        self.handle = ScriptedHandle(self._script)
+    def __init__(self, model: FakeModel, most_queued: int) -> None:
+        self._model = model
         limits = DispatchLimits(60, 60, 60, retries=0, most_queued=most_queued)
-        self._dispatcher = Dispatcher(self.handle, receiver, limits)
+        self.dispatcher = Dispatcher(model.fleet, model.links, limits)
 
-    async def _script(self, attempt: Attempt) -> bytes:
-        await self.may_take.wait()
-        await attempt.take()
-        await attempt.send(1, finish=FinishReason.LENGTH)
-        return ended()
+    def go(self, tenant: str) -> asyncio.Task[list[int]]:
+        return asyncio.create_task(self.run(tenant))
 
     async def run(self, tenant: str) -> list[int]:
-        sampling = Sampling(max_tokens=1)
-        deltas = self._dispatcher.run("request", Share(tenant), [1, 2], sampling, Attempts())
-        async with aclosing(deltas):
-            return [token_id async for delta in deltas for token_id in delta.token_ids]
+        sink, arrived = Sink(), asyncio.get_running_loop().time()
+        work = Work("request", arrived, Share(tenant), [1, 2], Sampling(max_tokens=1))
+        await self.dispatcher.run(work, sink).to_end()
+        return sink.token_ids
+
+    async def answer(self, count: int) -> None:
+        await self._model.start("a")
+        for _ in range(count):
+            await (await self._model.begun()).send(1, finish=FinishReason.LENGTH)
 
 
-async def test_b4_a_generation_waits_until_a_replica_takes_it(receiver: TokenReceiver) -> None:
-    model = HeldModel(receiver, most_queued=2)
-    waiting = [asyncio.create_task(model.run("tenant")) for _ in range(2)]
-    await until(lambda: len(model.handle.attempts) == 2)
+async def test_b4_a_generation_waits_until_a_replica_takes_it(model: FakeModel) -> None:
+    held = HeldModel(model, most_queued=2)
+    waiting = [held.go("tenant") for _ in range(2)]
+    await until(lambda: model.serve.waiting == 2)
     with pytest.raises(EngineOverloadedError):
-        await model.run("tenant")
-    assert len(model.handle.attempts) == 2
-    model.may_take.set()
+        await held.run("tenant")
+    assert model.serve.waiting == 2
+    await held.answer(2)
     assert await asyncio.gather(*waiting) == [[1], [1]]
-    assert await model.run("tenant") == [1]
-    await model.handle.close()
+    following = held.go("tenant")
+    await held.answer(1)
+    assert await following == [1]
+    assert model.idle
 
 
-async def test_b4_who_gives_up_waiting_leaves_the_queue(receiver: TokenReceiver) -> None:
-    async def never(attempt: Attempt) -> bytes:
-        await asyncio.Event().wait()
-        return ended()
+async def test_b4_what_runs_has_no_place_in_the_queue(model: FakeModel) -> None:
+    held = HeldModel(model, most_queued=1)
+    await model.start("a")
+    running = [held.go("tenant") for _ in range(5)]
+    await until(lambda: model.serve.running["a"] == 5)
+    assert held.dispatcher.queue.waiting == 0
+    await held.answer(5)
+    assert await asyncio.gather(*running) == [[1]] * 5
 
-    handle = ScriptedHandle(never)
-    dispatcher = Dispatcher(handle, receiver, DispatchLimits(60, 60, 60, 0, most_queued=1))
-    for number in range(3):
-        deltas = dispatcher.run("request", Share("tenant"), [1], Sampling(max_tokens=1), Attempts())
-        waiting = asyncio.create_task(anext(deltas))
-        await until(lambda number=number: len(handle.attempts) == number + 1)
+
+async def test_b4_who_gives_up_waiting_leaves_the_queue(model: FakeModel) -> None:
+    held = HeldModel(model, most_queued=1)
+    for _ in range(3):
+        waiting = held.go("tenant")
+        await until(lambda: model.serve.waiting == 1)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        await deltas.aclose()
-    await handle.close()
+    assert held.dispatcher.queue.waiting == 0
+    assert model.idle
 
 
-def test_b4_a_flood_makes_room_for_others_and_not_for_itself() -> None:
+def is_kept(place: Place) -> bool:
+    try:
+        with place.held():
+            return True
+    except EngineOverloadedError:
+        return False
+
+
+async def test_b4_a_flood_makes_room_for_others_and_not_for_itself() -> None:
     queue = Queue(4, Clock())
     flood = [queue.enter("flood") for _ in range(4)]
-    evicted: list[int] = []
-    for number, place in enumerate(flood):
-        place.on_eviction = lambda _, number=number: evicted.append(number)
     with pytest.raises(EngineOverloadedError):
         queue.enter("flood")
     queue.enter("guest")
-    assert evicted == [3]  # the latest
-    with pytest.raises(EngineOverloadedError):
-        flood[3].check()
-    flood[0].check()
+    assert [is_kept(place) for place in flood] == [True, True, True, False]  # the latest
     queue.enter("guest")
-    assert evicted == [3, 2]
+    assert [is_kept(place) for place in flood] == [True, True, False, False]
     with pytest.raises(EngineOverloadedError):
         queue.enter("guest")  # as many as the flood has: no reason to prefer it
     assert queue.waiting == 4
@@ -134,17 +152,50 @@ def test_b4_a_flood_makes_room_for_others_and_not_for_itself() -> None:
     assert queue.waiting == 4
 
 
-async def test_b4_who_loses_its_place_to_another_tenant_hears_of_it(
-    receiver: TokenReceiver,
-) -> None:
-    model = HeldModel(receiver, most_queued=2)
-    flood = [asyncio.create_task(model.run("flood")) for _ in range(2)]
-    await until(lambda: len(model.handle.attempts) == 2)
-    guest = asyncio.create_task(model.run("guest"))
+async def test_b4_who_loses_its_place_to_another_tenant_hears_of_it(model: FakeModel) -> None:
+    held = HeldModel(model, most_queued=2)
+    flood = [held.go("flood") for _ in range(2)]
+    await until(lambda: model.serve.waiting == 2)
+    guest = held.go("guest")
     with pytest.raises(EngineOverloadedError) as refused:
         await flood[1]
     assert refused.value.retry_after_s is not None
-    await until(lambda: model.handle.attempts[1].cancelled)
-    model.may_take.set()
+    assert model.serve.waiting == 2
+    await held.answer(2)
     assert await asyncio.gather(flood[0], guest) == [[1], [1]]
-    await model.handle.close()
+    assert model.idle
+
+
+async def test_b4_who_is_given_a_replica_as_it_loses_its_place_gives_it_back(
+    model: FakeModel,
+) -> None:
+    held = HeldModel(model, most_queued=2)
+    await model.start("a", room=1)
+    first = held.go("flood")
+    attempt = await model.begun()
+    flood = [held.go("flood") for _ in range(2)]
+    await until(lambda: model.serve.waiting == 2)
+    model.fleet.changed({"a": 3})  # both of `flood` are given the seat, and have not run yet
+    held.dispatcher.queue.enter("guest")
+    with pytest.raises(EngineOverloadedError):
+        await flood[1]
+    assert model.serve.running == {"a": 2}
+    await attempt.send(1, finish=FinishReason.LENGTH)
+    await held.answer(1)
+    assert await asyncio.gather(first, flood[0]) == [[1], [1]]
+    assert model.idle
+
+
+async def test_b4_a_client_that_hangs_up_as_it_loses_its_place_is_a_client_that_hung_up(
+    model: FakeModel,
+) -> None:
+    held = HeldModel(model, most_queued=2)
+    flood = [held.go("flood") for _ in range(2)]
+    await until(lambda: model.serve.waiting == 2)
+    held.dispatcher.queue.enter("guest")
+    flood[1].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await flood[1]
+    flood[0].cancel()
+    await asyncio.wait(flood)
+    assert model.idle

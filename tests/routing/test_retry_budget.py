@@ -11,7 +11,8 @@ from tera.routing.retry_budget import (
 def spent(budget: RetryBudget) -> int:
     """Return for how many retries it pays until it is empty."""
     retries = 0
-    while budget.spend():
+    while budget.affords_one:
+        budget.spend()
         retries += 1
     return retries
 

@@ -7,19 +7,39 @@ import pytest
 from tests.routing.conftest import until
 
 from tera.generation import ReplicaLoad
-from tera.routing import switchboard as switchboard_module
 from tera.routing.prefix_index import BLOCK_TOKENS
-from tera.routing.switchboard import FULL_CACHE_LOAD, Route, Share, Switchboard
+from tera.routing.switchboard import (
+    ASLEEP_LOAD,
+    FULL_CACHE_LOAD,
+    MOVED_ROOM,
+    Route,
+    Share,
+    Switchboard,
+)
 
 
-def route(tenant: str = "acme", block: int = 0, tokens: int = 100, weight: float = 1) -> Route:
-    return Route(Share(tenant, weight), [block] * BLOCK_TOKENS, tokens, lambda _: None)
+def route(
+    tenant: str = "acme",
+    block: int = 0,
+    tokens: int = 100,
+    weight: float = 1,
+    *,
+    moved: bool = False,
+) -> Route:
+    return Route(Share(tenant, weight), [block] * BLOCK_TOKENS, tokens, moved)
 
 
 def board(**capacities: int) -> Switchboard:
+    """Return one with connected replicas."""
     switchboard = Switchboard()
-    switchboard.set_replicas(capacities)
+    run(switchboard, **capacities)
     return switchboard
+
+
+def run(switchboard: Switchboard, **capacities: int) -> None:
+    switchboard.set_replicas(capacities)
+    for replica_id in capacities:
+        switchboard.connected(replica_id)
 
 
 async def waits(task: asyncio.Task[str]) -> bool:
@@ -45,6 +65,8 @@ async def test_b3_who_comes_while_there_is_no_replica_gets_the_first() -> None:
     held = [asyncio.create_task(switchboard.take(route(block=number))) for number in range(3)]
     assert all([await waits(task) for task in held])
     switchboard.set_replicas({"a": 8})
+    assert all([await waits(task) for task in held])
+    switchboard.connected("a")
     assert await asyncio.gather(*held) == ["a"] * 3
 
 
@@ -114,18 +136,38 @@ async def test_a_report_of_room_wakes_who_waits() -> None:
 
 
 async def test_a_full_cache_alone_fills_no_replica() -> None:
-    assert FULL_CACHE_LOAD < 64
     switchboard = board(a=64)
     switchboard.report("a", ReplicaLoad(kv_usage_ratio=1.0))
     async with asyncio.timeout(5):
         assert await switchboard.take(route()) == "a"
 
 
+async def test_a_full_cache_or_a_sleeping_engine_counts_for_less_than_its_room() -> None:
+    assert max(FULL_CACHE_LOAD, ASLEEP_LOAD) < 64
+    switchboard = board(a=64, b=64)
+    switchboard.prefix_affinity = False
+    switchboard.report("a", ReplicaLoad(asleep=True))
+    switchboard.report("b", ReplicaLoad(running=ASLEEP_LOAD - 1))
+    assert [switchboard.take_now(route()) for _ in range(2)].count("b") >= 1
+    switchboard.report("b", ReplicaLoad(running=64))
+    assert switchboard.take_now(route()) == "a"
+
+
+async def test_who_comes_gets_no_room_before_who_waits() -> None:
+    switchboard = board(a=1)
+    assert switchboard.take_now(route()) == "a"
+    held = asyncio.create_task(switchboard.take(route()))
+    assert await waits(held)
+    switchboard.release("a")  # which gives `held` the room
+    assert switchboard.take_now(route()) is None
+    assert await held == "a"
+
+
 async def test_a_refused_generation_goes_to_another_replica_and_before_who_waits() -> None:
     switchboard = board(a=2, b=2)
     switchboard.report("b", ReplicaLoad(running=2))
     assert await switchboard.take(route()) == "a"
-    switchboard.counted("a", 2)  # others filled it meanwhile
+    switchboard.refused("a", 2)  # others filled it meanwhile
     switchboard.release("a")
     waiting = asyncio.create_task(switchboard.take(route()))
     assert await waits(waiting)
@@ -138,30 +180,113 @@ async def test_a_refused_generation_goes_to_another_replica_and_before_who_waits
     assert await waiting == "a"
 
 
-async def test_a_full_replica_from_which_nothing_is_heard_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(switchboard_module, "ASK_AGAIN_S", 0.01)
-    switchboard = board(a=1)
-    assert await switchboard.take(route()) == "a"
-    switchboard.counted("a", 1)
+async def test_a_replica_that_refused_gets_nothing_until_it_reports() -> None:
+    switchboard = board(a=8)
+    assert switchboard.take_now(route()) == "a"
+    switchboard.refused("a", 8)
     switchboard.release("a")
-    async with asyncio.timeout(5):
-        assert await switchboard.take(route(), again=True) == "a"
+    assert switchboard.take_now(route()) is None
+    switchboard.report("a", ReplicaLoad(running=7))
+    assert switchboard.take_now(route()) == "a"
+    assert switchboard.take_now(route()) is None
 
 
-async def test_a_suspect_gets_nothing_until_it_answers() -> None:
-    asked: list[str] = []
+async def test_what_is_moved_is_not_sent_again_to_a_replica_that_is_full_beyond_its_number() -> (
+    None
+):
+    switchboard = board(a=2)
+    moved = route(moved=True)
+    assert switchboard.take_now(moved) == "a"
+    switchboard.refused("a", 4)
+    switchboard.release("a")
+    assert switchboard.take_now(moved) is None
+    switchboard.report("a", ReplicaLoad(running=3))
+    assert switchboard.take_now(moved) == "a"
+
+
+async def test_a_replica_gets_nothing_while_it_is_not_connected() -> None:
     switchboard = board(a=1, b=1)
-    switchboard.on_suspect = asked.append
-    switchboard.suspect("a")
-    switchboard.suspect("a")
-    assert asked == ["a"]
+    switchboard.lost("a")
+    switchboard.lost("a")
     assert await switchboard.take(route()) == "b"
     held = asyncio.create_task(switchboard.take(route()))
     assert await waits(held)
-    switchboard.trust("a")
+    switchboard.report("a", ReplicaLoad())  # what an old connection says changes nothing
+    assert await waits(held)
+    switchboard.connected("a")
     assert await held == "a"
+
+
+async def test_what_was_sent_over_a_lost_connection_counts_until_it_is_given_up() -> None:
+    switchboard = board(a=2)
+    assert [switchboard.take_now(route()) for _ in range(2)] == ["a", "a"]
+    switchboard.lost("a")
+    switchboard.connected("a")
+    assert switchboard.take_now(route()) is None
+    for _ in range(2):
+        switchboard.release("a")
+    assert [switchboard.take_now(route()) for _ in range(3)] == ["a", "a", None]
+
+
+async def test_a_dropped_replica_stays_away_while_serve_still_names_it() -> None:
+    switchboard = board(a=8)
+    switchboard.drop("a")
+    switchboard.set_replicas({"a": 8})
+    assert switchboard.take_now(route()) is None
+
+
+class TestMoved:
+    """What another replica has lost does not wait for room, within bounds."""
+
+    async def test_it_takes_room_beyond_the_number_where_there_is_none_within(self) -> None:
+        switchboard = board(a=2, b=2)
+        for _ in range(3):
+            assert switchboard.take_now(route()) is not None
+        moved = [switchboard.take_now(route(moved=True)) for _ in range(6)]
+        counts = {name: switchboard._replicas[name].mine for name in "ab"}
+        assert counts == {"a": 2 * MOVED_ROOM, "b": 2 * MOVED_ROOM}
+        assert moved.count(None) == 1
+        assert switchboard.take_now(route()) is None
+
+    async def test_it_comes_before_who_waits(self) -> None:
+        switchboard = board(a=1)
+        assert switchboard.take_now(route()) == "a"
+        held = asyncio.create_task(switchboard.take(route()))
+        assert await waits(held)
+        assert switchboard.take_now(route(moved=True)) == "a"
+        switchboard.release("a")
+        assert await waits(held)
+        switchboard.release("a")
+        assert await held == "a"
+
+    async def test_while_there_is_no_replica_all_wait_and_the_first_takes_them_all(self) -> None:
+        switchboard = Switchboard()
+        new = asyncio.create_task(switchboard.take(route()))
+        moved = [asyncio.create_task(switchboard.take(route(moved=True))) for _ in range(3)]
+        # Its replica was lost before it had begun, so it has no stream that stands still.
+        again = asyncio.create_task(switchboard.take(route(), again=True))
+        moved.append(asyncio.create_task(switchboard.take(route(moved=True))))
+        assert all([await waits(task) for task in (new, again, *moved)])
+        run(switchboard, a=2)
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(*moved) == ["a"] * 4
+        assert await waits(again)
+        for _ in range(3):
+            switchboard.release("a")
+        assert await again == "a"
+        assert await waits(new)
+        switchboard.release("a")
+        assert await new == "a"
+
+    async def test_whoever_leaves_is_passed_over(self) -> None:
+        switchboard = Switchboard()
+        leaves, stays = (asyncio.create_task(switchboard.take(route(moved=True))) for _ in range(2))
+        assert await waits(leaves)
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        run(switchboard, a=1)
+        assert await stays == "a"
+        assert switchboard._replicas["a"].mine == 1
 
 
 async def test_a_replica_that_is_gone_is_never_chosen_and_may_be_released() -> None:

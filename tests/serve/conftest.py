@@ -1,6 +1,5 @@
 """Platforms as a user runs them: `tera serve` as a process, reached only from outside."""
 
-import json
 import signal
 import socket
 import subprocess
@@ -19,6 +18,8 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tera.local.cluster import free_port
+from tera.local.state import LocalState
+from tera.local.status import read_status
 
 TERA = Path(sys.executable).with_name("tera")
 DEMO_MODELS = Path(__file__).parents[2] / ".tera" / "models"
@@ -148,10 +149,8 @@ class Platform:
         return tera(self.home, *arguments, port=self.port)
 
     def status(self) -> dict[str, Any]:
-        done = self.tera("status", "--json")
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        """Return what `tera status --json` prints, without a process for each look."""
+        return read_status(LocalState.read(self.home))
 
     def replicas(self, model: str) -> list[dict[str, Any]]:
         """Return a model's replicas, by its short name."""
@@ -175,7 +174,7 @@ class Platform:
         until(idle, timeout_s=timeout_s)
 
     def metrics(self) -> str:
-        return httpx.get(f"{self.base_url}/metrics", timeout=30).raise_for_status().text
+        return httpx.get(f"{self.base_url}/metrics/all", timeout=30).raise_for_status().text
 
     def sample(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that carry these labels."""

@@ -197,7 +197,8 @@ def _operations() -> dict[str, Any]:
                     "500": _answer("It cannot yet; the body says what is missing.", _OBJECT),
                 },
             ),
-            ("/metrics", "metrics", "Metrics of all processes", {"200": whole}),
+            ("/metrics", "metrics", "Metrics of this gateway replica", {"200": whole}),
+            ("/metrics/all", "allMetrics", "Metrics of all processes", {"200": whole}),
         )
     }
 

@@ -4,34 +4,27 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
 from ray import serve
 
 from tera.config.environment import Runtime
 from tera.config.gateway import RequestLimits
 from tera.config.names import model_name
 from tera.engine.base import TextEngine
-from tera.engine.channel import TokenSender
+from tera.engine.link import GatewayLinks
 from tera.engine.runs import Runs
-from tera.errors import InvalidRequestError, TeraError
-from tera.generation import decode_generation, encode
+from tera.errors import TeraError
 from tera.observability import load_exposition, log_json_lines
 
 log = logging.getLogger(__name__)
 
-RESUMED_GRACE_RATIO = 0.5
-"""Of the time that Serve lets a replica drain: the part for resumed generations once Serve's own
-calls have ended. What is left then goes on elsewhere; after all of the time Serve kills it."""
+CLOSE_S = 3.0
+"""How long an engine may take to close, out of the time that Serve gives a replica to drain."""
 
 EngineFactory = Callable[[], Awaitable[TextEngine]]
 
 
 class EngineReplica:
-    """One replica: takes generations by unary call, sends their tokens over the token channel.
-
-    The call stays open until the generation ends, so Serve's queueing, autoscaling, draining
-    and cancellation see it as what it is.
-    """
+    """One replica: Serve starts, checks and ends it; its work comes over the token channel."""
 
     async def __init__(self, start_engine: EngineFactory) -> None:  # type: ignore[misc]  # Serve awaits it
         log_json_lines()
@@ -43,27 +36,19 @@ class EngineReplica:
         self._model = model_name(context.app_name)
         self._drain_s = RequestLimits().drain_seconds
         self._runs = Runs(self._engine)
-        self._sender = TokenSender(
-            self._replica_id, cluster_secret, self._engine.load, self._runs.obey
-        )
+        self._links = GatewayLinks(self._replica_id, cluster_secret, self._runs)
 
     def reconfigure(self, user_config: Mapping[str, float]) -> None:
         """Take over what an edit of the values changes without a restart."""
         self._drain_s = user_config["drainSeconds"]
 
-    async def generate(self, data: bytes) -> bytes:
-        """Run one generation to its end; `data` and the answer are encoded records.
+    async def connect(self, host: str, port: int) -> None:
+        """Connect to the token channel of the gateway replica that asks for it.
 
         Raises:
-            EngineError: the engine, or the way to the gateway, failed.
-            InvalidRequestError: the engine refuses the parameters.
+            ReplicaLostError: the gateway cannot be reached, or does not hold the secret.
         """
-        try:
-            generation = decode_generation(data)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequestError("The dispatched generation cannot be read.") from error
-        link = await self._sender.link(generation.reply_to)
-        return encode(await self._runs.run(generation, link))
+        await self._links.connect((host, port))
 
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's id and its metrics, the engine's own beside them, as text."""
@@ -75,14 +60,19 @@ class EngineReplica:
         await self._engine.check_health()
 
     async def __del__(self) -> None:
-        """Close the engine: Serve calls this after the replica has drained."""
+        """Finish what runs, then close the engine: Serve calls this when it takes a replica away.
+
+        Serve knows of no request here, so it waits for none: waiting is done here, within the
+        time after which it would kill the process.
+        """
         engine = getattr(self, "_engine", None)
         if engine is None:
             return
-        await self._runs.drained(self._drain_s * RESUMED_GRACE_RATIO)
+        self._links.drain()
+        await self._runs.drain(max(0.0, self._drain_s - CLOSE_S))
         try:
-            await self._sender.close()
-            async with asyncio.timeout(10):
+            await self._links.close()
+            async with asyncio.timeout(CLOSE_S):
                 await engine.close()
         except (TimeoutError, TeraError):
             log.exception("The engine did not close in time; its process dies with the replica's.")

@@ -7,7 +7,7 @@ from tera.config.model import ModelConfig
 from tera.contract.common import ModelCard, ModelStatus
 from tera.errors import ModelNotFoundError
 from tera.gateway.render import TextModel
-from tera.routing.dispatch import Dispatcher
+from tera.routing.run import Dispatcher
 from tera.tenancy.keys import ApiKey
 
 CREATED = 1_767_225_600

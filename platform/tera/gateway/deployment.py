@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -30,9 +31,9 @@ from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.gateway.vllm_text import VllmTextModel
 from tera.observability import Metrics, log_json_lines, merge_expositions
-from tera.routing.channel import TokenReceiver
-from tera.routing.dispatch import Dispatcher, DispatchLimits
-from tera.routing.serve_handle import ServeModelHandle
+from tera.routing.fleet import Fleet
+from tera.routing.link import ReplicaLinks
+from tera.routing.run import Dispatcher, DispatchLimits
 from tera.routing.switchboard import Switchboard
 from tera.tenancy.admission import Admissions
 from tera.tenancy.key_store import KeyStore
@@ -40,6 +41,7 @@ from tera.tenancy.keys_file import KeysFile
 from tera.tenancy.redis import connect
 from tera.tenancy.snapshot import KeySnapshot
 from tera.tenancy.usage_export import UsageExporter
+from tera.upstream.ray_serve import ServedReplicas, ask_all
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,6 @@ STATUS_INTERVAL_S, STEADY_STATUS_INTERVAL_S = 1.0, 5.0
 """Between looks at Serve's status, which costs 30 ms of CPU; the longer one while every model is
 ready and the replicas that have sent tokens are connected."""
 REDIS_TIMEOUT_S = 1.0
-PEER_TIMEOUT_S = 2.0
 
 
 class GatewayReplica:
@@ -64,12 +65,12 @@ class GatewayReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()
         self._catalog = Catalog()
-        self._handles: dict[str, ServeModelHandle] = {}
+        self._fleets: dict[str, Fleet] = {}
         """By model; they outlive its settings, since they know what its replicas have cached, and
         the model, since Serve goes on to tell them of it should it come back."""
         self._stack = AsyncExitStack()
-        self._receiver = await self._stack.enter_async_context(
-            TokenReceiver(runtime.channel_host or _node_address(), runtime.cluster_secret)
+        self._links = await self._stack.enter_async_context(
+            ReplicaLinks(runtime.channel_host or _node_address(), runtime.cluster_secret)
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
@@ -87,7 +88,7 @@ class GatewayReplica:
         )
         await self._stack.enter_async_context(UsageExporter(redis, lambda: self._config.usage))
         self._statuses = StatusWatcher(self._catalog)
-        self._receiver.on_lost = self._statuses.look_soon
+        self._links.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
         self._pipeline = Pipeline(
             self._catalog, self._keys, self._admissions, self._statuses.status, self._metrics
@@ -135,12 +136,11 @@ class GatewayReplica:
         return await asyncio.to_thread(VllmTextModel.load, path, args)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
-        handle = self._handles.get(name)
-        if handle is None:
-            handle = self._handles[name] = ServeModelHandle(
-                ENGINE_DEPLOYMENT, application_name(name), Switchboard(), self._receiver
-            )
-        handle.switchboard.prefix_affinity = config.routing == "prefix_affinity"
+        fleet = self._fleets.get(name)
+        if fleet is None:
+            serve_view = partial(ServedReplicas, ENGINE_DEPLOYMENT, application_name(name))
+            fleet = self._fleets[name] = Fleet(self._links, Switchboard(), serve_view)
+        fleet.switchboard.prefix_affinity = config.routing == "prefix_affinity"
         limits = DispatchLimits(
             deadline_s=requests.deadline_seconds,
             first_token_deadline_s=requests.first_token_deadline_seconds,
@@ -148,7 +148,7 @@ class GatewayReplica:
             retries=requests.retries,
             most_queued=config.scaling.max_queued_requests,
         )
-        return Dispatcher(handle, self._receiver, limits)
+        return Dispatcher(fleet, self._links, limits)
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Return whether this replica can serve: it knows the keys, and a model can answer."""
@@ -163,12 +163,21 @@ class GatewayReplica:
     def _degraded(self) -> bool:
         return self._keys.degraded or self._admissions.degraded
 
+    def own_exposition(self) -> str:
+        """Return this replica's metrics as Prometheus text."""
+        metrics = self._metrics
+        metrics.redis_degraded.set(self._degraded)
+        metrics.redis_outages.set(self._admissions.outages)
+        metrics.usage_unsettled.set(self._admissions.unsettled)
+        metrics.usage_given_up.set(self._admissions.given_up)
+        return metrics.exposition()
+
     async def exposition(self) -> str:
         """Return the metrics of all gateway and engine replicas as one text."""
         parts = await asyncio.gather(
-            _ask_all(GATEWAY_DEPLOYMENT, GATEWAY_APPLICATION),
+            ask_all(GATEWAY_DEPLOYMENT, GATEWAY_APPLICATION, "metrics"),
             *(
-                _ask_all(ENGINE_DEPLOYMENT, application_name(name))
+                ask_all(ENGINE_DEPLOYMENT, application_name(name), "metrics")
                 for name in self._catalog.models
                 if self._statuses.status(name) == "ready"
             ),
@@ -177,12 +186,7 @@ class GatewayReplica:
 
     async def metrics(self) -> tuple[str, str]:
         """Return this replica's id and its own metrics as Prometheus text."""
-        metrics = self._metrics
-        metrics.redis_degraded.set(self._degraded)
-        metrics.redis_outages.set(self._admissions.outages)
-        metrics.usage_unsettled.set(self._admissions.unsettled)
-        metrics.usage_given_up.set(self._admissions.given_up)
-        return self._replica_id, metrics.exposition()
+        return self._replica_id, self.own_exposition()
 
     async def __del__(self) -> None:
         """Let go of Redis and the token channel once the replica has drained."""
@@ -204,22 +208,6 @@ def _spare_collections() -> None:
 def _node_address() -> str:
     address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
-
-
-async def _ask_all(deployment: str, application: str) -> list[tuple[str, str]]:
-    """Return the metrics of a deployment's replicas; one that does not answer is left out."""
-    handle: Any = serve.get_deployment_handle(deployment, application)
-    try:
-        async with asyncio.timeout(PEER_TIMEOUT_S):
-            # Not `results_async`: with one replica that does not answer, it has no answer at all.
-            asked = await handle.broadcast("metrics")._fetch_replica_results_async()
-        answers = await asyncio.gather(
-            *(asyncio.wait_for(each.get_async(), PEER_TIMEOUT_S) for each in asked),
-            return_exceptions=True,
-        )
-    except Exception:  # noqa: BLE001  whatever Ray raises, a scrape shows what there is
-        return []
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 class StatusWatcher:

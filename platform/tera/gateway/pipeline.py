@@ -1,45 +1,44 @@
-"""A request's way through the gateway: authenticate → render → admit → dispatch → derender.
+"""A request's way through the gateway: authenticate → render → admit → run → derender → settle.
 
-The file to read first. `app.py` is HTTP around it, `relay.py` turns what it yields into bytes.
+The file to read first. It knows no API: a dialect (`gateway/dialects/`) has turned the client's
+body into a `TextRequest`, and turns the pieces that are added to its `Answer` into the client's
+objects and events. Around it `edge.py` is HTTP; behind it `routing/run.py` finds replicas, and
+finds others when they die.
+
+The way back is not awaited step by step. A frame of the token channel (`routing/link.py`) pushes
+its tokens through `Run` and `ChoiceText` into the answer in one go, and a streamed answer's bytes
+leave at the end of that: no task is woken for a token.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import msgspec
 
 from tera.config.model import Capability
-from tera.contract.chat import ChatRequest, NamedToolChoice
 from tera.contract.common import ModelCard, ModelStatus
-from tera.contract.completions import CompletionRequest, Prompt, PromptArray
-from tera.errors import (
-    ContextLengthError,
-    InternalError,
-    InvalidValueError,
-    TeraError,
-    UnsupportedParameterError,
-)
-from tera.gateway.call import Call, ChatDelta, ChoiceDelta, PositionLogprobs
+from tera.errors import InternalError, TeraError, UnsupportedParameterError
 from tera.gateway.catalog import Catalog, ServedModel
-from tera.gateway.render import (
-    AnswerParser,
-    Detokenizer,
-    StopStrings,
-    TextModel,
-)
-from tera.generation import FinishReason, Sampling, TokenDelta, TokenLogprobs
+from tera.gateway.checks import check_biases, check_context
+from tera.gateway.derender import Choice, ChoiceText
+from tera.gateway.exchange import Exchange
+from tera.gateway.pieces import Answer
+from tera.gateway.render import AnswerParser, render_prompts
+from tera.gateway.request import Conversation, TextRequest
+from tera.generation import Sampling, TokenDelta
 from tera.observability import Metrics
+from tera.routing.run import Work
 from tera.routing.switchboard import Share
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress
 from tera.tenancy.usage import Status, UsageRecord
 
 Clock = Callable[[], float]
-Delta = TypeVar("Delta")
 
 
 class Authenticator(Protocol):
@@ -87,18 +86,24 @@ class Admitter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
-    """One completion to be generated."""
+class Rendered:
+    """A request as the model sees it: token ids, and what a new answer's text state is made of."""
 
-    index: int
-    sample: int
-    """Number among the completions of its prompt."""
-    token_ids: list[int]
+    prompts: list[list[int]]
     sampling: Sampling
-    stops: list[str]
-    special_tokens: bool = False
-    echo: str | None = None
-    """The prompt's text, when the answer begins with it."""
+    choices: list[Choice]
+    new_parser: Callable[[], AnswerParser | None]
+    """Makes what tells a new answer's content, reasoning and tool calls apart, if anything does."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that the request can cost."""
+        return self.prompt_tokens + self.sampling.max_tokens * len(self.choices)
 
 
 class Pipeline:
@@ -140,56 +145,13 @@ class Pipeline:
         model = self._catalog.find(caller, client_name)
         return model.card(client_name, self._status(model.name))
 
-    async def complete(
-        self, caller: ApiKey, request: CompletionRequest, call: Call
-    ) -> AsyncGenerator[ChoiceDelta]:
-        """Yield the choices' text as it is generated; `call` has the counts when it ends.
+    async def generate(
+        self, caller: ApiKey, request: TextRequest, exchange: Exchange, answer: Answer
+    ) -> None:
+        """Add to the answer what the model generates; `exchange` has the counts when it ends.
 
-        The first step renders and checks everything, so an error of the request comes before
-        any delta. Closing the generator stops the engines' work.
-
-        Raises:
-            InvalidRequestError: the request does not fit the model.
-            ModelNotFoundError: the model is not there, or not for this caller.
-            RateLimitError: a limit of the caller is reached.
-            BackendFailureError: the engines failed.
-        """
-        model = self._model(caller, request.model, "completions", call)
-        text = model.text
-        prompts = [await _token_ids(text, prompt, at) for prompt, at in _located(request)]
-        for prompt in prompts:
-            _check_context(text.context_length, len(prompt), request.max_tokens)
-        _check_biases(text, request.logit_bias)
-        call.prompt_tokens = sum(map(len, prompts))
-        base = _sampling(request, request.max_tokens)
-        base = msgspec.structs.replace(
-            base,
-            logprobs=request.logprobs,
-            prompt_logprobs=request.logprobs if request.echo else None,
-        )
-        choices = [
-            _Choice(
-                index=position * request.n + sample,
-                sample=sample,
-                token_ids=prompt,
-                sampling=_seeded(base, sample),
-                stops=request.stop,
-                echo=_echo(text, request.prompt[position]) if request.echo else None,
-            )
-            for position, prompt in enumerate(prompts)
-            for sample in range(request.n)
-        ]
-        most_tokens = call.prompt_tokens + request.max_tokens * len(choices)
-        async with self._admitted(caller, call, most_tokens, request.user):
-            deltas = merged([self._choice(model, call, choice) for choice in choices])
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    yield delta
-
-    async def chat(
-        self, caller: ApiKey, request: ChatRequest, call: Call
-    ) -> AsyncGenerator[ChatDelta]:
-        """Yield the answers' pieces as they are generated; otherwise as `complete`.
+        Everything is rendered and checked before the first piece, so an error of the request comes
+        before any. Cancelling it stops the engines' work.
 
         Raises:
             InvalidRequestError: the request does not fit the model.
@@ -197,52 +159,26 @@ class Pipeline:
             RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
-        model = self._model(caller, request.model, "chat", call)
-        text = model.text
-        rendered = await text.render_chat(request)
-        prompt_tokens = len(rendered.token_ids)
-        max_tokens = request.completion_bound or self._rest(caller, model, request, prompt_tokens)
-        _check_context(text.context_length, prompt_tokens, max_tokens)
-        _check_biases(text, request.logit_bias)
-        call.prompt_tokens = prompt_tokens
-        base = msgspec.structs.replace(
-            _sampling(request, max_tokens),
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            structured=rendered.structured,
-        )
-        choices = [
-            _Choice(
-                index=sample,
-                sample=sample,
-                token_ids=rendered.token_ids,
-                sampling=_seeded(base, sample),
-                stops=request.stop,
-                special_tokens=rendered.special_tokens,
+        model = self._model(caller, request.model, request.capability, exchange)
+        rendered = await self._render(caller, model, request)
+        exchange.prompt_tokens = rendered.prompt_tokens
+        async with self._admitted(caller, exchange, rendered.most_tokens, request.user):
+            await all_or_none(
+                [self._choose(model, exchange, rendered, each, answer) for each in rendered.choices]
             )
-            for sample in range(request.n)
-        ]
-        most_tokens = prompt_tokens + max_tokens * len(choices)
-        async with self._admitted(caller, call, most_tokens, request.user):
-            answers = [
-                self._answer(model, call, choice, request, text.answer_parser(request, rendered))
-                for choice in choices
-            ]
-            async with aclosing(merged(answers)) as deltas:
-                async for delta in deltas:
-                    yield delta
 
     def _model(
-        self, caller: ApiKey, client_name: str, capability: Capability, call: Call
+        self, caller: ApiKey, client_name: str, capability: Capability, exchange: Exchange
     ) -> ServedModel:
-        """Return the model that a client names, which the call takes note of.
+        """Return the model that a client names, which the exchange takes note of.
 
         Raises:
             ModelNotFoundError: the model is not there, or not for this caller.
             UnsupportedParameterError: it is not for this route.
         """
         model = self._catalog.find(caller, client_name)
-        call.model, call.tenant = model.name, caller.tenant
-        call.share = Share(caller.tenant, self._admitter.weight(caller, model.name))
+        exchange.model, exchange.tenant = model.name, caller.tenant
+        exchange.share = Share(caller.tenant, self._admitter.weight(caller, model.name))
         if capability not in model.config.capabilities:
             others = ", ".join(model.config.capabilities) or "nothing"
             raise UnsupportedParameterError(
@@ -250,9 +186,42 @@ class Pipeline:
             )
         return model
 
-    def _rest(
-        self, caller: ApiKey, model: ServedModel, request: ChatRequest, prompt_tokens: int
-    ) -> int:
+    async def _render(self, caller: ApiKey, model: ServedModel, request: TextRequest) -> Rendered:
+        """Return the request as token ids, checked against the model's context and vocabulary."""
+        text, content, sampling = model.text, request.content, request.sampling
+        special_tokens = False
+        new_parser: Callable[[], AnswerParser | None] = _no_parser
+        echoes: list[str | None] = [None]
+        if isinstance(content, Conversation):
+            chat = await text.render_chat(content)
+            prompts, special_tokens = [chat.token_ids], chat.special_tokens
+            sampling = msgspec.structs.replace(sampling, structured=chat.structured)
+            new_parser = partial(text.answer_parser, content, chat)
+        else:
+            prompts, echoes = await render_prompts(text, content)
+        max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = self._rest(caller, model, len(prompts[0]), request.n)
+        for prompt in prompts:
+            check_context(text.context_length, len(prompt), max_tokens)
+        check_biases(text, sampling.logit_bias)
+        choices = [
+            Choice(
+                index=position * request.n + sample,
+                sample=sample,
+                token_ids=prompt,
+                stops=request.stops,
+                special_tokens=special_tokens,
+                logprobs=sampling.logprobs is not None,
+                echo=echo,
+            )
+            for position, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True))
+            for sample in range(request.n)
+        ]
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
+        return Rendered(prompts, sampling, choices, new_parser)
+
+    def _rest(self, caller: ApiKey, model: ServedModel, prompt_tokens: int, answers: int) -> int:
         """Return the bound of an answer without one: what the context leaves.
 
         It is no more than the caller's limits could ever admit, or else no request without a
@@ -261,13 +230,13 @@ class Pipeline:
         rest = model.text.context_length - prompt_tokens
         most_tokens = self._admitter.most_tokens(caller, model.name)
         if most_tokens is not None:
-            rest = min(rest, (most_tokens - prompt_tokens) // request.n)
+            rest = min(rest, (most_tokens - prompt_tokens) // answers)
         # At least one token, so that a prompt which fills the context is refused as such.
         return max(1, rest)
 
     @asynccontextmanager
     async def _admitted(
-        self, caller: ApiKey, call: Call, most_tokens: int, user: str | None
+        self, caller: ApiKey, exchange: Exchange, most_tokens: int, user: str
     ) -> AsyncIterator[None]:
         """Run the block if the caller's limits admit it, and settle what it used.
 
@@ -275,21 +244,20 @@ class Pipeline:
             RateLimitError: they do not; nothing has been spent.
         """
         opening = UsageRecord(
-            request_id=call.request_id,
+            request_id=exchange.request_id,
             tenant=caller.tenant,
             key_id=caller.key_id,
-            model=call.model,
-            route=call.route,
+            model=exchange.model,
+            route=exchange.route,
             status="lost",
-            started_s=call.started_s,
-            prompt_tokens=call.prompt_tokens,
-            user=user or "",
+            started_s=exchange.started_s,
+            prompt_tokens=exchange.prompt_tokens,
+            user=user,
         )
-
         held = await self._admitter.admit(
-            caller, opening, most_tokens, progress=call.progress, told=call.tell
+            caller, opening, most_tokens, progress=exchange.progress, told=exchange.tell
         )
-        self._metrics.added_s.labels(call.model).observe(self._clock() - call.arrived)
+        self._metrics.added_s.labels(exchange.model).observe(self._clock() - exchange.arrived)
         # A client that leaves, or a replica that drains, ends the block by no error of ours.
         status: Status = "cancelled"
         code = ""
@@ -306,203 +274,70 @@ class Pipeline:
                     opening,
                     status=status,
                     code=code,
-                    prompt_tokens=call.progress().prompt_tokens,
-                    cached_tokens=call.cached_tokens,
-                    completion_tokens=call.completion_tokens,
-                    first_token_s=call.first_token_s,
-                    duration_s=self._clock() - call.arrived,
-                    replica_switches=call.attempts.replica_switches,
+                    prompt_tokens=exchange.progress().prompt_tokens,
+                    cached_tokens=exchange.cached_tokens,
+                    completion_tokens=exchange.completion_tokens,
+                    first_token_s=exchange.first_token_s,
+                    duration_s=self._clock() - exchange.arrived,
+                    replica_switches=exchange.replica_switches,
                 )
             )
 
-    async def _answer(
+    async def _choose(
         self,
         model: ServedModel,
-        call: Call,
-        choice: _Choice,
-        request: ChatRequest,
-        parser: AnswerParser,
-    ) -> AsyncGenerator[ChatDelta]:
-        """Yield one chat answer: a choice's text, told apart by the model's parsers."""
-        called_tools = False
-        async with aclosing(self._choice(model, call, choice)) as deltas:
-            async for delta in deltas:
-                finished = delta.finish_reason is not None
-                piece = parser.push(delta.text, delta.token_ids, finished=finished)
-                if not request.parallel_tool_calls:
-                    first_only = [call for call in piece.tool_calls if call.index == 0]
-                    piece = replace(piece, tool_calls=first_only)
-                called_tools |= bool(piece.tool_calls)
-                finish: str | None = delta.finish_reason
-                # As OpenAI: the one tool that the client named is no choice of the model's.
-                chosen = called_tools and not isinstance(request.tool_choice, NamedToolChoice)
-                if finish == FinishReason.STOP and chosen:
-                    finish = "tool_calls"
-                yield ChatDelta(choice.index, piece, finish, delta.logprobs)
-
-    async def _choice(
-        self, model: ServedModel, call: Call, choice: _Choice
-    ) -> AsyncGenerator[ChoiceDelta]:
-        """Yield one choice's text: dispatch, then ids to text and the end at a stop string."""
-        watch = self._stopwatch(model, call)
-        detokenizer = model.text.detokenizer(choice.token_ids, special_tokens=choice.special_tokens)
-        stops = StopStrings(choice.stops)
-        echo = choice.echo or ""
-        generation = model.dispatcher.run(
-            call.request_id, call.share, choice.token_ids, choice.sampling, call.attempts
+        exchange: Exchange,
+        rendered: Rendered,
+        choice: Choice,
+        answer: Answer,
+    ) -> None:
+        """Add one choice to the answer, from its first token to its last."""
+        sampling = _seeded(rendered.sampling, choice.sample)
+        delivered = self._stopwatch(model, exchange, first_sample=choice.sample == 0)
+        parser = rendered.new_parser()
+        text = ChoiceText(choice, model.text, parser, answer, exchange, delivered)
+        work = Work(
+            exchange.request_id, exchange.arrived, exchange.share, choice.token_ids, sampling
         )
-        first = True
-        async with aclosing(generation) as deltas:
-            async for delta in deltas:
-                watch()
-                if first and choice.sample == 0:
-                    call.cached_tokens += delta.cached_tokens
-                text, used, stopped = _derender(delta, detokenizer, stops)
-                call.completion_tokens += used
-                finish = FinishReason.STOP if stopped else delta.finish_reason
-                if finish is not None and not stopped:
-                    text += stops.flush()
-                logprobs = None
-                if choice.sampling.logprobs is not None:
-                    logprobs = _positions(model.text, choice, delta, used, with_prompt=first)
-                yield ChoiceDelta(
-                    choice.index, echo + text, delta.token_ids[:used], finish, logprobs
-                )
-                first, echo = False, ""
-                if finish is not None:
-                    return
+        run = model.dispatcher.run(work, text)
+        try:
+            await run.to_end()
+        except TeraError:
+            await text.finish()  # what came before the error is told before it
+            raise
+        else:
+            await text.finish()
+        finally:
+            exchange.completion_tokens += text.held_tokens  # a client that left pays for them too
+            exchange.replica_switches += run.replica_switches
 
-    def _stopwatch(self, model: ServedModel, call: Call) -> Callable[[], None]:
+    def _stopwatch(
+        self, model: ServedModel, exchange: Exchange, *, first_sample: bool
+    ) -> Callable[[TokenDelta], None]:
         """Return what is called at each delivery of a choice's tokens."""
         first_token_s = self._metrics.first_token_s.labels(model.name)
         between_tokens_s = self._metrics.between_tokens_s.labels(model.name)
+        clock = self._clock
         previous: float | None = None
 
-        def delivered() -> None:
+        def delivered(delta: TokenDelta) -> None:
             nonlocal previous
-            now = self._clock()
-            if previous is None:
-                first_token_s.observe(now - call.arrived)
-                if call.first_token_s is None:
-                    call.first_token_s = now - call.arrived
-            else:
+            now = clock()
+            if previous is not None:
                 between_tokens_s.observe(now - previous)
+            else:
+                first_token_s.observe(now - exchange.arrived)
+                if exchange.first_token_s is None:
+                    exchange.first_token_s = now - exchange.arrived
+                if first_sample:
+                    exchange.cached_tokens += delta.cached_tokens
             previous = now
 
         return delivered
 
 
-def _derender(
-    delta: TokenDelta, detokenizer: Detokenizer, stops: StopStrings
-) -> tuple[str, int, bool]:
-    """Return a delta's text, how many of its tokens that took, and whether a stop string came."""
-    text = ""
-    for position, token_id in enumerate(delta.token_ids, start=1):
-        if delta.finish_reason is FinishReason.STOP and position == len(delta.token_ids):
-            break  # the token that ended the text is no part of it
-        piece, stopped = stops.push(detokenizer.push(token_id))
-        text += piece
-        if stopped:
-            return text, position, True
-    return text, len(delta.token_ids), False
-
-
-def _positions(
-    text: TextModel, choice: _Choice, delta: TokenDelta, used: int, *, with_prompt: bool
-) -> list[PositionLogprobs]:
-    """Return the log-probabilities of a delta's first `used` tokens as text.
-
-    The token that ended the text has none; an echoed prompt's come first.
-    """
-    entries = list((delta.logprobs or [])[:used])
-    if delta.finish_reason is FinishReason.STOP and used == len(delta.token_ids):
-        entries = entries[: used - 1]
-    positions = [_position(text, entry) for entry in entries]
-    if choice.echo is None or not with_prompt:
-        return positions
-    prompt = delta.prompt_logprobs or [None] * len(choice.token_ids)
-    texts = text.token_texts(choice.token_ids)
-    return [
-        PositionLogprobs(token, None, []) if entry is None else _position(text, entry)
-        for token, entry in zip(texts, prompt, strict=True)
-    ] + positions
-
-
-def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
-    token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
-    likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
-    return PositionLogprobs(token, entry.logprob, likely)
-
-
-def _located(request: CompletionRequest) -> list[tuple[Prompt, str]]:
-    """Return the prompts with the path of each in the request."""
-    if not isinstance(request.prompt, PromptArray):
-        return [(request.prompt[0], "prompt")]
-    return [(prompt, f"prompt[{at}]") for at, prompt in enumerate(request.prompt)]
-
-
-async def _token_ids(text: TextModel, prompt: Prompt, path: str) -> list[int]:
-    """Return a prompt's token ids.
-
-    Raises:
-        InvalidValueError: an id is outside the vocabulary.
-    """
-    if isinstance(prompt, str):
-        return await text.encode(prompt)
-    for position, token_id in enumerate(prompt):
-        if not 0 <= token_id < text.vocab_size:
-            raise InvalidValueError(
-                f"Invalid '{path}[{position}]': must be a token id from 0 to "
-                f"{text.vocab_size - 1}, but {token_id} was given.",
-                param=f"{path}[{position}]",
-            )
-    return prompt
-
-
-def _check_context(context_length: int, prompt_tokens: int, max_tokens: int) -> None:
-    if prompt_tokens + max_tokens > context_length:
-        raise ContextLengthError(
-            f"This model's context holds {context_length} tokens, but the request asks for "
-            f"{prompt_tokens + max_tokens}: {prompt_tokens} of the prompt and {max_tokens} "
-            "of max_tokens. Shorten the prompt or lower max_tokens.",
-            param="max_tokens" if prompt_tokens < context_length else "prompt",
-        )
-
-
-def _check_biases(text: TextModel, biases: dict[int, float] | None) -> None:
-    for token_id in biases or ():
-        if token_id >= text.vocab_size:
-            raise InvalidValueError(
-                f"Invalid 'logit_bias': the key '{token_id}' is no token id of the model; they "
-                f"go from 0 to {text.vocab_size - 1}.",
-                param="logit_bias",
-            )
-
-
-def _echo(text: TextModel, prompt: Prompt) -> str:
-    """Return a prompt as text."""
-    if isinstance(prompt, str):
-        return prompt
-    detokenizer = text.detokenizer([])
-    return "".join(map(detokenizer.push, prompt))
-
-
-def _sampling(request: CompletionRequest | ChatRequest, max_tokens: int) -> Sampling:
-    """Return how the request's completions are drawn, its seed as it is."""
-    # 0 is «the most likely token»; vLLM wants a nucleus that is not empty, so this is greedy.
-    greedy = request.temperature == 0 or request.top_p == 0
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=0.0 if greedy else request.temperature,
-        top_p=1.0 if greedy else request.top_p,
-        top_k=max(request.top_k, 0),
-        min_p=request.min_p,
-        seed=request.seed,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
-    )
+def _no_parser() -> None:
+    """Make nothing: all of the answer is content."""
 
 
 def _seeded(sampling: Sampling, sample: int) -> Sampling:
@@ -514,42 +349,17 @@ def _seeded(sampling: Sampling, sample: int) -> Sampling:
     return msgspec.structs.replace(sampling, seed=seed)
 
 
-async def merged(
-    generators: Sequence[AsyncGenerator[Delta]],
-) -> AsyncGenerator[Delta]:
-    """Yield the items of all generators as they come; the first error ends and closes all."""
-    if len(generators) == 1:
-        async with aclosing(generators[0]) as only:
-            async for delta in only:
-                yield delta
+async def all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run all to their ends; the first error cancels the others and is raised."""
+    if len(work) == 1:
+        await work[0]
         return
-    ready: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_drain(generator, ready)) for generator in generators]
+    tasks = [asyncio.create_task(each) for each in work]
     try:
-        running = len(tasks)
-        while running:
-            item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _drain(
-    generator: AsyncGenerator[Delta], ready: asyncio.Queue[Delta | Exception | None]
-) -> None:
-    """Put all items into the queue, and after them the error that ended them, or None."""
-    try:
-        async with aclosing(generator):
-            async for delta in generator:
-                ready.put_nowait(delta)
-    except Exception as error:  # noqa: BLE001  raised again where the items are read
-        ready.put_nowait(error)
-    else:
-        ready.put_nowait(None)

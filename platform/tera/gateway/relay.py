@@ -1,22 +1,23 @@
-"""From deltas to bytes: server-sent events, one JSON answer, and what a hang-up does to both."""
+"""From an answer's bytes to the client: server-sent events, and what a hang-up does to the work."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from tera.contract.common import error_envelope
 from tera.errors import InternalError, TeraError
+from tera.gateway.exchange import Exchange
+from tera.gateway.pieces import Answer
 
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-MAX_WRITE_BYTES = 65_536
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -34,8 +35,11 @@ async def _disconnect(receive: Receive) -> None:
 
 
 @asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncIterator[None]:
+async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], None]]:
     """Run the block, and cancel it as soon as the client hangs up.
+
+    Yields:
+        What says so too, for whoever notices it first, by a write that fails.
 
     Raises:
         ClientGoneError: the client hung up.
@@ -44,17 +48,22 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     assert task is not None
     gone = over = False
 
-    def cancel(watcher: asyncio.Task[None]) -> None:
+    def hang_up() -> None:
         nonlocal gone
-        # A callback that is on its way already cannot be removed when the block ends.
-        if not over and not watcher.cancelled():
+        # Once: for each cancel that is asked for, `uncancel` has to be called.
+        if not over and not gone:
             gone = True
             task.cancel()
 
+    def disconnected(watcher: asyncio.Task[None]) -> None:
+        # A callback that is on its way already cannot be removed when the block ends.
+        if not watcher.cancelled():
+            hang_up()
+
     watcher = asyncio.create_task(_disconnect(receive))
-    watcher.add_done_callback(cancel)
+    watcher.add_done_callback(disconnected)
     try:
-        yield
+        yield hang_up
     except asyncio.CancelledError:
         # Ours only if nobody else asked for it too (Serve cancels when it drains).
         if gone and task.uncancel() == 0:
@@ -62,111 +71,240 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         raise
     finally:
         over = True
-        watcher.remove_done_callback(cancel)
+        watcher.remove_done_callback(disconnected)
         watcher.cancel()
 
 
-class EventStream(Response):
-    """An answer as server-sent events.
+class StreamedAnswer(Answer, Protocol):
+    """An answer that writes an event for each piece."""
+
+    def end(self) -> bytes:
+        """Return what follows the last event of an answer that succeeded."""
+        ...
+
+    def failed(self, error: TeraError) -> bytes:
+        """Return the event that tells the client of an error in mid-stream."""
+        ...
+
+
+class Outbox:
+    """Streams that have something to send, all of which leave once this turn's frames are read.
+
+    One frame, or several that came together, may bring many streams several tokens each: so each
+    stream is written to once, and the event loop is asked once.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Events] = []
+
+    def flush_soon(self, events: "Events") -> None:
+        """Flush a stream after whatever runs now."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append(events)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for events in waiting:
+            events.flush()
+
+
+class Events:
+    """A stream of events to one client.
 
     Nothing is sent before the first event exists, so an early error keeps its own status; after
-    `keep_alive_s` of silence the stream begins with a comment instead, and a later error becomes
-    an event. `events` is closed before the response ends, however it ends.
+    `keep_alive_s` of silence the stream begins with a comment instead. An event that is written
+    leaves at once. While the client does not read, `blocked` says so and what is written waits.
 
-    Each event leaves at once; only while the next one is here already, as `next_is_here` tells,
-    do they leave together: then this process is behind, and the saved writes let it catch up.
-    They leave by the `send` given here, the one at the application's edge: each of the
-    framework's layers would wrap every event's message once more.
+    ASGI's `send` is a coroutine function that waits only while the connection is full. It is run
+    here by hand, without a task, and is handed to one only if it does wait.
     """
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes],
-        *,
-        send: Send,
-        next_is_here: Callable[[], bool],
-        keep_alive_s: float,
-        on_error: Callable[[TeraError], None],
+        self, send: Send, outbox: Outbox, keep_alive_s: float, hang_up: Callable[[], None]
     ) -> None:
-        super().__init__()
-        self._events = events
-        self._send_message = send
-        self._next_is_here = next_is_here
+        """`hang_up` is called if sending fails: whoever makes the events is to stop."""
+        self._send = send
+        self._outbox = outbox
         self._keep_alive_s = keep_alive_s
-        self._on_error = on_error
+        self._hang_up = hang_up
+        self._loop = asyncio.get_running_loop()
+        self._parts: list[bytes] = []
         self._started = False
-        self._sent_at = 0.0
+        self._waiting: asyncio.Task[None] | None = None
+        """Goes on with what the connection had no room for."""
+        self._sent_at = self._loop.time()
+        self._pulse = self._loop.call_later(keep_alive_s, self._keep_alive)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; see the class."""
-        pulse = asyncio.create_task(self._pulse())
-        try:
-            async with while_connected(receive):
-                async with aclosing(self._events) as events:
-                    last = await self._relay(events)
-                pulse.cancel()  # nothing may follow the last write, however long that takes
-                await self._send(last, more_body=False)
-        except ClientGoneError:
-            pass
-        finally:
-            pulse.cancel()
+    @property
+    def begun(self) -> bool:
+        """Whether an error can no longer have a status of its own."""
+        return self._started or bool(self._parts)
 
-    async def _relay(self, events: AsyncGenerator[bytes]) -> bytes:
-        """Send the events, but for the last bytes, which are returned."""
-        held = b""
-        try:
-            async for event in events:
-                held += event
-                if held and (len(held) >= MAX_WRITE_BYTES or not self._next_is_here()):
-                    await self._send(held)
-                    held = b""
-        except ClientGoneError:
-            raise
-        except TeraError as error:
-            if not self._started and not held:
-                raise
-            return held + self._failed(error)
-        except Exception:
-            if not self._started and not held:
-                raise
-            log.exception("A stream failed after its first event.")
-            return held + self._failed(InternalError("The server failed on this request."))
-        return held + DONE
+    @property
+    def blocked(self) -> bool:
+        """Whether the client does not keep up."""
+        return self._waiting is not None
 
-    def _failed(self, error: TeraError) -> bytes:
-        self._on_error(error)
-        return b"data: " + error_envelope(error) + b"\n\n"
+    async def free(self) -> None:
+        """Wait until what was sent has found room."""
+        while self._waiting is not None:
+            await asyncio.wait([self._waiting])
 
-    async def _send(self, data: bytes, *, more_body: bool = True) -> None:
-        self._sent_at = asyncio.get_running_loop().time()
-        send = self._send_message
+    def write(self, event: bytes) -> None:
+        """Send an event with all that is written in the same turn of the event loop."""
+        if not self._parts:
+            self._outbox.flush_soon(self)
+        self._parts.append(event)
+
+    def flush(self) -> None:
+        """Send what was written, unless what was sent before still waits."""
+        if self._parts and self._waiting is None:
+            data = b"".join(self._parts)
+            self._parts.clear()
+            self._push(data)
+
+    async def close(self, last: bytes) -> None:
+        """Send the last bytes and end the stream."""
+        self._pulse.cancel()  # nothing may follow the last write, however long that takes
+        await self.free()
+        data = b"".join([*self._parts, last])
+        self._parts.clear()
         try:
             if not self._started:
                 self._started = True
-                headers = [*STREAM_HEADERS]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": data, "more_body": more_body})
-        except OSError as error:  # what ASGI servers raise once the client has left
+                await self._send(_start())
+            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        except OSError as error:
             raise ClientGoneError from error
 
-    async def _pulse(self) -> None:
-        """Break every silence of `keep_alive_s`; one task costs less than a time-out per token."""
-        loop = asyncio.get_running_loop()
-        self._sent_at = loop.time()
-        while True:
-            silence_s = loop.time() - self._sent_at
-            if silence_s >= self._keep_alive_s:
-                with suppress(ClientGoneError):  # the stream itself learns of it by itself
-                    await self._send(KEEP_ALIVE)
-                silence_s = 0.0
-            await asyncio.sleep(self._keep_alive_s - silence_s)
+    def stop(self) -> None:
+        """Send nothing any more, neither keep-alives nor what waits."""
+        self._pulse.cancel()
+        self._parts.clear()
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _push(self, data: bytes) -> None:
+        self._sent_at = self._loop.time()
+        body: Message = {"type": "http.response.body", "body": data, "more_body": True}
+        if not self._started:
+            self._started = True
+            self._run(self._both(_start(), body))
+        else:
+            self._run(self._send(body))
+
+    async def _both(self, start: Message, body: Message) -> None:
+        await self._send(start)
+        await self._send(body)
+
+    def _run(self, sending: Any) -> None:
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
+            # Whatever it is, it is this stream's: others are flushed after it.
+            self._broke(error)
+            return
+        self._waiting = self._loop.create_task(_finish(sending, waits_for))
+        self._waiting.add_done_callback(self._found_room)
+
+    def _found_room(self, task: asyncio.Task[None]) -> None:
+        self._waiting = None
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            self.flush()
+        else:
+            self._broke(error)
+
+    def _broke(self, error: BaseException) -> None:
+        # The first is what ASGI servers raise once the client has left.
+        if not isinstance(error, OSError | asyncio.CancelledError):
+            log.error("A stream's events could not be sent.", exc_info=error)
+        self._hang_up()
+
+    def _keep_alive(self) -> None:
+        """Break every silence of `keep_alive_s`; looking now and then costs nothing per token."""
+        silence_s = self._loop.time() - self._sent_at
+        if silence_s >= self._keep_alive_s and not self.blocked:
+            self._push(KEEP_ALIVE)
+            silence_s = 0.0
+        wait_s = max(self._keep_alive_s - silence_s, 0.0) or self._keep_alive_s
+        self._pulse = self._loop.call_later(wait_s, self._keep_alive)
 
 
-async def answered(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """Return the response that `work` makes, and stop making it when the client hangs up.
+def _start() -> Message:
+    return {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
 
-    Raises:
-        ClientGoneError: the client hung up.
-    """
-    async with while_connected(receive):
-        return await work
+
+async def _finish(begun: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    """Go on with a coroutine that was begun by hand and has yielded what it waits for."""
+    await _rest(begun, waits_for)
+
+
+@types.coroutine
+def _rest(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    while True:
+        try:
+            value = yield waits_for
+        except BaseException as error:  # noqa: BLE001  a cancel is the coroutine's to see
+            step = partial(begun.throw, error)
+        else:
+            step = partial(begun.send, value)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return
+
+
+Work = Callable[[StreamedAnswer], Coroutine[Any, Any, None]]
+
+
+class EventStream(Response):
+    """An answer as server-sent events, which are written while `work` makes it."""
+
+    def __init__(
+        self,
+        answer: Callable[[Events], StreamedAnswer],
+        work: Work,
+        exchange: Exchange,
+        outbox: Outbox,
+        keep_alive_s: float,
+    ) -> None:
+        super().__init__()
+        self._answer = answer
+        self._work = work
+        self._exchange = exchange
+        self._outbox = outbox
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; an error before the first one is raised, a later one is an event."""
+        with suppress(ClientGoneError):
+            async with while_connected(receive) as hang_up:
+                events = Events(self._exchange.send, self._outbox, self._keep_alive_s, hang_up)
+                try:
+                    await events.close(await self._made(events))
+                finally:
+                    events.stop()
+
+    async def _made(self, events: Events) -> bytes:
+        """Have the events made, but for the last bytes, which are returned."""
+        answer = self._answer(events)
+        try:
+            await self._work(answer)
+            return answer.end()
+        except TeraError as error:
+            if not events.begun:
+                raise
+            return self._failed(answer, error)
+        except Exception:
+            if not events.begun:
+                raise
+            log.exception("A stream failed after its first event.")
+            return self._failed(answer, InternalError("The server failed on this request."))
+
+    def _failed(self, answer: StreamedAnswer, error: TeraError) -> bytes:
+        self._exchange.code = error.code
+        return answer.failed(error)

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from tera.contract.chat import ChatRequest, ToolCallDelta
+from tera.contract.chat import ToolCallDelta
+from tera.contract.completions import Prompt
+from tera.errors import InvalidValueError
+from tera.gateway.request import Conversation, Prompts
 
 
 class Detokenizer(Protocol):
@@ -34,14 +37,6 @@ class AnswerParser(Protocol):
     def push(self, text: str, token_ids: list[int], *, finished: bool) -> AnswerPiece:
         """Return what the text adds; text may be held back until its meaning is known."""
         ...
-
-
-class PlainAnswer:
-    """The parser of models without parsers: everything is content."""
-
-    def push(self, text: str, token_ids: list[int], *, finished: bool) -> AnswerPiece:
-        """Return the text as content."""
-        return AnswerPiece(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class TextModel(Protocol):
         """Return the token ids of a raw prompt, special tokens as the model wants them."""
         ...
 
-    async def render_chat(self, request: ChatRequest) -> RenderedChat:
+    async def render_chat(self, conversation: Conversation) -> RenderedChat:
         """Return the conversation through the model's chat template.
 
         Raises:
@@ -90,8 +85,10 @@ class TextModel(Protocol):
         """
         ...
 
-    def answer_parser(self, request: ChatRequest, rendered: RenderedChat) -> AnswerParser:
-        """Return the parser of one new answer."""
+    def answer_parser(
+        self, conversation: Conversation, rendered: RenderedChat
+    ) -> AnswerParser | None:
+        """Return the parser of one new answer; None if all of it is content."""
         ...
 
     def detokenizer(
@@ -148,3 +145,40 @@ class StopStrings:
             if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
                 return length
         return 0
+
+
+async def render_prompts(
+    text: TextModel, content: Prompts
+) -> tuple[list[list[int]], list[str | None]]:
+    """Return the token ids of raw prompts, and the text of each that its answers begin with.
+
+    Raises:
+        InvalidValueError: an id is outside the vocabulary.
+    """
+    prompts = [
+        await _token_ids(text, prompt, path)
+        for prompt, path in zip(content.prompts, content.paths, strict=True)
+    ]
+    if not content.echo:
+        return prompts, [None] * len(prompts)
+    return prompts, [_as_text(text, prompt) for prompt in content.prompts]
+
+
+async def _token_ids(text: TextModel, prompt: Prompt, path: str) -> list[int]:
+    if isinstance(prompt, str):
+        return await text.encode(prompt)
+    for position, token_id in enumerate(prompt):
+        if not 0 <= token_id < text.vocab_size:
+            raise InvalidValueError(
+                f"Invalid '{path}[{position}]': must be a token id from 0 to "
+                f"{text.vocab_size - 1}, but {token_id} was given.",
+                param=f"{path}[{position}]",
+            )
+    return prompt
+
+
+def _as_text(text: TextModel, prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    detokenizer = text.detokenizer([])
+    return "".join(map(detokenizer.push, prompt))

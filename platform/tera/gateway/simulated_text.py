@@ -5,11 +5,11 @@ from functools import cache
 
 from pydantic import JsonValue
 
-from tera.contract.chat import ChatRequest
 from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import UnsupportedParameterError
-from tera.gateway.render import PlainAnswer, RenderedChat, TokenText
+from tera.gateway.render import RenderedChat, TokenText
+from tera.gateway.request import Conversation
 
 
 class SimulatedDetokenizer:
@@ -38,28 +38,30 @@ class SimulatedTextModel:
         """Return the token ids of a raw prompt."""
         return self._vocabulary.encode(text)
 
-    async def render_chat(self, request: ChatRequest) -> RenderedChat:
+    async def render_chat(self, conversation: Conversation) -> RenderedChat:
         """Return the conversation, each message after its role in angle brackets."""
-        if request.tools and request.tool_choice != "none":
+        if conversation.tools and conversation.tool_choice != "none":
             raise UnsupportedParameterError(
                 "'tools' is not supported: the model has no tool parser.", param="tools"
             )
-        if request.response_format is not None and request.response_format.type != "text":
+        wanted = conversation.response_format
+        if wanted is not None and wanted["type"] != "text":
             raise UnsupportedParameterError(
                 "'response_format' is not supported by a simulated model.",
                 param="response_format",
             )
-        if request.reasoning_effort is not None:
+        if conversation.reasoning_effort is not None:
             raise UnsupportedParameterError(
                 "'reasoning_effort' is not supported: the model has no reasoning parser.",
                 param="reasoning_effort",
             )
-        turns = [f"<{turn.role}> {turn.content or ''}\n" for turn in request.messages]
+        turns = [
+            f"<{turn['role']}> {turn.get('content') or ''}\n" for turn in conversation.messages
+        ]
         return RenderedChat(await self.encode("".join([*turns, "<assistant>"])))
 
-    def answer_parser(self, request: ChatRequest, rendered: RenderedChat) -> PlainAnswer:
-        """Return a parser to which all is content."""
-        return PlainAnswer()
+    def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
+        """Return no parser: all is content."""
 
     def detokenizer(
         self, prompt_token_ids: list[int], *, special_tokens: bool = False

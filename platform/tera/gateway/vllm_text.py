@@ -3,23 +3,23 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Self
 
 from pydantic import JsonValue
 
 from tera.config.model import FRONTEND_ARGS, engine_args
-from tera.contract.chat import ChatRequest, FunctionCallDelta, ToolCallDelta
+from tera.contract.chat import FunctionCallDelta, ToolCallDelta
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
 from tera.gateway.render import (
     AnswerParser,
     AnswerPiece,
-    PlainAnswer,
     RenderedChat,
     TokenText,
 )
+from tera.gateway.request import Conversation
 
 _SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -156,14 +156,14 @@ class VllmTextModel:
         token_ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, text)
         return token_ids
 
-    async def render_chat(self, request: ChatRequest) -> RenderedChat:
+    async def render_chat(self, conversation: Conversation) -> RenderedChat:
         """Return the conversation through the model's chat template; see `TextModel`."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.exceptions import VLLMClientError
 
-        self._refuse_what_is_missing(request)
+        self._refuse_what_is_missing(conversation)
         try:
-            vllm_request = ChatCompletionRequest.model_validate(_vllm_fields(request))
+            vllm_request = ChatCompletionRequest.model_validate(_vllm_fields(conversation))
             rendered = await self._online.render_chat(vllm_request)
         except (VLLMClientError, ValueError, TypeError) as error:
             raise _refused(error) from error
@@ -179,23 +179,25 @@ class VllmTextModel:
             vllm_request=vllm_request,
         )
 
-    def _refuse_what_is_missing(self, request: ChatRequest) -> None:
-        if request.tools and request.tool_choice != "none" and not self._has_tools:
+    def _refuse_what_is_missing(self, conversation: Conversation) -> None:
+        if conversation.tools and conversation.tool_choice != "none" and not self._has_tools:
             raise UnsupportedParameterError(
                 "'tools' is not supported: the model has no tool parser "
                 "(engine.args.tool_call_parser).",
                 param="tools",
             )
-        if request.reasoning_effort is not None and not self._has_reasoning:
+        if conversation.reasoning_effort is not None and not self._has_reasoning:
             raise UnsupportedParameterError(
                 "'reasoning_effort' is not supported: the model has no reasoning parser.",
                 param="reasoning_effort",
             )
 
-    def answer_parser(self, request: ChatRequest, rendered: RenderedChat) -> AnswerParser:
-        """Return the parser of one new answer."""
+    def answer_parser(
+        self, conversation: Conversation, rendered: RenderedChat
+    ) -> AnswerParser | None:
+        """Return the parser of one new answer; None if all of it is content."""
         if self._online.parser is None:
-            return PlainAnswer()
+            return None
         assert isinstance(rendered, _VllmChat)
         vllm_request = rendered.vllm_request
         parser = self._online.parser(
@@ -268,25 +270,13 @@ def _tokenizing(
     return tokenize
 
 
-def _vllm_fields(request: ChatRequest) -> dict[str, Any]:
+def _vllm_fields(conversation: Conversation) -> dict[str, Any]:
     """Return the fields of vLLM's request that its renderer and parsers read."""
-    fields = request.model_dump(
-        include={
-            "messages",
-            "tools",
-            "tool_choice",
-            "parallel_tool_calls",
-            "chat_template_kwargs",
-            "reasoning_effort",
-            "response_format",
-        },
-        exclude_none=True,
-        by_alias=True,
-    )
+    fields = {name: value for name, value in asdict(conversation).items() if value is not None}
     # What rendering does not read, yet vLLM checks together with the rest.
     fields["max_completion_tokens"] = 1
-    if "response_format" not in fields or fields["response_format"]["type"] == "text":
-        fields.pop("response_format", None)
+    if "response_format" in fields and fields["response_format"]["type"] == "text":
+        del fields["response_format"]
     return fields
 
 

@@ -166,7 +166,7 @@ def _loads(base_url: str) -> dict[str, dict[str, int]]:
     where = urlsplit(base_url)
     connection = HTTPConnection(where.netloc, timeout=ANSWER_TIMEOUT_S)
     try:
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics/all")
         text = connection.getresponse().read().decode()
     except (OSError, HTTPException):
         return {}

@@ -105,14 +105,17 @@ class LoadBoard:
                 return replica_id
         return None
 
-    def least(self) -> str | None:
-        """Return one of the least loaded replicas, any; None if that one is full too."""
+    def least(self, room: float = 1.0) -> str | None:
+        """Return one of the least loaded replicas, any; None if that one is full too.
+
+        `room` times its capacity is when it counts as full.
+        """
         if not self._load:
             return None
         while self._lowest not in self._by_load:
             self._lowest += 1
         replica_id = self.draw(self._by_load[self._lowest])
-        return replica_id if self._lowest < self._capacity[replica_id] else None
+        return replica_id if self._lowest < room * self._capacity[replica_id] else None
 
     def draw(self, replica_ids: Sequence[str]) -> str:
         """Return one of them, any."""

@@ -1,7 +1,9 @@
 """The bounded queue before a model's replicas, at one gateway replica."""
 
+import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tera.errors import EngineOverloadedError
 
@@ -16,9 +18,8 @@ class Place:
     def __init__(self, queue: "Queue", tenant: str) -> None:
         self._queue: Queue | None = queue
         self.tenant = tenant
-        self.on_eviction: Callable[[EngineOverloadedError], None] | None = None
-        """Told if another tenant's generation gets the place."""
         self._eviction: EngineOverloadedError | None = None
+        self._waiter: asyncio.Task[object] | None = None
 
     def leave(self, *, taken: bool = False) -> None:
         """Give the place up: a replica has taken the generation, or nobody wants it any more."""
@@ -27,20 +28,32 @@ class Place:
             queue.left(self, taken=taken)
 
     def evict(self, error: EngineOverloadedError) -> None:
-        """Take the place away."""
+        """Take the place away, since another tenant's generation gets it."""
         self.leave()
         self._eviction = error
-        if self.on_eviction is not None:
-            self.on_eviction(error)
+        if self._waiter is not None:
+            self._waiter.cancel()
 
-    def check(self) -> None:
-        """Do nothing while the place is kept.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Run the block, which waits, for as long as the place is kept.
 
         Raises:
             EngineOverloadedError: it was taken away.
         """
         if self._eviction is not None:
             raise self._eviction
+        task = self._waiter = asyncio.current_task()
+        assert task is not None
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Ours only if nobody else asked for it too, such as a client who hangs up.
+            if self._eviction is not None and task.uncancel() == 0:
+                raise self._eviction from None
+            raise
+        finally:
+            self._waiter = None
 
 
 class Queue:

@@ -18,9 +18,11 @@ class RetryBudget:
         """Take note of a new generation."""
         self._balance = min(self._balance + RETRIES_PER_GENERATION, LARGEST_BALANCE)
 
-    def spend(self) -> bool:
-        """Return whether another retry is paid for, and pay."""
-        if self._balance < 1:
-            return False
+    @property
+    def affords_one(self) -> bool:
+        """Whether another retry is paid for."""
+        return self._balance >= 1
+
+    def spend(self) -> None:
+        """Pay for a retry."""
         self._balance -= 1
-        return True

@@ -1,7 +1,8 @@
 """Gives the generations of one model to its replicas, at one gateway replica."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tera.generation import ReplicaLoad
@@ -15,8 +16,9 @@ FULL_CACHE_LOAD = 8
 """Generations that a full KV cache counts as."""
 ASLEEP_LOAD = 8
 """Generations that an engine counts as which waits for its turn on a shared GPU."""
-ASK_AGAIN_S = 0.5
-"""After so long a replica that was full, and from which nothing is heard, is tried once more."""
+MOVED_ROOM = 2.0
+"""A replica takes what others have lost beyond its capacity, up to so many times that: engines
+queue, and a stream that has begun should not wait for others to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Route:
     """The prompt, with what has been generated."""
     tokens: int
     """The most that it can cost."""
-    offered: Callable[[str], None]
-    """Told which replica the generation is sent to, each time one is chosen."""
+    moved: bool = False
+    """Another replica has lost it: it does not wait for room, within bounds."""
 
 
 @dataclass(slots=True)
@@ -48,8 +50,8 @@ class _Replica:
     others: int = 0
     """Generations of others, as of its last report."""
     penalty: int = 0
-    suspect: bool = False
-    """It may be lost: nothing is given to it until it has answered."""
+    connected: bool = False
+    """Nothing is given to a replica that is not, or may be lost."""
 
     @property
     def load(self) -> int:
@@ -72,13 +74,12 @@ class Switchboard:
     def __init__(self, *, prefix_affinity: bool = True) -> None:
         self.prefix_affinity = prefix_affinity
         """Prefer replicas that have the prompt's beginning cached; may be changed at any time."""
-        self.on_suspect: Callable[[str], None] | None = None
-        """Told of a replica that may be lost; whoever has heard from it calls `trust`."""
         self._replicas: dict[str, _Replica] = {}
         self._board = LoadBoard()
         self._index = PrefixIndex()
         self._waiting: FairQueue[_Waiting] = FairQueue(lambda each: not each.granted.done())
-        self._again: asyncio.TimerHandle | None = None
+        self._moved: deque[_Waiting] = deque()
+        """Those of them that another replica has lost, in order; some may wait no more."""
 
     def set_replicas(self, capacities: Mapping[str, int]) -> None:
         """Take note of which replicas there are and how much each takes at a time."""
@@ -90,16 +91,28 @@ class Switchboard:
             self._post(replica_id, replica)
         self._grant()
 
+    def capacity(self, replica_id: str) -> int:
+        """Return how many generations a replica takes at a time; 0 if it is not there."""
+        replica = self._replicas.get(replica_id)
+        return 0 if replica is None else replica.capacity
+
+    def take_now(self, route: Route) -> str | None:
+        """Return a replica that has room now, if nobody waits who came before."""
+        if not route.moved and self._waiting.first() is not None:
+            return None
+        return self._give(self._prints(route), moved=route.moved)
+
     async def take(self, route: Route, *, again: bool = False) -> str:
-        """Return the replica that gets a generation, waiting for one with room if need be.
+        """Return the replica that gets a generation, waiting for one with room.
 
         Args:
             route: of the generation.
-            again: it has had its turn, and the replica refused it.
+            again: it has had its turn, and the replica refused it or was lost.
         """
-        prints = fingerprints(route.token_ids) if self.prefix_affinity else []
-        waiting = _Waiting(prints)
-        if again:
+        waiting = _Waiting(self._prints(route))
+        if route.moved:
+            self._moved.append(waiting)
+        elif again:
             self._waiting.push_front(waiting)
         else:
             share = route.share
@@ -111,6 +124,9 @@ class Switchboard:
             if waiting.granted.done() and not waiting.granted.cancelled():
                 self.release(waiting.granted.result())
             raise
+
+    def _prints(self, route: Route) -> list[int]:
+        return fingerprints(route.token_ids) if self.prefix_affinity else []
 
     def release(self, replica_id: str) -> None:
         """Take note that a replica is done with one generation, or never got it."""
@@ -137,30 +153,26 @@ class Switchboard:
             if replica.load < before:
                 self._grant()
 
-    def counted(self, replica_id: str, ongoing: int) -> None:
-        """Take note of how many generations a replica has, which it says to each that it gets."""
+    def refused(self, replica_id: str, room: int) -> None:
+        """Give a replica nothing until it reports: it runs `room` generations, more than known."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
-            # A full one has refused the generation, which is still counted as ours.
-            refused = ongoing >= replica.capacity
-            replica.others = max(0, ongoing - replica.mine + refused)
+            replica.others = max(replica.others, room)
             self._post(replica_id, replica)
 
-    def suspect(self, replica_id: str) -> None:
-        """Give a replica nothing for now: its connection broke, or it cannot be reached."""
+    def lost(self, replica_id: str) -> None:
+        """Give a replica nothing: it is not connected any more."""
         replica = self._replicas.get(replica_id)
-        if replica is not None and not replica.suspect:
-            replica.suspect = True
+        if replica is not None and replica.connected:
+            replica.connected = False
             replica.others = replica.penalty = 0
             self._post(replica_id, replica)
-            if self.on_suspect is not None:
-                self.on_suspect(replica_id)
 
-    def trust(self, replica_id: str) -> None:
-        """Use a replica again: it has answered."""
+    def connected(self, replica_id: str) -> None:
+        """Use a replica: it is connected."""
         replica = self._replicas.get(replica_id)
-        if replica is not None and replica.suspect:
-            replica.suspect = False
+        if replica is not None and not replica.connected:
+            replica.connected = True
             self._post(replica_id, replica)
             self._grant()
 
@@ -170,34 +182,42 @@ class Switchboard:
         self._board.remove(replica_id)
 
     def _post(self, replica_id: str, replica: _Replica) -> None:
-        if replica.suspect:
-            self._board.remove(replica_id)
-        else:
+        if replica.connected:
             self._board.put(replica_id, replica.load, replica.capacity)
+        else:
+            self._board.remove(replica_id)
 
     def _grant(self) -> None:
-        """Give replicas to those who wait, in their order, while there is room."""
+        """Give replicas to those who wait, moved ones first and then in turn, while there is room.
+
+        Moved ones may go beyond it, so none of the others may stand before them.
+        """
+        while self._moved:
+            if not self._granted(self._moved[0], moved=True):
+                break
+            self._moved.popleft()
         while (waiting := self._waiting.first()) is not None:
-            replica_id = choose(self._board, self._index, waiting.prints)
-            if replica_id is None:
-                self._ask_again_later()
-                return
+            if not self._granted(waiting, moved=False):
+                break
             self._waiting.pop()
+
+    def _granted(self, waiting: _Waiting, *, moved: bool) -> bool:
+        """Return whether one who waits needs to wait no more."""
+        if not waiting.granted.done():
+            replica_id = self._give(waiting.prints, moved=moved)
+            if replica_id is None:
+                return False
+            waiting.granted.set_result(replica_id)
+        return True
+
+    def _give(self, prints: list[int], *, moved: bool) -> str | None:
+        """Return the replica that gets a prompt, and count it there; None if none has room."""
+        replica_id = choose(self._board, self._index, prints)
+        if replica_id is None and moved:
+            replica_id = self._board.least(MOVED_ROOM)
+        if replica_id is not None:
             replica = self._replicas[replica_id]
             replica.mine += 1
             self._post(replica_id, replica)
-            self._index.add(waiting.prints, replica_id)
-            waiting.granted.set_result(replica_id)
-
-    def _ask_again_later(self) -> None:
-        if self._again is None and self._board:
-            self._again = asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._ask_again)
-
-    def _ask_again(self) -> None:
-        """Let those be asked that no report comes from, since they have nothing of ours."""
-        self._again = None
-        for replica_id, replica in self._replicas.items():
-            if replica.mine == 0 and replica.others:
-                replica.others = 0
-                self._post(replica_id, replica)
-        self._grant()
+            self._index.add(prints, replica_id)
+        return replica_id

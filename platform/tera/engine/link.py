@@ -1,9 +1,8 @@
 """The replica's end of the token channel: one frame per engine step to each gateway replica."""
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 
@@ -17,17 +16,28 @@ from tera.generation import (
     TokenDelta,
     decode_order,
     encode,
+    merge,
 )
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
 Address = tuple[str, int]
-Obey = Callable[["GatewayLink", Order], None]
-"""What is called with each order that comes over a link."""
 
 
-def _ignore(link: "GatewayLink", order: Order) -> None:
-    del link, order
+class Worker(Protocol):
+    """Who does what gateway replicas order."""
+
+    def load(self) -> ReplicaLoad:
+        """Return the figures of the engine's latest step."""
+        ...
+
+    def obey(self, link: "GatewayLink", order: Order) -> None:
+        """Begin or stop a generation for the gateway replica at the other end of a link."""
+        ...
+
+    def lost(self, link: "GatewayLink") -> None:
+        """Hear that nobody waits any more for what came over a link."""
+        ...
 
 
 class GatewayLink(asyncio.Protocol):
@@ -40,17 +50,10 @@ class GatewayLink(asyncio.Protocol):
     While there is nothing to send, a heartbeat says that this event loop still runs.
     """
 
-    def __init__(
-        self,
-        replica_id: str,
-        secret: str,
-        load: Callable[[], ReplicaLoad],
-        obey: Obey = _ignore,
-    ) -> None:
+    def __init__(self, replica_id: str, secret: str, worker: Worker) -> None:
         self._replica_id = replica_id
         self._secret = secret
-        self._load = load
-        self._obey = obey
+        self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
@@ -58,6 +61,8 @@ class GatewayLink(asyncio.Protocol):
         self._nonce_r = wire.new_nonce()
         self._pending: dict[int, TokenDelta] = {}
         self._failures: list[GenerationFailure] = []
+        self._refused: list[int] = []
+        self._draining = False
         self._flush_scheduled = False
         self._paused = False
         self._sent_at = float("-inf")
@@ -66,25 +71,31 @@ class GatewayLink(asyncio.Protocol):
         self.closed = False
 
     def send(self, delta: TokenDelta) -> None:
-        """Queue a delta for the frame of this step.
-
-        Raises:
-            ReplicaLostError: the gateway is gone, so nobody waits for the generation.
-        """
+        """Queue a delta for the frame of this step; nothing, if the gateway is gone."""
         if self.closed:
-            raise ReplicaLostError("The connection to the gateway was lost.")
+            return
         held = self._pending.get(delta.generation_id)
-        self._pending[delta.generation_id] = delta if held is None else _merge(held, delta)
-        self._flush_soon()
-
-    def fail(self, generation_id: int, message: str) -> None:
-        """Say that a resumed generation has failed, after the deltas that it was sent."""
-        if not self.closed:
-            self._failures.append(GenerationFailure(generation_id, message))
+        self._pending[delta.generation_id] = delta if held is None else merge(held, delta)
+        if not self._flush_scheduled:
             self._flush_soon()
 
+    def fail(self, failure: GenerationFailure) -> None:
+        """Say why a generation has ended, after the deltas that it was sent."""
+        self._failures.append(failure)
+        self._flush_soon()
+
+    def refuse(self, *generation_ids: int) -> None:
+        """Say that generations have to go elsewhere, after the deltas that they were sent."""
+        self._refused += generation_ids
+        self._flush_soon()
+
+    def drain(self) -> None:
+        """Say that this replica takes nothing new."""
+        self._draining = True
+        self._flush_soon()
+
     def _flush_soon(self) -> None:
-        if not self._flush_scheduled and not self._paused:
+        if not self._flush_scheduled and not self._paused and not self.closed:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
 
@@ -125,17 +136,18 @@ class GatewayLink(asyncio.Protocol):
         assert self._transport is not None
         try:
             for payload in wire.take_frames(self._buffer):
-                self._obey(self, decode_order(payload))
+                self._worker.obey(self, decode_order(payload))
         except (ValueError, msgspec.MsgspecError):
             # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail every later `send`: nobody reads any more."""
+        """Let the worker stop what nobody reads any more."""
         self.closed = True
         self._pending.clear()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        self._worker.lost(self)
         if not self.ready.done():
             self.ready.set_exception(ReplicaLostError("The gateway refused the token channel."))
             # Whoever waits has it; if nobody does, asyncio must not log it as forgotten.
@@ -152,16 +164,22 @@ class GatewayLink(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        nothing = not self._pending and not self._failures
-        if nothing or self._paused or self.closed or self._transport is None:
-            return
-        self._write(list(self._pending.values()), self._failures)
-        self._pending.clear()
-        self._failures = []
+        if not self._paused and not self.closed:
+            self._write()
 
-    def _write(self, deltas: list[TokenDelta], failures: list[GenerationFailure]) -> None:
-        assert self._transport is not None
-        self._transport.write(wire.pack(encode(StepFrame(self._load(), deltas, failures))))
+    def _write(self) -> None:
+        if self._transport is None or not self.ready.done():
+            return
+        frame = StepFrame(
+            self._worker.load(),
+            list(self._pending.values()),
+            self._failures,
+            self._refused,
+            self._draining,
+        )
+        self._pending.clear()
+        self._failures, self._refused = [], []
+        self._transport.write(wire.pack(encode(frame)))
         self._sent_at = self._loop.time()
 
     def _beat(self) -> None:
@@ -170,69 +188,67 @@ class GatewayLink(asyncio.Protocol):
             return
         # While paused, what is already written tells as much, once the gateway reads it.
         if not self._paused and self._loop.time() - self._sent_at >= wire.HEARTBEAT_S:
-            self._write([], [])
+            self._write()
         # From now where nothing was sent, since then the gateway does not read.
         since = self._loop.time() if self._paused else self._sent_at
         self._heartbeat = self._loop.call_at(since + wire.HEARTBEAT_S, self._beat)
 
 
-def _merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
-    """Return both deltas as one; extends the lists of `held`, which nobody else has."""
-    held.token_ids.extend(delta.token_ids)
-    logprobs = held.logprobs
-    if delta.logprobs is not None:
-        logprobs = [*(logprobs or []), *delta.logprobs]
-    return msgspec.structs.replace(
-        held,
-        finish_reason=delta.finish_reason,
-        cached_tokens=max(held.cached_tokens, delta.cached_tokens),
-        logprobs=logprobs,
-        prompt_logprobs=held.prompt_logprobs or delta.prompt_logprobs,
-    )
+class GatewayLinks:
+    """The replica's links, one per gateway replica that has asked it to connect."""
 
-
-class TokenSender:
-    """The replica's links, one per gateway replica that has sent it work."""
-
-    def __init__(
-        self,
-        replica_id: str,
-        secret: str,
-        load: Callable[[], ReplicaLoad],
-        obey: Obey = _ignore,
-    ) -> None:
-        self._new_link = partial(GatewayLink, replica_id, secret, load, obey)
+    def __init__(self, replica_id: str, secret: str, worker: Worker) -> None:
+        self._new_link = partial(GatewayLink, replica_id, secret, worker)
         self._links: dict[Address, asyncio.Task[GatewayLink]] = {}
+        self._draining = False
 
-    async def link(self, address: Address) -> GatewayLink:
-        """Return the connection to the gateway at `address`, made if there is none.
+    async def connect(self, address: Address) -> None:
+        """Return once there is a connection to the gateway replica at `address`.
 
         Raises:
             ReplicaLostError: the gateway cannot be reached or does not hold the secret.
         """
         task = self._links.get(address)
-        if task is not None and task.done() and (task.exception() or task.result().closed):
-            task = None
-        if task is None:
+        if task is None or (task.done() and not _is_open(task)):
             # Shared by all who ask while it is being made, and not cancelled with one of them.
             task = self._links[address] = asyncio.create_task(self._connect(address))
-        return await asyncio.shield(task)
+        await asyncio.shield(task)
+
+    def drain(self) -> None:
+        """Tell every gateway replica that this one takes nothing new, also those yet to connect."""
+        self._draining = True
+        for task in self._links.values():
+            if _is_open(task):
+                task.result().drain()
+
+    async def close(self) -> None:
+        """Send what is pending and close all links."""
+        for task in self._links.values():
+            if _is_open(task):
+                task.result().close()
+            else:
+                task.cancel()
+        self._links.clear()
 
     async def _connect(self, address: Address) -> GatewayLink:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                _, link = await loop.create_connection(self._new_link, *address)
-                await link.ready
+                transport, link = await loop.create_connection(self._new_link, *address)
+                try:
+                    await link.ready
+                except BaseException:
+                    # Or a gateway that has not proved itself by now might still give orders.
+                    transport.abort()
+                    raise
         except OSError as error:  # includes TimeoutError
             raise ReplicaLostError("The gateway's token channel cannot be reached.") from error
+        if self._draining:
+            link.drain()
         return link
 
-    async def close(self) -> None:
-        """Close all links."""
-        for task in self._links.values():
-            if task.done() and not task.cancelled() and task.exception() is None:
-                task.result().close()
-            else:
-                task.cancel()
-        self._links.clear()
+
+def _is_open(task: asyncio.Task[GatewayLink]) -> bool:
+    if not task.done() or task.cancelled() or task.exception() is not None:
+        return False
+    return not task.result().closed

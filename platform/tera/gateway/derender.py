@@ -1,0 +1,142 @@
+"""From a generation's tokens to the pieces of an answer: text, stop strings, tool calls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tera.gateway.exchange import Exchange
+from tera.gateway.pieces import Answer, Piece, PositionLogprobs
+from tera.gateway.render import AnswerParser, Detokenizer, StopStrings, TextModel
+from tera.generation import FinishReason, TokenDelta, TokenLogprobs, merge
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One completion to be generated."""
+
+    index: int
+    sample: int
+    """Number among the completions of its prompt."""
+    token_ids: list[int]
+    """The prompt."""
+    stops: list[str]
+    special_tokens: bool = False
+    """Whether special tokens are text."""
+    logprobs: bool = False
+    echo: str | None = None
+    """The prompt's text, when the answer begins with it."""
+
+
+class ChoiceText:
+    """The text state of one choice, from its first token to its last; a `Sink` of its run.
+
+    It lives in the gateway and so survives the replica that makes the tokens. While the client
+    does not keep up, tokens are held back here and become one piece once it does: what is held is
+    bounded by the tokens that the request may have.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        text: TextModel,
+        parser: AnswerParser | None,
+        answer: Answer,
+        exchange: Exchange,
+        delivered: Callable[[TokenDelta], None],
+    ) -> None:
+        """`delivered` hears of each delta of tokens as it comes; `exchange` has those used."""
+        self._choice = choice
+        self._text = text
+        self._parser = parser
+        self._answer = answer
+        self._exchange = exchange
+        self._delivered = delivered
+        self._detokenizer: Detokenizer = text.detokenizer(
+            choice.token_ids, special_tokens=choice.special_tokens
+        )
+        self._stops = StopStrings(choice.stops)
+        self._echo = choice.echo or ""
+        self._held: TokenDelta | None = None
+        self._first = True
+
+    def push(self, delta: TokenDelta) -> bool:
+        """Add what is new to the answer; return whether a stop string has ended it."""
+        self._delivered(delta)
+        if self._held is not None:
+            delta, self._held = merge(self._held, delta), None
+        if self._answer.blocked:
+            self._held = delta
+            return False
+        return self._add(delta)
+
+    async def finish(self) -> None:
+        """Add what is still held back, once the client takes it."""
+        while self._held is not None:
+            await self._answer.free()
+            if not self._answer.blocked:
+                held, self._held = self._held, None
+                self._add(held)
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens are held back, which `exchange` does not have yet."""
+        return 0 if self._held is None else len(self._held.token_ids)
+
+    def _add(self, delta: TokenDelta) -> bool:
+        text, used, stopped = self._derender(delta)
+        # What comes after a stop string is no part of the answer, and nobody pays for it.
+        self._exchange.completion_tokens += used
+        finish = FinishReason.STOP if stopped else delta.finish_reason
+        if finish is not None and not stopped:
+            text += self._stops.flush()
+        logprobs = self._logprobs(delta, used) if self._choice.logprobs else None
+        if self._first:
+            self._first, text = False, self._echo + text
+        index = self._choice.index
+        if self._parser is None:
+            self._answer.add(Piece(index, text, finish, logprobs=logprobs))
+        else:
+            means = self._parser.push(text, delta.token_ids[:used], finished=finish is not None)
+            self._answer.add(
+                Piece(index, means.content, finish, means.reasoning, means.tool_calls, logprobs)
+            )
+        return stopped
+
+    def _derender(self, delta: TokenDelta) -> tuple[str, int, bool]:
+        """Return a delta's text, how many tokens that took, and whether a stop string came."""
+        token_ids, detokenize = delta.token_ids, self._detokenizer.push
+        count = len(token_ids)
+        # The token that ended the text is no part of it.
+        shown = token_ids[:-1] if delta.finish_reason is FinishReason.STOP else token_ids
+        if not self._choice.stops:
+            return "".join(map(detokenize, shown)), count, False
+        text = ""
+        for position, token_id in enumerate(shown, start=1):
+            piece, stopped = self._stops.push(detokenize(token_id))
+            text += piece
+            if stopped:
+                return text, position, True
+        return text, count, False
+
+    def _logprobs(self, delta: TokenDelta, used: int) -> list[PositionLogprobs]:
+        """Return the log-probabilities of a delta's first `used` tokens as text.
+
+        The token that ended the text has none; an echoed prompt's come first.
+        """
+        entries = list((delta.logprobs or [])[:used])
+        if delta.finish_reason is FinishReason.STOP and used == len(delta.token_ids):
+            entries = entries[: used - 1]
+        positions = [_position(self._text, entry) for entry in entries]
+        if self._choice.echo is None or not self._first:
+            return positions
+        token_ids = self._choice.token_ids
+        prompt = delta.prompt_logprobs or [None] * len(token_ids)
+        return [
+            PositionLogprobs(token, None, []) if entry is None else _position(self._text, entry)
+            for token, entry in zip(self._text.token_texts(token_ids), prompt, strict=True)
+        ] + positions
+
+
+def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
+    token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
+    likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
+    return PositionLogprobs(token, entry.logprob, likely)

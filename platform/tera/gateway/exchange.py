@@ -1,0 +1,67 @@
+"""One HTTP exchange: what the parts of the gateway know of a request and tell each other."""
+
+from dataclasses import dataclass, field
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope, Send
+
+from tera.contract.common import Usage, usage_of
+from tera.routing.switchboard import Share
+from tera.tenancy.limits import Admission, Progress
+
+_KEY = "tera.exchange"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request's facts, filled in on its way; the ledger and the metrics read them."""
+
+    request_id: str
+    route: str
+    arrived: float
+    """Monotonic, in seconds."""
+    started_s: float
+    """The same moment in Unix seconds."""
+    send: Send
+    """Sends ASGI messages past the framework, whose layers would wrap every event once more."""
+    tenant: str = ""
+    share: Share = field(default_factory=lambda: Share(""))
+    """Of the replicas, once the tenant is known."""
+    model: str = ""
+    """Short name of the model, once it is known to exist."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+    """Seconds from arrival."""
+    admission: Admission | None = None
+    """What is left of the limits, once they were asked."""
+    replica_switches: int = 0
+    """Times that another replica went on with one of its generations."""
+    status: int = 0
+    """Of the answer; 0 until it has begun."""
+    code: str = ""
+    """Of the error that the client was told, if any."""
+
+    def usage(self) -> Usage:
+        """Return the counts so far as the client sees them."""
+        return usage_of(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+
+    def progress(self) -> Progress:
+        """Return what is charged if the request ends now: before its first token, nothing."""
+        prompt_tokens = 0 if self.first_token_s is None else self.prompt_tokens
+        return Progress(prompt_tokens, self.completion_tokens)
+
+    def tell(self, admission: Admission) -> None:
+        """Take note of what is left of the limits."""
+        self.admission = admission
+
+    def enter(self, scope: Scope) -> None:
+        """Go along with an ASGI scope."""
+        scope[_KEY] = self
+
+    @classmethod
+    def of(cls, request: HTTPConnection) -> "Exchange":
+        """Return the exchange that a request belongs to."""
+        exchange: Exchange = request.scope[_KEY]
+        return exchange

@@ -1,0 +1,348 @@
+"""The gateway's end of the token channel: frames become what running generations hear."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import msgspec
+
+from tera import wire
+from tera.errors import EngineError, InvalidRequestError, ReplicaLostError, TeraError
+from tera.generation import (
+    ENGINE_STALL_S,
+    Abort,
+    Begin,
+    Generation,
+    GenerationFailure,
+    Order,
+    ReplicaLoad,
+    StepFrame,
+    TokenDelta,
+    decode_frame,
+    encode,
+)
+from tera.routing.pulse import Pulse
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+CHECK_S = 0.25
+"""Between two looks at whether the replicas live: what detection may take longer than its limit."""
+REPLACEMENT_S = 30.0
+"""Serve replaces a stalled replica within so long after `ENGINE_STALL_S`, if it can.
+
+It has to come first: an engine whose generations were taken away looks idle to its health check,
+so it would be kept, and would be the first to be given work.
+"""
+
+
+class Watcher(Protocol):
+    """Who wants to know how a replica is doing."""
+
+    def report(self, replica_id: str, load: ReplicaLoad) -> None:
+        """Hear of a replica's load: when it has changed, and with each heartbeat."""
+        ...
+
+    def connected(self, replica_id: str) -> None:
+        """Hear that a replica has connected and can be given work."""
+        ...
+
+    def lost(self, replica_id: str) -> None:
+        """Hear that a replica's connection has broken, or was given up."""
+        ...
+
+    def draining(self, replica_id: str) -> None:
+        """Hear that a replica takes nothing new."""
+        ...
+
+
+class Listener(Protocol):
+    """One attempt at a generation, which hears what becomes of it; no method may wait."""
+
+    def receive(self, delta: TokenDelta) -> None:
+        """Hear of new tokens, or of none: then the replica says that it has the generation."""
+        ...
+
+    def fail(self, error: TeraError) -> None:
+        """Hear that the replica was lost, or failed, or refuses the request itself."""
+        ...
+
+    def refuse(self) -> None:
+        """Hear that the replica has no room, or drains and has no more time."""
+        ...
+
+
+class ReplicaLink(asyncio.Protocol):
+    """One connection from one engine replica, with the generations that were sent over it.
+
+    A generation belongs to its link, so no other replica can say anything about it, and a link
+    that closes takes along its own generations only.
+    """
+
+    def __init__(self, links: "ReplicaLinks") -> None:
+        self._links = links
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._nonce_g = wire.new_nonce()
+        self._loop = asyncio.get_running_loop()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._listeners: dict[int, Listener] = {}
+        self._load: ReplicaLoad | None = None
+        self._draining = False
+        self.replica_id = ""
+        """Empty until the replica has proved itself."""
+        self.pulse = Pulse(links.stall_s)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the handshake: the gateway speaks first."""
+        # A cast, since uvloop's transports are no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._links.all.add(self)
+        self._transport.write(self._nonce_g)
+        self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Make the handshake; after it, hand on what each frame says."""
+        assert self._transport is not None
+        self._buffer += data
+        now = self._loop.time()
+        self.pulse.heard(now)
+        try:
+            if not self.replica_id and not self._shake_hands():
+                return
+            for payload in wire.take_frames(self._buffer):
+                frame = decode_frame(payload)
+                self.pulse.read(frame, now)
+                self._deliver(frame)
+        except (ValueError, msgspec.MsgspecError):
+            # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail every generation that was sent over this connection."""
+        self._links.all.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self.replica_id:
+            self._links.lose(self)  # first, so that nothing that fails now is sent here again
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener.fail(ReplicaLostError("The engine replica was lost."))
+
+    @property
+    def working(self) -> bool:
+        """Whether generations run over this link."""
+        return bool(self._listeners)
+
+    def begin(self, generation: Generation, most_ongoing: int, listener: Listener) -> None:
+        """Send a generation to the replica; `listener` hears of it until `end`."""
+        self._listeners[generation.generation_id] = listener
+        self._send(Begin(generation, most_ongoing))
+
+    def end(self, generation_id: int) -> None:
+        """Stop listening; if the generation still runs, the replica stops it."""
+        if self._listeners.pop(generation_id, None) is not None:
+            self._send(Abort(generation_id))
+
+    def abort(self) -> None:
+        """Close the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _send(self, order: Order) -> None:
+        assert self._transport is not None
+        self._transport.write(wire.pack(encode(order)))
+
+    def _deliver(self, frame: StepFrame) -> None:
+        # A heartbeat repeats the load, since what is counted here may have drifted from it.
+        if frame.load != self._load or not frame.deltas:
+            self._load = frame.load
+            self._links.report(self.replica_id, frame.load)
+        if frame.draining and not self._draining:
+            self._draining = True
+            self._links.drain(self.replica_id)
+        listeners = self._listeners
+        for delta in frame.deltas:
+            listener = listeners.get(delta.generation_id)
+            if listener is not None:
+                if delta.finish_reason is not None:
+                    del listeners[delta.generation_id]
+                listener.receive(delta)
+        for failure in frame.failures:
+            listener = listeners.pop(failure.generation_id, None)
+            if listener is not None:
+                listener.fail(_error(failure))
+        for generation_id in frame.refused:
+            listener = listeners.pop(generation_id, None)
+            if listener is not None:
+                listener.refuse()
+
+    def _shake_hands(self) -> bool:
+        """Return whether the replica has proved itself, once enough bytes are there."""
+        assert self._transport is not None
+        opening = wire.NONCE_BYTES + wire.MAC_BYTES
+        if len(self._buffer) < opening + wire.LENGTH_BYTES:
+            return False
+        # Before it has proved anything, a peer may not have this process hold more than a name.
+        if wire.frame_bytes(self._buffer, opening) > wire.MAX_NAME_BYTES:
+            raise ValueError("a name that no replica has")
+        nonce_r = bytes(self._buffer[: wire.NONCE_BYTES])
+        proof = bytes(self._buffer[wire.NONCE_BYTES : opening])
+        rest = self._buffer[opening:]
+        name = next(wire.take_frames(rest), None)
+        if name is None:
+            return False
+        replica_id = name.decode(errors="replace")
+        secret = self._links.secret
+        expected = wire.replica_proof(secret, self._nonce_g, nonce_r, replica_id)
+        if rest or not replica_id or not wire.proofs_match(proof, expected):
+            raise ValueError("the peer does not hold the cluster secret")
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._buffer = rest
+        self.replica_id = replica_id
+        self._transport.write(wire.gateway_proof(secret, nonce_r, self._nonce_g))
+        self._links.connect(self)
+        return True
+
+
+class ReplicaLinks:
+    """The server that engine replicas connect to; an async context manager.
+
+    A replica that falls silent, or whose engine stalls, is lost like one whose connection broke:
+    also one that has no work, since heartbeats come all the same.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        secret: str,
+        *,
+        port: int = 0,
+        stall_s: float = ENGINE_STALL_S + REPLACEMENT_S,
+    ) -> None:
+        if not secret:
+            raise ValueError("a token channel needs a cluster secret")
+        self._host = host
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._generation_ids = itertools.count(1)
+        self._watchers: dict[str, Watcher] = {}
+        self._by_replica: dict[str, ReplicaLink] = {}
+        self._check: asyncio.TimerHandle | None = None
+        self.secret = secret
+        self.stall_s = stall_s
+        self.all: set[ReplicaLink] = set()
+        """Every open connection, of peers too that have not proved themselves yet."""
+        self.on_lost: Callable[[], None] | None = None
+        """Called after a replica's connection has broken."""
+
+    async def __aenter__(self) -> Self:
+        """Start listening."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ReplicaLink(self), self._host, self._port)
+        self._check_at(loop.time() + CHECK_S)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop listening and close the connections."""
+        assert self._server is not None
+        assert self._check is not None
+        self._check.cancel()
+        # Who heard of a loss now would ask the replica to connect to what is not there any more.
+        self._watchers.clear()
+        self._server.close()
+        for link in list(self.all):
+            link.abort()
+        await self._server.wait_closed()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where replicas connect to."""
+        assert self._server is not None
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return host, port
+
+    def new_generation_id(self) -> int:
+        """Return an id for one attempt at a generation, new in this process."""
+        return next(self._generation_ids)
+
+    def find(self, replica_id: str) -> ReplicaLink | None:
+        """Return a replica's link, if it is connected."""
+        return self._by_replica.get(replica_id)
+
+    def watch(self, replica_id: str, watcher: Watcher) -> None:
+        """Tell a replica's watcher, its only one, what becomes of it."""
+        self._watchers[replica_id] = watcher
+
+    def unwatch(self, replica_id: str) -> None:
+        """Tell nobody any more; what runs over the replica's link goes on."""
+        self._watchers.pop(replica_id, None)
+
+    def connect(self, link: ReplicaLink) -> None:
+        """Take note that a replica has connected, again perhaps."""
+        self._by_replica[link.replica_id] = link
+        watcher = self._watchers.get(link.replica_id)
+        if watcher is not None:
+            watcher.connected(link.replica_id)
+
+    def lose(self, link: ReplicaLink) -> None:
+        """Take note that a replica's connection is gone, unless it has a newer one."""
+        if self._by_replica.get(link.replica_id) is not link:
+            return
+        del self._by_replica[link.replica_id]
+        watcher = self._watchers.get(link.replica_id)
+        if watcher is not None:
+            watcher.lost(link.replica_id)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    def report(self, replica_id: str, load: ReplicaLoad) -> None:
+        """Hand a replica's load on."""
+        watcher = self._watchers.get(replica_id)
+        if watcher is not None:
+            watcher.report(replica_id, load)
+
+    def drain(self, replica_id: str) -> None:
+        """Hand on that a replica takes nothing new."""
+        watcher = self._watchers.get(replica_id)
+        if watcher is not None:
+            watcher.draining(replica_id)
+
+    def _check_at(self, when: float) -> None:
+        self._check = asyncio.get_running_loop().call_at(when, self._check_links, when)
+
+    def _check_links(self, due: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._check_at(now + CHECK_S)
+        late_s = now - due
+        for link in list(self.all):
+            if not link.replica_id:
+                continue
+            if late_s > CHECK_S:
+                # This loop was kept, so what the replicas said meanwhile was not read yet.
+                link.pulse.excuse(late_s)
+            if link.pulse.is_silent(now):
+                log.warning("Engine replica %s fell silent; given up", link.replica_id)
+                link.abort()
+            elif link.working and link.pulse.is_stalled(now):
+                log.warning("Engine replica %s makes no step; given up", link.replica_id)
+                link.abort()
+
+
+_REQUEST_FAULTS = {kind.code: kind for kind in InvalidRequestError.__subclasses__()}
+
+
+def _error(failure: GenerationFailure) -> TeraError:
+    if failure.request_fault is None:
+        return EngineError(failure.message)
+    kind = _REQUEST_FAULTS.get(failure.request_fault, InvalidRequestError)
+    return kind(failure.message, param=failure.param)

@@ -1,0 +1,486 @@
+"""The replica's end of the token channel, with fake gateways."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+import pytest_asyncio
+from tests.engine.gateways import NAME, Connection, FakeGateway
+from tests.routing.conftest import HOST, SECRET, RecordingWorker, until
+
+from tera import wire
+from tera.engine import link as link_module
+from tera.engine.link import GatewayLink, GatewayLinks
+from tera.errors import ReplicaLostError
+from tera.generation import (
+    Abort,
+    Begin,
+    FinishReason,
+    Generation,
+    GenerationFailure,
+    ReplicaLoad,
+    Sampling,
+    StepFrame,
+    TokenDelta,
+    decode_frame,
+    encode,
+)
+
+OTHER = "the secret of another cluster"
+OPENING_BYTES = wire.NONCE_BYTES + wire.MAC_BYTES + wire.LENGTH_BYTES + len(NAME)
+BEGIN = Begin(Generation(7, "request", [1, 2, 3], Sampling(max_tokens=9)), 8)
+
+
+@pytest.fixture
+def worker() -> RecordingWorker:
+    return RecordingWorker()
+
+
+@pytest_asyncio.fixture
+async def links(worker: RecordingWorker) -> AsyncGenerator[GatewayLinks]:
+    links = GatewayLinks(NAME, SECRET, worker)
+    yield links
+    await links.close()
+
+
+@pytest_asyncio.fixture
+async def gateway() -> AsyncGenerator[FakeGateway]:
+    async with FakeGateway() as gateway:
+        yield gateway
+
+
+def link_to(links: GatewayLinks, gateway: FakeGateway) -> GatewayLink:
+    return links._links[gateway.address].result()
+
+
+async def connect(links: GatewayLinks, gateway: FakeGateway) -> tuple[GatewayLink, Connection]:
+    await links.connect(gateway.address)
+    return link_to(links, gateway), await gateway.connected()
+
+
+@pytest.fixture
+def no_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no frame but the first be a heartbeat."""
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 60)
+
+
+class TestFrames:
+    @pytest.fixture(autouse=True)
+    def _no_heartbeats(self, no_heartbeats: None) -> None:
+        pass
+
+    async def test_the_first_frame_is_a_heartbeat(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        worker.figures = ReplicaLoad(running=3, waiting=2, kv_usage_ratio=0.5)
+        link, there = await connect(links, gateway)
+        link.send(TokenDelta(1, [7]))
+        assert await there.frame() == StepFrame(worker.figures)
+        assert await there.frame() == StepFrame(worker.figures, [TokenDelta(1, [7])])
+
+    async def test_one_frame_for_all_that_one_step_makes(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        link, there = await connect(links, gateway)
+        await there.frame()
+        for step in range(4):
+            for number in range(50):
+                link.send(TokenDelta(number, [step]))
+            frame = await there.frame()
+            assert frame.deltas == [TokenDelta(number, [step]) for number in range(50)]
+        failure = GenerationFailure(0, "The engine failed.")
+        link.send(TokenDelta(0, [5]))
+        link.fail(failure)
+        link.send(TokenDelta(1, [6]))
+        link.refuse(1, 2)
+        link.drain()
+        assert await there.frame() == StepFrame(
+            ReplicaLoad(), [TokenDelta(0, [5]), TokenDelta(1, [6])], [failure], [1, 2], True
+        )
+
+    async def test_deltas_of_one_generation_in_one_step_are_merged_whole(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        link, there = await connect(links, gateway)
+        await there.frame()
+        link.send(TokenDelta(1, []))
+        link.send(TokenDelta(1, [1, 2], None, 16))
+        link.send(TokenDelta(1, [3], FinishReason.STOP, 16))
+        assert (await there.frame()).deltas == [TokenDelta(1, [1, 2, 3], FinishReason.STOP, 16)]
+
+    async def test_tokens_leave_in_order_whatever_steps_they_come_from(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        link, there = await connect(links, gateway)
+        for token_id in range(100):
+            link.send(TokenDelta(1, [token_id], FinishReason.STOP if token_id == 99 else None))
+            if token_id % 3 == 0:
+                await asyncio.sleep(0)
+        found: list[int] = []
+        finish_reason = None
+        while finish_reason is None:
+            for delta in (await there.frame()).deltas:
+                found += delta.token_ids
+                finish_reason = delta.finish_reason
+        assert found == list(range(100))
+
+    async def test_the_load_is_that_of_when_the_frame_leaves(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        link, there = await connect(links, gateway)
+        await there.frame()
+        link.send(TokenDelta(1, [1]))
+        worker.figures = ReplicaLoad(running=5)
+        assert (await there.frame()).load == ReplicaLoad(running=5)
+
+
+class TestHeartbeats:
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wire, "HEARTBEAT_S", 0.01)
+
+    async def test_an_idle_replica_says_that_it_lives_and_what_it_does(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        _, there = await connect(links, gateway)
+        for running in range(5):
+            worker.figures = ReplicaLoad(running=running)
+            while (await there.frame()) != StepFrame(worker.figures):
+                pass
+
+    async def test_no_heartbeat_while_tokens_flow(
+        self, links: GatewayLinks, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(wire, "HEARTBEAT_S", 60)
+        link, there = await connect(links, gateway)
+        for token_id in range(20):
+            link.send(TokenDelta(1, [token_id]))
+            await asyncio.sleep(0)
+        link.send(TokenDelta(1, [20], FinishReason.STOP))
+        assert (await there.frame()).deltas == []
+        tokens: list[int] = []
+        while 20 not in tokens:
+            (delta,) = (await there.frame()).deltas
+            tokens += delta.token_ids
+        assert tokens == list(range(21))
+
+    async def test_a_closed_link_beats_no_more(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        link, _ = await connect(links, gateway)
+        await links.close()
+        await until(lambda: link.closed)
+        assert link._heartbeat is not None
+        assert link._heartbeat.cancelled()
+
+
+class TestOrders:
+    async def test_orders_may_be_cut_anywhere(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        _, there = await connect(links, gateway)
+        orders = [BEGIN, Abort(7), BEGIN]
+        stream = b"".join(wire.pack(encode(order)) for order in orders)
+        for cut in range(1, len(stream)):
+            worker.orders.clear()
+            for part in (stream[:cut], stream[cut:]):
+                there.writer.write(part)
+                await there.writer.drain()
+                await asyncio.sleep(0)
+            await until(lambda: len(worker.orders) == 3)
+            assert worker.orders == orders
+
+    async def test_an_order_may_come_with_the_gateways_proof(
+        self, links: GatewayLinks, worker: RecordingWorker
+    ) -> None:
+        class Hasty(FakeGateway):
+            async def _accept(
+                self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+            ) -> None:
+                self.connections.append(Connection(reader, writer))
+                nonce_g = wire.new_nonce()
+                writer.write(nonce_g)
+                nonce_r = await reader.readexactly(wire.NONCE_BYTES)
+                proof = wire.gateway_proof(SECRET, nonce_r, nonce_g)
+                writer.write(proof + wire.pack(encode(BEGIN)))
+
+        async with Hasty() as gateway:
+            await links.connect(gateway.address)
+            await until(lambda: worker.orders == [BEGIN])
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            pytest.param(b"\xff\xff\xff\xff", id="length over the limit"),
+            pytest.param(wire.pack(b"\xc1"), id="no MessagePack"),
+            pytest.param(wire.pack(encode(StepFrame(ReplicaLoad()))), id="a frame"),
+            pytest.param(wire.pack(b""), id="empty"),
+        ],
+    )
+    async def test_a_gateway_that_makes_no_sense_is_hung_up_on(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker, garbage: bytes
+    ) -> None:
+        link, there = await connect(links, gateway)
+        there.order(BEGIN)
+        there.writer.write(garbage)
+        await there.ended()
+        assert worker.orders == [BEGIN]
+        assert worker.gone == [link]
+
+    async def test_the_worker_hears_once_that_a_gateway_is_gone(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        link, there = await connect(links, gateway)
+        there.writer.transport.abort()
+        await until(lambda: link.closed)
+        assert worker.gone == [link]
+        for _ in range(3):  # who has not heard of it yet does no harm
+            link.send(TokenDelta(1, [1]))
+            link.fail(GenerationFailure(1, "The engine failed."))
+            link.refuse(2)
+            link.drain()
+            await asyncio.sleep(0)
+        assert worker.gone == [link]
+
+
+class TestSecret:
+    async def test_gateway_with_another_secret_gets_no_tokens_and_gives_no_orders(
+        self, links: GatewayLinks, worker: RecordingWorker
+    ) -> None:
+        async with FakeGateway(OTHER) as impostor:
+            with pytest.raises(ReplicaLostError):
+                await links.connect(impostor.address)
+            there = await impostor.connected()
+            there.order(BEGIN)
+            await there.ended()
+        assert worker.orders == []
+
+    async def test_a_gateway_that_does_not_prove_itself_hears_no_more_than_a_name(
+        self, links: GatewayLinks
+    ) -> None:
+        heard = bytearray()
+
+        async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonce_g = wire.new_nonce()
+            writer.write(nonce_g)
+            nonce_r = await reader.readexactly(wire.NONCE_BYTES)
+            writer.write(wire.gateway_proof(OTHER, nonce_r, nonce_g))
+            heard.extend(nonce_r + await reader.read())
+            writer.close()
+
+        server = await asyncio.start_server(impostor, HOST, 0)
+        async with server:
+            with pytest.raises(ReplicaLostError):
+                await links.connect(server.sockets[0].getsockname())
+            await until(lambda: bool(heard))
+        assert len(heard) <= OPENING_BYTES
+
+    async def test_a_silent_gateway_is_given_up_for_good(
+        self, links: GatewayLinks, worker: RecordingWorker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.01)
+        async with FakeGateway(None) as gateway:
+            with pytest.raises(ReplicaLostError):
+                await links.connect(gateway.address)
+            there = await gateway.connected()
+            # It has proved nothing, however long it waited.
+            there.order(BEGIN)
+            await there.ended()
+        assert worker.orders == []
+
+    async def test_who_closes_while_it_connects_leaves_no_connection(
+        self, links: GatewayLinks
+    ) -> None:
+        async with FakeGateway(None) as gateway:
+            connecting = asyncio.create_task(links.connect(gateway.address))
+            there = await gateway.connected()
+            await links.close()
+            await there.ended()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+
+
+class TestSlowGateway:
+    @asynccontextmanager
+    async def paused(
+        self, worker: RecordingWorker
+    ) -> AsyncGenerator[tuple[GatewayLink, asyncio.Transport, asyncio.StreamReader]]:
+        """Yield a link, its transport, and the reader of a gateway that does not read yet."""
+        accepted: asyncio.Future[asyncio.StreamReader] = asyncio.Future()
+        writers: list[asyncio.StreamWriter] = []
+
+        async def gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            await Connection(reader, writer).shake_hands(SECRET)
+            accepted.set_result(reader)
+
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind((HOST, 0))
+        server = await asyncio.start_server(gateway, sock=listening, limit=1024)
+        connecting = socket.socket()
+        # Small, so that the test need not fill megabytes of the kernel's.
+        connecting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connecting.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(connecting, listening.getsockname())
+        async with server:
+            transport, link = await loop.create_connection(
+                lambda: GatewayLink(NAME, SECRET, worker), sock=connecting
+            )
+            await link.ready
+            try:
+                yield link, transport, await accepted
+            finally:
+                transport.abort()
+                for writer in writers:
+                    writer.close()
+
+    async def test_deltas_are_merged_and_no_token_is_lost(self, worker: RecordingWorker) -> None:
+        steps, generations, width = 1000, 4, 50
+        async with self.paused(worker) as (link, transport, reader):
+            highest_bytes = 0
+            for step in range(steps):
+                for generation_id in range(generations):
+                    token_ids = list(range(step * width, (step + 1) * width))
+                    finish = FinishReason.LENGTH if step == steps - 1 else None
+                    link.send(TokenDelta(generation_id, token_ids, finish))
+                if step == steps // 2:
+                    link.fail(GenerationFailure(98, "The engine failed."))
+                    link.refuse(99)
+                    link.drain()
+                await asyncio.sleep(0)
+                highest_bytes = max(highest_bytes, transport.get_write_buffer_size())
+            # The mark at which transports ask for a pause, and the frame that went over it.
+            assert highest_bytes < 2 * 64 * 1024
+            buffer = bytearray()
+            received: dict[int, list[int]] = {each: [] for each in range(generations)}
+            finished: set[int] = set()
+            frames: list[StepFrame] = []
+            while len(finished) < generations:
+                buffer += await reader.read(65536)
+                for payload in list(wire.take_frames(buffer)):
+                    frames.append(decode_frame(payload))
+                    for delta in frames[-1].deltas:
+                        assert delta.generation_id not in finished
+                        received[delta.generation_id] += delta.token_ids
+                        if delta.finish_reason is not None:
+                            finished.add(delta.generation_id)
+            assert received == {key: list(range(steps * width)) for key in range(generations)}
+            assert len(frames) < steps / 2
+            failures = [failure for frame in frames for failure in frame.failures]
+            assert [failure.generation_id for failure in failures] == [98]
+            assert [number for frame in frames for number in frame.refused] == [99]
+            assert frames[-1].draining
+
+    async def test_a_slow_gateway_that_leaves_is_told_to_the_worker(
+        self, worker: RecordingWorker
+    ) -> None:
+        async with self.paused(worker) as (link, transport, _):
+            for _ in range(500):
+                link.send(TokenDelta(1, [7] * 500))
+                await asyncio.sleep(0)
+            transport.abort()
+            await until(lambda: link.closed)
+            assert worker.gone == [link]
+            link.send(TokenDelta(1, [7]))
+            assert not link._pending
+
+
+class TestSharing:
+    async def test_all_askers_share_one_connection(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        await asyncio.gather(*(links.connect(gateway.address) for _ in range(20)))
+        await links.connect(gateway.address)
+        assert len(gateway.connections) == 1
+
+    async def test_asker_that_gives_up_takes_nobody_with_it(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        asking = [asyncio.create_task(links.connect(gateway.address)) for _ in range(2)]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        await asking[1]
+        await links.connect(gateway.address)
+        assert len(gateway.connections) == 1
+
+    async def test_each_gateway_gets_its_own_tokens(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        async with FakeGateway() as other:
+            one, there = await connect(links, gateway)
+            two, elsewhere = await connect(links, other)
+            one.send(TokenDelta(1, [1]))
+            two.send(TokenDelta(1, [2]))
+            assert (await there.news()).deltas == [TokenDelta(1, [1])]
+            assert (await elsewhere.news()).deltas == [TokenDelta(1, [2])]
+
+    async def test_a_new_connection_is_made_after_a_loss(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        first, there = await connect(links, gateway)
+        there.writer.transport.abort()
+        await until(lambda: first.closed)
+        second, there = await connect(links, gateway)
+        assert second is not first
+        second.send(TokenDelta(1, [5]))
+        assert (await there.news()).deltas == [TokenDelta(1, [5])]
+
+    async def test_a_gateway_that_is_not_there_is_asked_each_time(
+        self, links: GatewayLinks
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            address = probe.getsockname()
+        for _ in range(2):
+            with pytest.raises(ReplicaLostError):
+                await links.connect(address)
+
+    async def test_closing_sends_what_is_pending(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        link, there = await connect(links, gateway)
+        link.send(TokenDelta(1, [1], FinishReason.STOP))
+        link.refuse(2)
+        await links.close()
+        frame = await there.news()
+        assert (frame.deltas, frame.refused) == ([TokenDelta(1, [1], FinishReason.STOP)], [2])
+        await there.ended()
+
+
+class TestDraining:
+    async def test_every_gateway_is_told(self, links: GatewayLinks, gateway: FakeGateway) -> None:
+        async with FakeGateway() as other:
+            _, there = await connect(links, gateway)
+            _, elsewhere = await connect(links, other)
+            links.drain()
+            for connection in (there, elsewhere):
+                assert (await connection.news()).draining
+                assert (await connection.frame()).draining  # and so it stays
+
+    @pytest.mark.parametrize("drains", ["before", "while"])
+    async def test_a_gateway_that_connects_later_is_told_too(
+        self, links: GatewayLinks, gateway: FakeGateway, drains: str
+    ) -> None:
+        if drains == "before":
+            links.drain()
+        connecting = asyncio.create_task(links.connect(gateway.address))
+        await asyncio.sleep(0)
+        if drains == "while":
+            links.drain()
+        await connecting
+        assert (await (await gateway.connected()).news()).draining
+
+    async def test_one_that_was_lost_keeps_no_other_from_being_told(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        async with FakeGateway() as other:
+            lost, there = await connect(links, gateway)
+            _, elsewhere = await connect(links, other)
+            there.writer.transport.abort()
+            await until(lambda: lost.closed)
+            links.drain()
+            assert (await elsewhere.news()).draining
