@@ -538,6 +538,24 @@ async def test_a_clock_that_was_set_back_gives_no_minute_twice_and_honest_waits(
     await admitted(limiter, "next", scopes)
 
 
+async def test_no_wait_is_longer_than_numbers_are_exact_by_a_clock_set_back_least_of_all(
+    limiter: RedisLimiter,
+) -> None:
+    """The wait to the end of a huge debt, and what the clock was set back by, make one number."""
+    local = LocalLimiter(lambda: limiter.now_us or 0)
+    scopes = tenant(tokens_per_minute=10**9)
+    await admitted(limiter, "huge", scopes)
+    await limiter.settle("acme", "huge", MOST, record())
+    local.admit("acme", "huge", scopes, 1)
+    local.settle("acme", "huge", MOST)
+    moved(limiter, -2)
+    slow = tenant(tokens_per_minute=1)
+    told = await limiter.admit("acme", "next", slow, 0, record())
+    assert told.refusal is not None
+    assert told.refusal.wait_us == MOST
+    assert told == local.admit("acme", "next", slow, 0)
+
+
 # Leases
 
 

@@ -285,6 +285,11 @@ local function store_budget(limits, name, used, held, now)
   end
 end
 
+-- Return a wait from now on, of a debt that drains only once a clock set back has caught up.
+local function from_now(scope, wait)
+  return min(MOST, scope.ahead + wait)
+end
+
 -- Each returns nil if the limit lets the request pass; or else the wait in µs, false for never.
 
 local function request_wait(scope, limits)
@@ -292,7 +297,7 @@ local function request_wait(scope, limits)
   if not limit then return nil end
   if limit == 0 then return false end
   local wait = time_to(scope.requests, scope.request_parts, limit - 1, limit)
-  if wait > 0 then return scope.ahead + wait end
+  if wait > 0 then return from_now(scope, wait) end
 end
 
 local function token_wait(scope, limits, tokens)
@@ -302,11 +307,11 @@ local function token_wait(scope, limits, tokens)
   local level = limit - tokens
   if scope.held <= level then
     local wait = time_to(scope.tokens, scope.token_parts, level - scope.held, limit)
-    if wait > 0 then return scope.ahead + wait end
+    if wait > 0 then return from_now(scope, wait) end
     return nil
   end
   -- Others hold too much; when they end, what they have used is owed.
-  return max(SECOND, scope.ahead + time_to(scope.tokens, scope.token_parts, level, limit))
+  return max(SECOND, from_now(scope, time_to(scope.tokens, scope.token_parts, level, limit)))
 end
 
 local function concurrency_wait(scope, limits)
@@ -336,7 +341,7 @@ local function figures(all, scopes, owed, parts, held)
         least, limit, remaining, reset = ratio, most, left, 0
         if most > 0 then
           local wait = time_to(plus(scope[owed], holds), scope[parts], 0, most)
-          reset = min(MOST, scope.ahead + wait)
+          reset = from_now(scope, wait)
         end
       end
     end

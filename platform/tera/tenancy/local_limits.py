@@ -45,6 +45,10 @@ class _Counts:
         self.tokens = max(0, self.tokens - self.token_rate * elapsed_us)
         self.at_us = max(self.at_us, now_us)
 
+    def from_now(self, wait_us: int) -> int:
+        """Return a wait from now on, of a debt that drains only once the clock has caught up."""
+        return min(self.ahead_us + wait_us, MOST)
+
 
 @dataclass(slots=True)
 class _Budget:
@@ -269,7 +273,7 @@ def _wait(kind: Kind, it: _Counted, limit: _Limit, wait_us: int | None) -> Itera
 
 def _request_wait(counts: _Counts, limit: _Limit) -> int:
     wait_us = _time_to(counts.requests, limit.share - 1, limit.share)
-    return counts.ahead_us + wait_us if wait_us else 0
+    return counts.from_now(wait_us) if wait_us else 0
 
 
 def _token_wait(counts: _Counts, limit: _Limit, tokens: int) -> int | None:
@@ -280,9 +284,9 @@ def _token_wait(counts: _Counts, limit: _Limit, tokens: int) -> int | None:
     level = limit.share - tokens
     if counts.held <= level:
         wait_us = _time_to(counts.tokens, level - counts.held, limit.share)
-        return counts.ahead_us + wait_us if wait_us else 0
+        return counts.from_now(wait_us) if wait_us else 0
     # Others hold too much; when they end, what they have used is owed.
-    return max(_SECOND_US, counts.ahead_us + _time_to(counts.tokens, level, limit.share))
+    return max(_SECOND_US, counts.from_now(_time_to(counts.tokens, level, limit.share)))
 
 
 def _budget_wait(spent: _Budget, limit: _Limit, tokens: int) -> int | None:
@@ -334,7 +338,7 @@ def _admission(counted: Sequence[_Counted], refusal: Refusal | None = None) -> A
 
 def _requests(counted: Sequence[_Counted]) -> Allowance | None:
     return _least(
-        _allowance(it.requests.share, it.counts.requests, it.counts.ahead_us)
+        _allowance(it.requests.share, it.counts.requests, it.counts)
         for it in counted
         if it.requests is not None
     )
@@ -342,15 +346,15 @@ def _requests(counted: Sequence[_Counted]) -> Allowance | None:
 
 def _tokens(counted: Sequence[_Counted]) -> Allowance | None:
     return _least(
-        _allowance(it.tokens.share, _more(it.counts.tokens, it.counts.held), it.counts.ahead_us)
+        _allowance(it.tokens.share, _more(it.counts.tokens, it.counts.held), it.counts)
         for it in counted
         if it.tokens is not None
     )
 
 
-def _allowance(limit: int, debt: int, ahead_us: int) -> Allowance:
+def _allowance(limit: int, debt: int, counts: _Counts) -> Allowance:
     remaining = max(0, limit - -(-debt // PARTS))
-    reset_us = min(ahead_us + _time_to(debt, 0, limit), MOST) if limit else 0
+    reset_us = counts.from_now(_time_to(debt, 0, limit)) if limit else 0
     return Allowance(limit, remaining, reset_us)
 
 
