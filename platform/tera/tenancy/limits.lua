@@ -10,8 +10,8 @@
 --
 -- Requests and tokens of a minute are debts that drain by the limit. One microsecond drains a
 -- limit of L a minute by L / 60e6, so a debt is kept as whole ones and parts of 1 / 60e6: all
--- numbers are whole, and below 2^53, where doubles are exact. `local_limits.py` says the same
--- with Python's whole numbers, and tests hold the two together.
+-- numbers are whole, and below 2^53, where doubles are exact. Limits are 10^9 a minute at the most.
+-- `local_limits.py` says the same with Python's whole numbers, and tests hold the two together.
 
 local MOST = 2 ^ 53 - 1
 local PARTS = 60e6
@@ -32,34 +32,19 @@ local function plus(a, b)
   return min(a + b, MOST)
 end
 
--- Return the quotient and the rest of a * b / c, which are exact even where a * b is not. A
--- quotient over 2^53 is not, but still over every number that it is compared with.
+-- Return the quotient and the rest of a * b / c, for a and c up to 2^32. The product itself may
+-- be too large for a double: what 10^9 a minute drain in a minute is 6e16 parts. So it is divided as
+-- by hand, by digits of b that keep every step below 2^53. A quotient over 2^53 is not exact, but
+-- still over every number that it is compared with.
+local DIGIT = 2 ^ 20
+
 local function divided(a, b, c)
-  local product = a * b
-  if product <= MOST then
-    -- A double's rounding cannot reach the next whole number: that is 1 / c away at least.
-    local quotient = floor(product / c)
-    return quotient, product - quotient * c
-  end
-  local whole = floor(a / c)
-  local part = a - whole * c
   local quotient, rest = 0, 0
-  local _, bits = math.frexp(b)
-  for place = bits - 1, 0, -1 do
-    quotient = 2 * quotient
-    if rest >= c - rest then
-      rest, quotient = rest - (c - rest), quotient + 1
-    else
-      rest = 2 * rest
-    end
-    if floor(b / 2 ^ place) % 2 == 1 then
-      quotient = quotient + whole
-      if rest >= c - part then
-        rest, quotient = rest - (c - part), quotient + 1
-      else
-        rest = rest + part
-      end
-    end
+  for place = 2, 0, -1 do
+    local step = rest * DIGIT + a * (floor(b / DIGIT ^ place) % DIGIT)
+    -- Its rounding cannot reach the next whole number: that is 1 / c away at least.
+    local more = floor(step / c)
+    quotient, rest = quotient * DIGIT + more, step - more * c
   end
   return quotient, rest
 end
@@ -79,16 +64,8 @@ end
 local function time_to(whole, parts, level, rate)
   local over = whole - level
   if rate == 0 or over < 0 or (over == 0 and parts == 0) then return 0 end
-  local micros, rest = divided(over, PARTS, rate)
-  micros = micros + floor(parts / rate)
-  local more = parts % rate
-  if rest >= rate - more then
-    rest, micros = rest - (rate - more), micros + 1
-  else
-    rest = rest + more
-  end
-  if rest > 0 then micros = micros + 1 end
-  return min(micros, MOST)
+  local micros, rest = divided(PARTS, over, rate)
+  return min(MOST, micros + math.ceil((rest + parts) / rate))
 end
 
 -- A scope as it is stored: debts as of `at`, the limits that they drain by (0 before there were
