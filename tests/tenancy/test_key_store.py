@@ -120,18 +120,18 @@ async def test_importing_again_changes_nothing(
     store: KeyStore, redis: Redis, clock: FakeClock
 ) -> None:
     key = generate_key()
-    first = await store.import_key("team-a", key=key)
+    first = await store.import_record(store.record_of("team-a", key=key))
     version = await redis.get(VERSION)
     clock.now_s += 100
-    assert await store.import_key("team-a", key=key) == first
-    assert await store.import_key("team-a", key_hash=first.key_hash) == first
+    assert await store.import_record(store.record_of("team-a", key=key)) == first
+    assert await store.import_record(store.record_of("team-a", key_hash=first.key_hash)) == first
     assert await store.list() == [first]
     assert await redis.get(VERSION) == version
 
 
 async def test_importing_with_other_settings_replaces_them(store: KeyStore) -> None:
     new = await store.create("team-a")
-    narrowed = await store.import_key("team-a", key=new.key, models=["one"])
+    narrowed = await store.import_record(store.record_of("team-a", key=new.key, models=["one"]))
     assert narrowed.key_id == new.record.key_id
     assert narrowed.models == ("one",)
     assert await store.list() == [narrowed]
@@ -146,11 +146,11 @@ async def test_importing_with_other_settings_replaces_them(store: KeyStore) -> N
         pytest.param(None, "0" * 63, id="malformed-hash"),
     ],
 )
-async def test_only_one_key_or_hash_is_imported(
+def test_only_one_key_or_hash_is_imported(
     store: KeyStore, key: str | None, key_hash: str | None
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        await store.import_key("team-a", key=key, key_hash=key_hash)
+        store.record_of("team-a", key=key, key_hash=key_hash)
     assert key is None or key not in raised.value.message
 
 
@@ -316,7 +316,7 @@ class TestImportKeys:
         assert await import_keys(store, entries) == [kept]
         assert revoked.key_id in caplog.text
         with pytest.raises(KeyRevokedError):
-            await store.import_key("acme", key=entries[1].key)
+            await store.import_record(store.record_of("acme", key=entries[1].key))
 
     async def test_a_rotated_key_keeps_its_end(self, store: KeyStore, clock: FakeClock) -> None:
         entries = [KeyEntry(tenant="acme", key=generate_key())]

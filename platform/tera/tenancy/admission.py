@@ -22,12 +22,12 @@ from msgspec import structs
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
+from tera.background import end
 from tera.config.limits import LimitsConfig, TenantLimits
 from tera.errors import InternalError
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Allowance, Progress, RedisLimiter, Scope, scopes_of
 from tera.tenancy.local_limits import LocalLimiter
-from tera.tenancy.redis import end
 from tera.tenancy.tenants import effective_limits
 from tera.tenancy.usage import UsageRecord, encode_record
 

@@ -130,49 +130,10 @@ class KeyStore:
             ConfigError: the tenant's name, the models or the lifetime are not possible.
         """
         key = generate_key()
-        record = await self.import_key(
+        record = self.record_of(
             tenant, key=key, models=models, limits=limits, expires_s=self._end(expires_in_s)
         )
-        return NewKey(key, record)
-
-    async def import_key(
-        self,
-        tenant: str,
-        *,
-        key: str | None = None,
-        key_hash: str | None = None,
-        models: Iterable[str] | None = None,
-        limits: Limits | None = None,
-        expires_s: float | None = None,
-    ) -> ApiKey:
-        """Make sure that a key from elsewhere exists with these settings; return its record.
-
-        Importing it again changes nothing, or only the settings that differ. A key that was
-        rotated here keeps its end, and one that was revoked here stays revoked: what brings keys
-        is read again and again, and knows nothing of either.
-
-        Args:
-            tenant: whom the key belongs to.
-            key: the key itself; either this or `key_hash`.
-            key_hash: its `hash_key` under this platform's pepper.
-            models: the ids that clients may send; None allows all.
-            limits: of this key alone, beside its tenant's.
-            expires_s: Unix seconds; None never expires.
-
-        Raises:
-            ConfigError: not one well-formed key or hash, or a setting is not possible.
-            KeyRevokedError: it was revoked.
-        """
-        return await self.import_record(
-            self.record_of(
-                tenant,
-                key=key,
-                key_hash=key_hash,
-                models=models,
-                limits=limits,
-                expires_s=expires_s,
-            )
-        )
+        return NewKey(key, await self.import_record(record))
 
     def record_of(
         self,
@@ -185,6 +146,14 @@ class KeyStore:
         expires_s: float | None = None,
     ) -> ApiKey:
         """Return the record of a key from elsewhere, which `import_record` takes.
+
+        Args:
+            tenant: whom the key belongs to.
+            key: the key itself; either this or `key_hash`.
+            key_hash: its `hash_key` under this platform's pepper.
+            models: the ids that clients may send; None allows all.
+            limits: of this key alone, beside its tenant's.
+            expires_s: Unix seconds; None never expires.
 
         Raises:
             ConfigError: not one well-formed key or hash, or a setting is not possible.
@@ -211,7 +180,11 @@ class KeyStore:
         )
 
     async def import_record(self, imported: ApiKey) -> ApiKey:
-        """See `import_key`.
+        """Make sure that a key from elsewhere exists with these settings; return its record.
+
+        Importing it again changes nothing, or only the settings that differ. A key that was
+        rotated here keeps its end, and one that was revoked here stays revoked: what brings keys
+        is read again and again, and knows nothing of either.
 
         Raises:
             KeyRevokedError: it was revoked.
@@ -389,7 +362,7 @@ def records_of(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
 
 
 async def import_records(store: KeyStore, records: Iterable[ApiKey]) -> list[ApiKey]:
-    """Make sure that keys exist, as `KeyStore.import_key` does for one; return them.
+    """Make sure that keys exist, as `KeyStore.import_record` does for one; return them.
 
     A key that was revoked is left out, with a warning in the log.
 

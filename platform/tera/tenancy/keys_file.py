@@ -4,14 +4,13 @@ import asyncio
 import logging
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
+from tera.background import Background
 from tera.config.keys_file import load_keys_file
 from tera.errors import ConfigError, InternalError
 from tera.tenancy.key_store import KeyStore, import_records, records_of
 from tera.tenancy.keys import ApiKey
-from tera.tenancy.redis import end
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ POLL_INTERVAL_S: Final = 5.0
 """A mounted Secret is changed by swapping a link, of which nothing tells on every file system."""
 
 
-class KeysFile:
+class KeysFile(Background):
     """Imports the keys of a file, and again as long as the block runs.
 
     Nodes get a new version of a Secret at different times. So a version that is there is imported
@@ -37,7 +36,6 @@ class KeysFile:
         """Of the last version without a fault."""
         self._records: list[ApiKey] = []
         self._imported = False
-        self._task: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
         """Import the keys and begin to follow the file.
@@ -47,26 +45,18 @@ class KeysFile:
             InternalError: Redis cannot be reached.
         """
         await self._look()
-        self._task = asyncio.create_task(self._follow(), name="tera-keys-file")
-        return self
+        return await super().__aenter__()
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await end(self._task)
-
-    async def _follow(self) -> None:
+    async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
             try:
                 await self._look()
             except ConfigError as error:
                 logger.error("The keys file's former version stays in force: %s", error.message)
-            except InternalError:
-                pass  # Redis is away, as others say; the next look tries again
+            except InternalError as error:
+                # Whoever follows the keys warns of it, once; the next look tries again.
+                logger.debug("The keys file is not compared with Redis now: %s", error.message)
             except Exception:
                 # The edge of this task: were it to end, no later version would ever be read.
                 logger.exception("Following the keys file failed; trying again.")

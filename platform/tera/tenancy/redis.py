@@ -1,6 +1,5 @@
 """How Tera connects to Redis: bounded waits, no hidden second tries, and failing over."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +14,6 @@ from tera.errors import ConfigError, InternalError
 
 _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
-_CANCEL_AGAIN_S = 0.01
 _MAX_CONNECTIONS = 32
 """More would not make Redis, which runs one command at a time, any faster."""
 
@@ -30,8 +28,8 @@ def connect(url: str, *, timeout_s: float) -> Redis:
     damaged value cannot make a whole reply unreadable. The caller owns the client and closes it
     with `aclose()`, after everything that was built on it is closed.
 
-    Before Python 3.12 a command may lose a cancellation that comes just as it is sent
-    (bpo-42130, redis-py uses `asyncio.wait_for`): cancel again where that matters.
+    Before Python 3.12 a command may lose a cancellation that comes just as it is sent: cancel
+    again where that matters, as `tera.background.end` does.
 
     Args:
         url: `redis://`, `rediss://` (TLS) or `unix://`, with credentials if there are any.
@@ -112,10 +110,3 @@ async def reaching(what: str) -> AsyncGenerator[None]:
         yield
     except RedisError as error:
         raise InternalError(f"{what} cannot be reached.") from error
-
-
-async def end(task: asyncio.Task[None]) -> None:
-    """Cancel a task that talks to Redis, again until it has ended; see `connect`."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)

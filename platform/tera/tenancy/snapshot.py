@@ -5,14 +5,14 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
+from tera.background import Background
 from tera.config.limits import TenantLimits
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
 from tera.tenancy.keys import (
@@ -29,7 +29,6 @@ from tera.tenancy.keys import (
     is_well_formed,
     require_pepper,
 )
-from tera.tenancy.redis import end
 from tera.tenancy.tenants import BLOCKED, decode_tenant
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ end
 """
 
 
-class KeySnapshot:
+class KeySnapshot(Background):
     """All keys and tenants' limits in this process's memory, following Redis while the block runs.
 
     A request costs no I/O. While Redis is away the last snapshot stays in force. When Redis
@@ -102,7 +101,6 @@ class KeySnapshot:
         self._degraded_since_s: float | None = None
         self._used_s: dict[str, float] = {}
         self._last_used_written_s: dict[str, float] = {}
-        self._task: asyncio.Task[None]
 
     @property
     def ready(self) -> bool:
@@ -155,23 +153,21 @@ class KeySnapshot:
         self._used_s[record.key_id] = now_s
         return record
 
-    async def __aenter__(self) -> Self:
-        """Begin to follow; `ready` tells when the first snapshot is there."""
-        self._task = asyncio.create_task(self._follow(), name="tera-key-snapshot")
-        return self
-
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await end(self._task)
-        # Best effort: when a key was last used may be off by a minute anyway.
-        with suppress(RedisError):
+        """Stop following, and write down when each key was last used."""
+        await super().__aexit__(exc_type, exc, traceback)
+        try:
             await self._write_last_used(self._used_s.copy())
+        except RedisError as error:
+            # They may be off by a minute anyway.
+            logger.warning("When keys were last used is not written down: %s", error)
 
-    async def _follow(self) -> None:
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             next_try_s = loop.time() + _RETRY_INTERVAL_S

@@ -20,18 +20,17 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from tera.background import Background
 from tera.config.gateway import UsageConfig
 from tera.errors import TeraError
-from tera.tenancy.redis import end, reaching
+from tera.tenancy.redis import reaching
 from tera.tenancy.usage import (
     PAGE_ENTRIES,
     STORE,
@@ -141,7 +140,7 @@ _encoder: Final = msgspec.json.Encoder()
 _decoder: Final = msgspec.json.Decoder(ExportedRecord)
 
 
-class UsageExporter:
+class UsageExporter(Background):
     """Copies the ledger to files and trims it, as long as the block runs.
 
     All gateway replicas may have one; one at a time is at work. Without a directory the ledger
@@ -155,27 +154,13 @@ class UsageExporter:
         self._redis = redis
         self._config = config
         self._interval_s = interval_s
-        self._task: asyncio.Task[None]
-
-    async def __aenter__(self) -> Self:
-        """Begin to export."""
-        self._task = asyncio.create_task(self._run(), name="tera-usage-export")
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await end(self._task)
 
     async def _run(self) -> None:
         while True:
             try:
                 await self._pass(rest_s=self._interval_s)
-            except ExportBusyError:
-                pass
+            except ExportBusyError as error:
+                logger.debug("%s", error.message)
             except (TeraError, OSError) as error:
                 logger.warning("The usage ledger is not exported now: %s", error)
             except Exception:
@@ -258,9 +243,11 @@ class _Lock:
             raise ExportBusyError("Another exporter of the usage ledger has taken over.")
 
     async def release(self, rest_s: float) -> None:
-        # While Redis is away it ends by itself, and what went wrong before is what to tell.
-        with suppress(RedisError):
+        try:
             await self._redis.eval(_RELEASE_SCRIPT, 1, LOCK, self._token, int(rest_s * 1000))
+        except RedisError as error:
+            # It ends by itself, and what went wrong before is what to raise.
+            logger.info("The exporter's lock is held for %.0f s more: %s", _LOCK_S, error)
 
 
 def _write(directory: Path, tenant: str, entries: list[Any]) -> None:
