@@ -1,8 +1,9 @@
 """How Tera connects to Redis: bounded waits, no hidden second tries, and failing over."""
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -16,6 +17,7 @@ _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
 _MAX_CONNECTIONS = 32
 """More would not make Redis, which runs one command at a time, any faster."""
+_READ_ONLY: Final = re.compile(r"(?:^|-)READONLY ")
 
 
 def connect(url: str, *, timeout_s: float) -> Redis:
@@ -66,37 +68,49 @@ class _Following(AbstractConnection):
     """Notes that its server takes no writes."""
 
     read_only = False
+    failovers = 0
+    """Of those that its pool knew of when it was opened."""
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         try:
             return await super().read_response(*args, **options)
         except ResponseError as error:
-            # Older servers quote it in a script's error.
-            if isinstance(error, ReadOnlyError) or "-READONLY " in str(error):
-                self.read_only = True
+            self.read_only |= is_read_only(error)
             raise
 
 
 class _FollowingPool(BlockingConnectionPool):
-    """Closes its connections when one of them meets a server that has become read-only.
+    """Opens its connections anew once one of them has met a server that has become read-only.
 
-    Nobody else may: when an address leads to another server, connections that are open stay where
-    they are, and a primary that was made a replica goes on answering.
+    Nobody else would: when an address leads to another server, connections that are open stay
+    where they are, and a primary that was made a replica goes on answering.
     """
+
+    _failovers = 0
 
     def make_connection(self) -> AbstractConnection:
         kind = type("Following", (_Following, self.connection_class), {})
-        connection: AbstractConnection = kind(**self.connection_kwargs)
+        connection: _Following = kind(**self.connection_kwargs)
+        connection.failovers = self._failovers
         return connection
 
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        if isinstance(connection, _Following) and connection.failovers < self._failovers:
+            await connection.disconnect()
+            connection.failovers = self._failovers
+        await super().ensure_connection(connection)
+
     async def release(self, connection: AbstractConnection) -> None:
-        # Not earlier: of a pipeline, other commands' replies are still to be read.
         if isinstance(connection, _Following) and connection.read_only:
             connection.read_only = False
-            async with self._condition:  # none is handed out meanwhile
-                await connection.disconnect()
-                await self.disconnect(inuse_connections=False)
+            self._failovers += 1
         await super().release(connection)
+
+
+def is_read_only(error: ResponseError) -> bool:
+    """Return whether a server refuses a write because it is a replica."""
+    # A script's error quotes it, first on newer servers and after others' words on older ones.
+    return isinstance(error, ReadOnlyError) or _READ_ONLY.search(str(error)) is not None
 
 
 @asynccontextmanager
