@@ -15,7 +15,12 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
+from tera.tenancy.silence import Patience
+
+PATIENT = Patience(slices=400, most_slices=400)
+"""For tests in which Redis is not at fault: ten seconds, however busy the machine is."""
 
 
 class FakeClock:
@@ -120,3 +125,12 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
         yield client
     finally:
         await client.aclose()
+
+
+@pytest.fixture
+async def calls(redis: Redis) -> AsyncIterator[PipelinedRedis]:
+    pipelined = PipelinedRedis(redis.connection_pool, PATIENT)
+    try:
+        yield pipelined
+    finally:
+        await pipelined.aclose()

@@ -1,8 +1,10 @@
 """Stands between a client and a Redis, and can be slow or lead to another one."""
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from tests.tenancy.conftest import RedisServer
@@ -11,15 +13,24 @@ from tests.tenancy.conftest import RedisServer
 class Proxy:
     """Leads to `server`, and lets every answer wait for `delay_s`."""
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(
+        self, server: RedisServer, *, tls: ssl.SSLContext | None = None, path: Path | None = None
+    ) -> None:
+        """Clients come by TCP, by TLS, or to a unix socket at `path`."""
         self.server = server
         """Where new connections lead; those that are open stay."""
+        self._tls, self._path = tls, path
         self._pairs: set[asyncio.Task[None]] = set()
         self.delay_s = 0.0
 
     async def __aenter__(self) -> Self:
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/0"
+        if self._path is not None:
+            self._listener = await asyncio.start_unix_server(self._serve, self._path)
+            self.url = f"unix://{self._path}"
+            return self
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
+        scheme = "redis" if self._tls is None else "rediss"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/0"
         return self
 
     async def __aexit__(self, *exc: object) -> None:
