@@ -6,16 +6,21 @@ import sys
 from typing import Any
 
 from tera.config.limits import Limits
-from tera.tenancy.limits import RedisLimiter, Scope
+from tera.tenancy.limits import Scope
+from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
+from tera.tenancy.redis_limits import RedisLimiter
+from tera.tenancy.silence import Patience
 
 TASKS = 50
+PATIENT = Patience(slices=1200, most_slices=1200)
 
 
 async def admit_all(order: dict[str, Any]) -> int:
     """Admit the requests of an order from many tasks at once; return how many passed."""
     client = connect(order["url"], timeout_s=30)
-    limiter = RedisLimiter(client, now_us=order["now_us"])
+    calls = PipelinedRedis(client.connection_pool, PATIENT)
+    limiter = RedisLimiter(calls, now_us=order["now_us"])
     scopes = [Scope("tenant", Limits(**order["limits"]))]
     waiting = [f"{order['name']}-{number}" for number in range(order["requests"])]
     admitted = 0
@@ -29,6 +34,7 @@ async def admit_all(order: dict[str, Any]) -> int:
     try:
         await asyncio.gather(*(work() for _ in range(TASKS)))
     finally:
+        await calls.aclose()
         await client.aclose()
     return admitted
 

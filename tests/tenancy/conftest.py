@@ -14,9 +14,11 @@ import pytest
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from tests.tenancy.limiting import NOW_US
 
 from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
+from tera.tenancy.redis_limits import RedisLimiter
 from tera.tenancy.silence import Patience
 
 PATIENT = Patience(slices=400, most_slices=400)
@@ -134,3 +136,9 @@ async def calls(redis: Redis) -> AsyncIterator[PipelinedRedis]:
         yield pipelined
     finally:
         await pipelined.aclose()
+
+
+@pytest.fixture
+def limiter(calls: PipelinedRedis) -> RedisLimiter:
+    """A limiter whose clock only the test moves."""
+    return RedisLimiter(calls, now_us=NOW_US)

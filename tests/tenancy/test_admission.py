@@ -11,17 +11,20 @@ import pytest
 from redis.asyncio import Redis
 from tests.tenancy.conftest import RedisServer
 from tests.tenancy.proxy import Proxy
+from tests.tenancy.waiting import until
 
 from tera.config.limits import Limits, LimitsConfig, TenantLimits
 from tera.errors import ConcurrencyLimitError, InternalError, QuotaError, RequestRateLimitError
-from tera.tenancy import admission
-from tera.tenancy.admission import Admissions, Reservation
+from tera.tenancy.admission import Admissions, Intervals, Reservation
 from tera.tenancy.keys import ApiKey
-from tera.tenancy.limits import Admission, Progress, RedisLimiter
+from tera.tenancy.limits import Admission, Progress
+from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
+from tera.tenancy.redis_limits import RedisLimiter
 from tera.tenancy.usage import UsageLedger, UsageRecord, encode_record
 
 KEY = ApiKey("key_1", "acme", "", "", None, 0.0)
+INTERVALS = Intervals()
 STREAM, LIMITS = "tera:{acme}:usage", "tera:{acme}:limits"
 
 
@@ -67,23 +70,18 @@ class Keyring:
 
 
 @asynccontextmanager
-async def gateway(url: str, name: str = "one", **config: Any) -> AsyncIterator[Gateway]:
+async def gateway(
+    url: str, name: str = "one", intervals: Intervals = INTERVALS, **config: Any
+) -> AsyncIterator[Gateway]:
     limits = LimitsConfig(**config)
     redis = connect(url, timeout_s=1.0)
     try:
-        async with Admissions(redis, Keyring(), lambda: limits, name) as admissions:
+        async with Admissions(
+            redis, Keyring(), lambda: limits, name, intervals=intervals
+        ) as admissions:
             yield Gateway(admissions)
     finally:
         await redis.aclose()
-
-
-async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool]) -> None:
-    async with asyncio.timeout(15):
-        while True:
-            met = condition()
-            if met if isinstance(met, bool) else await met:
-                return
-            await asyncio.sleep(0.01)
 
 
 async def records(redis: Redis) -> list[UsageRecord]:
@@ -354,13 +352,12 @@ async def test_l8_a_failover_is_an_outage_until_the_address_leads_to_a_server_th
     redis_server: RedisServer,
     second_server: RedisServer,
     redis: Redis,
-    monkeypatch: pytest.MonkeyPatch,
     cut: bool,
 ) -> None:
-    monkeypatch.setattr(admission, "RECLAIM_INTERVAL_S", 3600)  # so that SET is the probe's alone
+    intervals = Intervals(reclaim_s=3600)  # so that SET is the probe's alone
     async with (
         Proxy(redis_server) as proxy,
-        gateway(proxy.url, default=tenant(token_budget=1000)) as one,
+        gateway(proxy.url, intervals=intervals, default=tenant(token_budget=1000)) as one,
         connect(second_server.url, timeout_s=1.0) as second,
     ):
         finished, running = [await one.admit() for _ in range(2)]
@@ -390,7 +387,7 @@ async def test_l8_a_failover_is_an_outage_until_the_address_leads_to_a_server_th
         if cut:
             await proxy.cut()
         await until(lambda: not one.admissions.degraded)
-        # The next probe found it: within `PROBE_INTERVAL_S`.
+        # The next probe found it: within `Intervals.probe_s`.
         assert await refused_probes() == probes
 
         everything = {held.opening.request_id for held in (finished, running, *during)}
@@ -416,12 +413,12 @@ async def test_l8_closed_refuses_while_redis_is_away(redis_server: RedisServer) 
 
 
 async def test_l9_what_a_dead_gateway_held_returns_with_its_leases(
-    redis_server: RedisServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, redis: Redis, calls: PipelinedRedis
 ) -> None:
-    monkeypatch.setattr(admission, "RECLAIM_INTERVAL_S", 0.2)
-    dead = RedisLimiter(redis, lease_s=0.1)
+    dead = RedisLimiter(calls, lease_s=0.1)
     limits = tenant(concurrent_requests=1)
-    async with gateway(redis_server.url, default=limits) as one:
+    intervals = Intervals(reclaim_s=0.2)
+    async with gateway(redis_server.url, intervals=intervals, default=limits) as one:
         scopes = one.admissions.scopes(KEY, "m")
         record = UsageRecord("req_dead", "acme", "key_1", "m", "/v1", "lost", time.time())
         await dead.admit("acme", "req_dead", scopes, 10, encode_record(record))
@@ -432,11 +429,9 @@ async def test_l9_what_a_dead_gateway_held_returns_with_its_leases(
         await one.admit()
 
 
-async def test_a_running_request_keeps_its_lease(
-    redis_server: RedisServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admission, "RENEW_INTERVAL_S", 0.05)
-    async with gateway(redis_server.url, default=tenant(concurrent_requests=1)) as one:
+async def test_a_running_request_keeps_its_lease(redis_server: RedisServer, redis: Redis) -> None:
+    limits = tenant(concurrent_requests=1)
+    async with gateway(redis_server.url, intervals=Intervals(renew_s=0.05), default=limits) as one:
         await one.admit()
         (first,) = await redis.zrange("tera:{acme}:leases", 0, -1, withscores=True)
 

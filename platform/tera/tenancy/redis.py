@@ -1,22 +1,29 @@
 """How Tera connects to Redis: bounded waits, no hidden second tries, and failing over."""
 
+import asyncio
+import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from tera.errors import ConfigError, InternalError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _HEALTH_CHECK_INTERVAL_S = 10
 """A connection that was idle for longer is tried with a PING before it is used."""
 _MAX_CONNECTIONS = 32
 """More would not make Redis, which runs one command at a time, any faster."""
+_ATTEMPT_TIMEOUT_S = 2.0
 _READ_ONLY: Final = re.compile(r"(?:^|-)READONLY ")
 
 
@@ -107,6 +114,22 @@ class _FollowingPool(BlockingConnectionPool):
         await super().release(connection)
 
 
+_CANNOT_SERVE: Final = re.compile(
+    r"(?:^|-)(?:OOM|READONLY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|BUSY|NOAUTH|NOPERM)\b"
+)
+"""In an error that the next call would meet as well; a script's is quoted by older servers."""
+
+
+def is_refusal(error: RedisError) -> bool:
+    """Return whether Redis refuses one call, and is not away for all of them.
+
+    Data of another kind under one tenant's keys must not take the limits from everybody.
+    """
+    if not isinstance(error, ResponseError) or isinstance(error, OutOfMemoryError | ReadOnlyError):
+        return False
+    return _CANNOT_SERVE.search(str(error)) is None
+
+
 def is_read_only(error: ResponseError) -> bool:
     """Return whether a server refuses a write because it is a replica."""
     # A script's error quotes it, first on newer servers and after others' words on older ones.
@@ -124,3 +147,26 @@ async def reaching(what: str) -> AsyncGenerator[None]:
         yield
     except RedisError as error:
         raise InternalError(f"{what} cannot be reached.") from error
+
+
+class Attempts:
+    """Work against Redis that is done again and again; that it fails is told once in a row."""
+
+    def __init__(self, what: str) -> None:
+        """`what` begins the sentence in the log."""
+        self._what = what
+        self._failing = False
+
+    async def make(self, work: Awaitable[T]) -> T | None:
+        """Return what the work gives; None, when Redis fails: it is tried again later."""
+        try:
+            async with asyncio.timeout(_ATTEMPT_TIMEOUT_S):
+                result = await work
+        except (RedisError, TimeoutError) as error:
+            level = logging.DEBUG if self._failing else logging.WARNING
+            reason = str(error) or type(error).__name__
+            logger.log(level, "%s: it failed and is tried again (%s).", self._what, reason)
+            self._failing = True
+            return None
+        self._failing = False
+        return result

@@ -1,0 +1,271 @@
+"""Limits that hold over all gateway replicas: one call to Redis admits a request, one settles it.
+
+`limits.lua` checks and spends all of a request's limits together; in Redis, of each tenant:
+
+    tera:{<tenant>}:limits           hash    scope → debts, tokens held, requests open
+    tera:{<tenant>}:open             hash    request id → what it holds, and its opening record
+    tera:{<tenant>}:leases           zset    request id → µs at which it counts as lost
+    tera:{<tenant>}:budget:<period>  hash    scope → tokens used and held of a day or month
+    tera:{<tenant>}:charged:<id>     string  this request was charged without having been open
+    tera:{<tenant>}:usage            stream  the ledger; see `usage.py`
+
+The braces keep a tenant's keys on one node of a cluster. All keys but the stream expire, so an
+idle tenant costs nothing.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from tera.tenancy.limits import MOST, Admission, Allowance, Progress, Scope, Spent, refusal_of
+from tera.tenancy.usage import stream_of
+
+LEASE_S: Final = 30.0
+LEASES: Final = "tera:{*}:leases"
+"""Matches the leases of all tenants; braces mean nothing to Redis's patterns."""
+_LEASES_AFFIXES: Final = (len("tera:{"), -len("}:leases"))
+_RENEWALS: Final = 500
+"""At most this many in one call: Redis does nothing else meanwhile, some milliseconds here."""
+
+_SCRIPT: Final = Path(__file__).with_name("limits.lua").read_text(encoding="utf-8")
+_SCRIPT_SHA: Final = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+Argument = str | bytes | int
+Given = tuple[Argument, ...]
+"""What the script is given: the number of keys, the keys, the arguments."""
+Unheard = Callable[[Any], None]
+
+
+class Calls(Protocol):
+    """What makes the limiter's calls to Redis; `PipelinedRedis` does."""
+
+    def call(self, *command: Argument, unheard: Unheard | None = None) -> asyncio.Future[Any]:
+        """Send a command; return its reply to come. `unheard` hears it if that is cancelled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended, as Redis is told of it."""
+
+    tenant: str
+    request_id: str
+    used_tokens: int
+    record: bytes
+    """Its final one, for the ledger."""
+    scopes: Sequence[Scope] | None = None
+    """Those of a request that ran without Redis, which is charged now; None is one that Redis
+    admitted, which is settled."""
+
+
+class RedisLimiter:
+    """Admits and settles requests against limits that Redis keeps.
+
+    Time is Redis's. Every method lets RedisError pass; what it asked for may have been done
+    nevertheless, and may be asked for again: a request is admitted, settled and charged once.
+    """
+
+    def __init__(self, redis: Calls, lease_s: float = LEASE_S, now_us: int | None = None) -> None:
+        """`redis` stays the caller's to close.
+
+        Args:
+            redis: makes the calls.
+            lease_s: how long a request is open without being renewed.
+            now_us: the time in the place of Redis's, in µs since 1970; for tests.
+        """
+        self._redis = redis
+        self._lease_us = round(lease_s * 1e6)
+        self.now_us = now_us
+
+    async def admit(
+        self,
+        tenant: str,
+        request_id: str,
+        scopes: Sequence[Scope],
+        tokens: int,
+        record: bytes,
+        *,
+        unheard: Callable[[Admission], None] | None = None,
+    ) -> Admission:
+        """Admit a request, which is then open until it is settled, or refuse it.
+
+        Args:
+            tenant: whose request it is.
+            request_id: unique; an open request that is admitted again is told so, at no cost.
+            scopes: as `scopes_of` has them.
+            tokens: the most that it can use; held until it is settled.
+            record: the ledger's, as it is if the request is lost.
+            unheard: hears the answer if the caller is cancelled before it comes.
+        """
+
+        def read(reply: Any) -> None:
+            if unheard is not None:
+                unheard(_admission(reply, tokens, scopes))
+
+        lines = [_line(scope) for scope in scopes]
+        held = min(tokens, MOST)
+        given = self._given("admit", tenant, (request_id, held, self._lease_us, record, *lines))
+        return _admission(await self._call(given, read), tokens, scopes)
+
+    async def settle(self, tenant: str, request_id: str, used_tokens: int, record: bytes) -> bool:
+        """End a request: return what it holds, charge what it used, write its final record.
+
+        A request that is not open (settled before, or counted as lost) is not charged; its record
+        is written nevertheless, and is the one that counts.
+
+        Returns:
+            whether it was open.
+        """
+        return bool(await self._call(self._ending(Ended(tenant, request_id, used_tokens, record))))
+
+    async def end_all(self, requests: Iterable[Ended]) -> list[RedisError | None]:
+        """Settle or charge several requests in one round trip; see `settle` and `charge`.
+
+        Returns:
+            for each what went wrong, None for nothing.
+        """
+        given = [self._ending(each) for each in requests]
+        replies = [self._send(each) for each in given]
+        try:
+            return [
+                await self._failure(each, reply) for each, reply in zip(given, replies, strict=True)
+            ]
+        finally:
+            for reply in replies:
+                reply.cancel()  # those that are not awaited any more, if this was cancelled
+
+    async def _failure(self, given: Given, reply: asyncio.Future[Any]) -> RedisError | None:
+        try:
+            await self._reply(given, reply)
+        except RedisError as error:
+            return error
+        return None
+
+    async def renew(self, tenant: str, progress: Mapping[str, Progress]) -> frozenset[str]:
+        """Keep a tenant's requests open, by id; return the ids of those that are not open."""
+        gone: set[str] = set()
+        requests = list(progress.items())
+        for first in range(0, len(requests), _RENEWALS):
+            arguments: list[Any] = [self._lease_us]
+            for request_id, so_far in requests[first : first + _RENEWALS]:
+                arguments += (request_id, so_far.prompt_tokens, so_far.completion_tokens)
+            reply = await self._call(self._given("renew", tenant, arguments))
+            gone.update(request_id.decode() for request_id in reply)
+        return frozenset(gone)
+
+    async def reclaim(self, tenant: str) -> int:
+        """End a tenant's requests that were not renewed in time; return how many.
+
+        What they hold returns, what they had used when they were last renewed is charged, and
+        their opening record is written, as `lost`. `admit` does the same for some at a time.
+        """
+        ended = 0
+        while batch := await self._call(self._given("reclaim", tenant, ())):
+            ended += batch
+        return ended
+
+    async def charge(
+        self,
+        tenant: str,
+        request_id: str,
+        scopes: Sequence[Scope],
+        used_tokens: int,
+        record: bytes,
+    ) -> bool:
+        """Charge a request that ran without Redis, and write its final record.
+
+        It is counted once, however often it is charged within a day, and now, whenever it ran.
+        What is over a limit of a minute is not owed: most of it was used longer ago.
+
+        Returns:
+            whether it was counted.
+        """
+        ended = Ended(tenant, request_id, used_tokens, record, scopes)
+        return bool(await self._call(self._ending(ended)))
+
+    def _ending(self, request: Ended) -> Given:
+        tenant, request_id = request.tenant, request.request_id
+        arguments = (request_id, min(request.used_tokens, MOST), request.record)
+        if request.scopes is None:
+            return self._given("settle", tenant, arguments)
+        lines = [_line(scope) for scope in request.scopes]
+        marker = f"tera:{{{tenant}}}:charged:{request_id}"
+        return self._given("charge", tenant, (*arguments, *lines), marker)
+
+    def _given(
+        self, operation: str, tenant: str, arguments: Sequence[Argument], *more_keys: str
+    ) -> Given:
+        base = f"tera:{{{tenant}}}:"
+        keys = (base + "limits", base + "open", base + "leases", stream_of(tenant))
+        return (
+            5 + len(more_keys),
+            *keys,
+            base + "budget:",
+            *more_keys,
+            operation,
+            "" if self.now_us is None else self.now_us,
+            *arguments,
+        )
+
+    def _call(self, given: Given, unheard: Unheard | None = None) -> Awaitable[Any]:
+        return self._reply(given, self._send(given, unheard), unheard)
+
+    def _send(self, given: Given, unheard: Unheard | None = None) -> asyncio.Future[Any]:
+        return self._redis.call("EVALSHA", _SCRIPT_SHA, *given, unheard=unheard)
+
+    async def _reply(
+        self, given: Given, reply: asyncio.Future[Any], unheard: Unheard | None = None
+    ) -> Any:
+        try:
+            return await reply
+        except ResponseError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+        # A Redis that was just started, or another one, does not know the script yet.
+        return await self._redis.call("EVAL", _SCRIPT, *given, unheard=unheard)
+
+
+async def tenants_with_leases(redis: Redis) -> AsyncGenerator[str]:
+    """Yield each tenant that has open requests; one may come twice, as SCAN has it."""
+    start, end = _LEASES_AFFIXES
+    async for key in redis.scan_iter(match=LEASES, count=1000, _type="ZSET"):
+        yield key.decode()[start:end]
+
+
+def _admission(reply: Sequence[Any], tokens: int, scopes: Sequence[Scope]) -> Admission:
+    """Return the script's answer to a request that could use so many tokens."""
+    *figures, kind, name, limit, wait_us = reply[:10]
+    requests = None if figures[0] is None else Allowance(*figures[:3])
+    of_tokens = None if figures[3] is None else Allowance(*figures[3:])
+    budgets = _budgets(scopes, reply[10:])
+    if kind is None:
+        return Admission(requests, of_tokens, None, budgets)
+    refusal = refusal_of(kind.decode(), name.decode(), limit, wait_us, tokens, scopes)
+    return Admission(requests, of_tokens, refusal, budgets)
+
+
+def _budgets(scopes: Sequence[Scope], told: Sequence[Any]) -> tuple[Spent, ...]:
+    names = (scope.name for scope in scopes if scope.limits.token_budget is not None)
+    return tuple(
+        Spent(name, period.decode(), used, held)
+        for name, period, used, held in zip(names, *(told[n::3] for n in range(3)), strict=True)
+    )
+
+
+def _line(scope: Scope) -> str:
+    limits = scope.limits
+    period = limits.budget_period or "month"
+    numbers = (
+        limits.requests_per_minute,
+        limits.tokens_per_minute,
+        limits.concurrent_requests,
+        limits.token_budget,
+    )
+    written = " ".join("-" if number is None else str(min(number, MOST)) for number in numbers)
+    return f"{scope.name} {written} {period}"

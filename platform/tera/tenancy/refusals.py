@@ -1,0 +1,83 @@
+"""Refusals that hold for a while: a flood of refused requests need not ask Redis each time."""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tera.tenancy.keys import ApiKey
+from tera.tenancy.limits import Admission, Allowance, Scope
+
+BLOCKED_S: Final = 1.0
+"""How long a refusal by a limit of 0 is repeated without asking Redis."""
+MAX_KNOWN: Final = 50_000
+"""Pairs of key and model whose refusal is kept, about 30 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What Redis said to a request over its limit, which holds for all until it has drained."""
+
+    scopes: list[Scope]
+    admission: Admission
+    at: float
+    until: float
+
+    def again(self, now: float) -> Admission:
+        """Return what Redis would say now."""
+        passed_us = round(1e6 * (now - self.at))
+        refusal = self.admission.refusal
+        assert refusal is not None
+        wait_us = None if refusal.wait_us is None else max(1, refusal.wait_us - passed_us)
+        return Admission(
+            _later(self.admission.requests, passed_us),
+            _later(self.admission.tokens, passed_us),
+            replace(refusal, wait_us=wait_us),
+        )
+
+
+class Refusals:
+    """Remembers refusals that nothing but time can end, by key and model.
+
+    Those are the ones by requests per minute, whose debt only drains, and by a limit of 0. Tokens
+    and slots come back when a request ends. Times are seconds of one clock.
+    """
+
+    def __init__(self, most_known: int = MAX_KNOWN) -> None:
+        """`most_known` of them are kept; one more forgets all."""
+        self._most_known = most_known
+        self._known: dict[tuple[str, str], _Known] = {}
+
+    def again(self, key: ApiKey, model: str, scopes: list[Scope], now: float) -> Admission | None:
+        """Return the refusal that Redis would give; None where it has to be asked.
+
+        It holds for the very scopes that it was given for: others are other limits.
+        """
+        known = self._known.get((key.key_id, model))
+        if known is None:
+            return None
+        if now < known.until and known.scopes is scopes:
+            return known.again(now)
+        del self._known[key.key_id, model]
+        return None
+
+    def remember(
+        self, key: ApiKey, model: str, scopes: list[Scope], refused: Admission, asked_at: float
+    ) -> None:
+        """Keep a refusal, if it lasts; `asked_at` is when Redis was asked, or before."""
+        refusal = refused.refusal
+        assert refusal is not None
+        if refusal.limit == 0:
+            lasts_s = BLOCKED_S
+        elif refusal.kind == "requests" and refusal.wait_us is not None:
+            lasts_s = refusal.wait_us / 1e6
+        else:
+            return
+        if len(self._known) >= self._most_known:
+            self._known.clear()
+        until = asked_at + lasts_s
+        self._known[key.key_id, model] = _Known(scopes, refused, asked_at, until)
+
+
+def _later(allowance: Allowance | None, passed_us: int) -> Allowance | None:
+    if allowance is None:
+        return None
+    return replace(allowance, reset_us=max(0, allowance.reset_us - passed_us))
