@@ -7,7 +7,10 @@ own for it, and its key. `redis_limits.py` counts them over all gateway replicas
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
+
+import msgspec
 
 from tera.config.limits import Limits, TenantLimits
 from tera.errors import (
@@ -24,7 +27,7 @@ MOST: Final = 2**53 - 1
 Kind = Literal["requests", "tokens", "concurrency", "budget"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scope:
     """Something that requests are counted for, and what it may use at most."""
 
@@ -32,9 +35,25 @@ class Scope:
     """`tenant`, `model:<short name>` or `key:<key id>`."""
     limits: Limits
 
+    @cached_property
+    def line(self) -> str:
+        """What `limits.lua` is told of it; kept, for a scope lives as long as its limits."""
+        limits = self.limits
+        period = limits.budget_period or "month"
+        numbers = (
+            limits.requests_per_minute,
+            limits.tokens_per_minute,
+            limits.concurrent_requests,
+            limits.token_budget,
+        )
+        written = " ".join("-" if number is None else str(number) for number in numbers)
+        return f"{self.name} {written} {period}"
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+
+# Structs where every request makes some: they are made ten times as fast as frozen dataclasses.
+
+
+class Allowance(msgspec.Struct, frozen=True, gc=False):
     """What is left of a limit of a minute, for the headers."""
 
     limit: int
@@ -86,8 +105,7 @@ class Refusal:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
+class Spent(msgspec.Struct, frozen=True, gc=False):
     """What a scope has used of its budget, and what its open requests hold of it."""
 
     scope: str
@@ -97,8 +115,7 @@ class Spent:
     held: int
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True):
     """The answer to a request, and what is left of the limits after it."""
 
     requests: Allowance | None

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from hiredis import Reader, pack_command
 from redis.asyncio import ConnectionPool
@@ -119,11 +119,8 @@ class PipelinedRedis:
             connection.take_over(stream)
 
 
-class _Call(NamedTuple):
-    reply: asyncio.Future[Any]
-    unheard: Unheard | None
-    slice: int
-    """The connection's when it was made."""
+_Call = tuple[asyncio.Future[Any], Unheard | None, int]
+"""The reply to come, who else hears it, and the connection's slice in which it was called for."""
 
 
 class _Connection(asyncio.Protocol):
@@ -157,7 +154,7 @@ class _Connection(asyncio.Protocol):
         """Send a command, with the others of this turn, or as soon as the connection is open."""
         packed = pack_command(command)  # type: ignore[arg-type]  # its stub has one argument
         reply = self._loop.create_future()
-        self._waiting.append(_Call(reply, unheard, self._slice))
+        self._waiting.append((reply, unheard, self._slice))
         if not self._unsent and self._stream is not None:
             self._loop.call_soon(self._send)
         self._unsent.append(packed)
@@ -221,7 +218,8 @@ class _Connection(asyncio.Protocol):
         if not self._waiting:
             self._timer = None
             return
-        age = self._slice - self._waiting[0].slice
+        _, _, called = self._waiting[0]
+        age = self._slice - called
         if self._silence.lasts(self._answered) or age >= self._patience.most_slices:
             self.fail(RedisTimeoutError("no answer in time"))
             return
@@ -242,6 +240,6 @@ class _Connection(asyncio.Protocol):
                 self.opening.cancel()
         self._unsent.clear()
         while self._waiting:
-            reply = self._waiting.popleft().reply
+            reply, _, _ = self._waiting.popleft()
             if not reply.done():
                 reply.set_exception(type(error)(*error.args))

@@ -15,11 +15,11 @@ idle tenant costs nothing.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -36,6 +36,9 @@ _RENEWALS: Final = 500
 _SCRIPT: Final = Path(__file__).with_name("limits.lua").read_text(encoding="utf-8")
 _SCRIPT_SHA: Final = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
+_FIGURES: Final = 10
+"""The script tells so many of every request; what has been spent of budgets comes after them."""
+
 Argument = str | bytes | int
 Given = tuple[Argument, ...]
 """What the script is given: the number of keys, the keys, the arguments."""
@@ -50,8 +53,7 @@ class Calls(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A request that has ended, as Redis is told of it."""
 
     tenant: str
@@ -108,7 +110,7 @@ class RedisLimiter:
             if unheard is not None:
                 unheard(_admission(reply, tokens, scopes))
 
-        lines = [_line(scope) for scope in scopes]
+        lines = [scope.line for scope in scopes]
         held = min(tokens, MOST)
         given = self._given("admit", tenant, (request_id, held, self._lease_us, record, *lines))
         return _admission(await self._call(given, read), tokens, scopes)
@@ -194,7 +196,7 @@ class RedisLimiter:
         arguments = (request_id, min(request.used_tokens, MOST), request.record)
         if request.scopes is None:
             return self._given("settle", tenant, arguments)
-        lines = [_line(scope) for scope in request.scopes]
+        lines = [scope.line for scope in request.scopes]
         marker = f"tera:{{{tenant}}}:charged:{request_id}"
         return self._given("charge", tenant, (*arguments, *lines), marker)
 
@@ -240,32 +242,21 @@ async def tenants_with_leases(redis: Redis) -> AsyncGenerator[str]:
 
 def _admission(reply: Sequence[Any], tokens: int, scopes: Sequence[Scope]) -> Admission:
     """Return the script's answer to a request that could use so many tokens."""
-    *figures, kind, name, limit, wait_us = reply[:10]
-    requests = None if figures[0] is None else Allowance(*figures[:3])
-    of_tokens = None if figures[3] is None else Allowance(*figures[3:])
-    budgets = _budgets(scopes, reply[10:])
-    if kind is None:
-        return Admission(requests, of_tokens, None, budgets)
-    refusal = refusal_of(kind.decode(), name.decode(), limit, wait_us, tokens, scopes)
-    return Admission(requests, of_tokens, refusal, budgets)
+    requests, requests_left, requests_reset, limit, left, reset = reply[:6]
+    kind, name, reached, wait_us = reply[6:10]
+    return Admission(
+        None if requests is None else Allowance(requests, requests_left, requests_reset),
+        None if limit is None else Allowance(limit, left, reset),
+        None
+        if kind is None
+        else refusal_of(kind.decode(), name.decode(), reached, wait_us, tokens, scopes),
+        _budgets(reply, scopes) if len(reply) > _FIGURES else (),
+    )
 
 
-def _budgets(scopes: Sequence[Scope], told: Sequence[Any]) -> tuple[Spent, ...]:
-    names = (scope.name for scope in scopes if scope.limits.token_budget is not None)
+def _budgets(reply: Sequence[Any], scopes: Sequence[Scope]) -> tuple[Spent, ...]:
+    names = [scope.name for scope in scopes if scope.limits.token_budget is not None]
     return tuple(
-        Spent(name, period.decode(), used, held)
-        for name, period, used, held in zip(names, *(told[n::3] for n in range(3)), strict=True)
+        Spent(name, reply[place].decode(), reply[place + 1], reply[place + 2])
+        for name, place in zip(names, range(_FIGURES, len(reply), 3), strict=True)
     )
-
-
-def _line(scope: Scope) -> str:
-    limits = scope.limits
-    period = limits.budget_period or "month"
-    numbers = (
-        limits.requests_per_minute,
-        limits.tokens_per_minute,
-        limits.concurrent_requests,
-        limits.token_budget,
-    )
-    written = " ".join("-" if number is None else str(min(number, MOST)) for number in numbers)
-    return f"{scope.name} {written} {period}"

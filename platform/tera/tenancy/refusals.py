@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
+from msgspec import structs
+
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Allowance, Scope
 
@@ -80,4 +82,4 @@ class Refusals:
 def _later(allowance: Allowance | None, passed_us: int) -> Allowance | None:
     if allowance is None:
         return None
-    return replace(allowance, reset_us=max(0, allowance.reset_us - passed_us))
+    return structs.replace(allowance, reset_us=max(0, allowance.reset_us - passed_us))
