@@ -165,8 +165,8 @@ class InProcessGateway(Gateway):
     """The real gateway and simulated engines in this process; no Ray, no Redis, no sockets of HTTP.
 
     Its models, in order: `sim/small` (alias `sim`; fails after 5 tokens where the prompt holds
-    FAULT), `Sim/Chat-Only`, and `sim/dead`, `sim/stalled`, `sim/stuck` and `sim/defective`, which are
-    what they are called. One that stalls does so for good, with its first request.
+    FAULT), `Sim/Chat-Only`, and `sim/dead`, `sim/stalled`, `sim/stuck` and `sim/defective`, which
+    are what they are called. One that stalls does so for good, with its first request.
     """
 
     model = "sim/small"

@@ -237,6 +237,7 @@ async def test_e3_a_request_that_used_nothing_leaves_nothing_but_itself(
     assert answer.requests == Allowance(2, 0, 60 * SECOND_US)
 
 
+# U-1: one record, however often a request is settled.
 async def test_settling_twice_charges_once_and_the_last_record_stands(
     redis: Redis, limiter: RedisLimiter
 ) -> None:
