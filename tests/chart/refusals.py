@@ -180,5 +180,7 @@ SHAPE = [
     pytest.param(cluster(pdb={"minAvailable": "50%"}), "pdb.minAvailable", id="percentage"),
     pytest.param(cluster(image={"digest": "abc"}), "image.digest", id="digest"),
     pytest.param(cluster(head={"resources": {"cpu": 2}}), "head.resources.cpu", id="quantity no text"),
+    pytest.param(cluster(head={"resources": {"memory": "8ki"}}), "head.resources.memory", id="quantity's suffix"),
+    pytest.param(cluster(head={"resources": {"memory": "8e9"}}), "head.resources.memory", id="quantity's exponent"),
     pytest.param(cluster(modelCache={"accessMode": "RWX"}), "modelCache.accessMode", id="access mode"),
 ]  # fmt: skip

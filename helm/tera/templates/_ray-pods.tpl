@@ -35,7 +35,9 @@ spec:
   {{- if $pool }}
   {{- with $pool.tolerations }}
   tolerations:
-    {{- toYaml . | nindent 4 }}
+    {{- range . }}
+    - {{ include "tera.withoutEmpty" . }}
+    {{- end }}
   {{- end }}
   {{- with $pool.runtimeClassName }}
   runtimeClassName: {{ . }}
@@ -110,7 +112,7 @@ spec:
     - {name: tmp, emptyDir: {}}
     - {name: state, emptyDir: {}}
     {{- if $pool }}
-    - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $pool.shmSize }}}}
+    - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ include "tera.quantity" $pool.shmSize | quote }}}}
     {{- end }}
     {{- if $cache }}
     - name: models
@@ -133,10 +135,24 @@ spec:
 {{- if .pool -}}
 {{- $_ := set $resources .pool.gpuResource (int .pool.gpusPerWorker | toString) -}}
 {{- end -}}
+{{- range $name, $quantity := $resources -}}
+{{- $_ := set $resources $name (include "tera.quantity" $quantity) -}}
+{{- end -}}
 requests:
   {{- toYaml $resources | nindent 2 }}
 limits:
   {{- toYaml $resources | nindent 2 }}
+{{- end }}
+
+{{/* A map without what is null or "", as JSON: KubeRay leaves both out when it writes it back. */}}
+{{- define "tera.withoutEmpty" -}}
+{{- $kept := dict -}}
+{{- range $key, $value := . -}}
+{{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) -}}
+{{- $_ := set $kept $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $kept -}}
 {{- end }}
 
 {{/* What `tera.config.environment.Runtime` reads, and the weights' whereabouts. */}}

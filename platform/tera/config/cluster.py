@@ -2,12 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, model_validator
 
+from tera.config import quantity
 from tera.config.section import Section
 
-Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$")]
-"""A Kubernetes quantity, written as text: "6", "500m", 24Gi."""
+Quantity = Annotated[
+    str, StringConstraints(pattern=quantity.PATTERN), AfterValidator(quantity.canonical)
+]
+"""A Kubernetes quantity, written as text: "6", "500m", 24Gi; kept in canonical form, so that
+writing the same amount in another way is no edit."""
 
 
 class ImageConfig(Section):
