@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from tera.cli import app
 from tera.config.platform import PlatformConfig
+from tera.local.processes import ProcessId
 from tera.local.state import LocalSecrets, LocalState
 from tera.tenancy.redis import connect
 from tera.tenancy.usage import UsageRecord
@@ -58,7 +59,7 @@ def redis(server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def state_of(home: Path, redis_url: str, platform: PlatformConfig) -> LocalState:
     """Return what this process would leave if it were a platform."""
     return LocalState(
-        pid=os.getpid(),
+        process=ProcessId.current(),
         base_url="http://127.0.0.1:1",
         ray_address="",
         status_socket=home / "status.sock",

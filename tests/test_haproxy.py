@@ -378,3 +378,26 @@ def test_the_error_page_says_its_own_length() -> None:
     head, _, body = haproxy._ERROR_PAGE.partition("\r\n\r\n")
     assert f"content-length: {len(body.encode())}" in head
     json.loads(body)
+
+
+# What Ray's manager of HAProxy is to HAProxy.
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-m", "tera.haproxy", "-db", "-f", sys.argv[1]])
+"""
+
+
+async def test_without_its_parent_it_listens_no_more_and_ends(tmp_path: Path) -> None:
+    config = _rendered(tmp_path, backend_port=None)
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT, str(config)), stderr=asyncio.subprocess.DEVNULL
+    )
+    await _connect(_port(config), parent)
+    (proxy,) = psutil.Process(parent.pid).children()
+    try:
+        parent.kill()
+        await parent.wait()
+        await asyncio.to_thread(proxy.wait, 10)
+    finally:
+        if proxy.is_running():
+            proxy.kill()

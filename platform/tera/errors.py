@@ -28,6 +28,7 @@ TeraError
     ├── EngineError                          one replica failed; another may succeed
     │   ├── ReplicaLostError
     │   └── EngineStalledError
+    ├── StartError                           a platform cannot start, or cannot stop
     └── ConfigError                          the platform's configuration is wrong
 
 An error crosses a Ray call as `cls(*args)`, so a subclass sets class attributes and never
@@ -236,6 +237,10 @@ class ReplicaLostError(EngineError):
 
 class EngineStalledError(EngineError):
     """The engine has work and makes no progress."""
+
+
+class StartError(ServerError):
+    """What a platform needs is not there, or a part of it does not come up or go away."""
 
 
 class ConfigError(ServerError):

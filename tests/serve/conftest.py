@@ -86,13 +86,15 @@ class Platform:
     env: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def launch(cls, home: Path, values: str, over: Sequence[Path] = ()) -> "Platform":
+    def launch(
+        cls, home: Path, values: str, over: Sequence[Path] = (), port: int | None = None
+    ) -> "Platform":
         """Start it with values over those of other files, in a session of its own; do not wait."""
         home.mkdir(parents=True, exist_ok=True)
         file = home.parent / "values.yaml"
         file.write_text(values)
         files = [str(path) for path in (*over, file)]
-        port, log = free_port(), home.parent / "serve.log"
+        port, log = port or free_port(), home.parent / "serve.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603  our own program
                 command(home, port, "serve", *(part for path in files for part in ("-f", path))),

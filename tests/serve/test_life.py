@@ -1,11 +1,21 @@
 """Starting and stopping: clear words, and nothing left behind."""
 
+import json
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
-from tests.serve.conftest import SIMULATED_VALUES, Platform, listens, tera, until
+from tests.serve.conftest import (
+    SIMULATED_VALUES,
+    START_DEADLINE_S,
+    Platform,
+    listens,
+    tera,
+    until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +27,7 @@ ONE_MODEL = "models: {one: {id: sim/one, engine: {kind: simulated}}}\n"
     [
         pytest.param(signal.SIGINT, False, id="SIGINT"),
         pytest.param(signal.SIGTERM, True, id="SIGTERM, with a frozen engine"),
+        pytest.param(signal.SIGHUP, False, id="SIGHUP, as when its terminal is closed"),
     ],
 )
 def test_a_signal_stops_all_that_was_started(
@@ -27,7 +38,10 @@ def test_a_signal_stops_all_that_was_started(
     assert family
     if is_frozen:
         psutil.Process(platform.replicas("one")[0]["pid"]).suspend()
-    platform.process.send_signal(number)
+    if number == signal.SIGHUP:
+        os.killpg(platform.process.pid, number)  # the kernel sends it to all of the foreground
+    else:
+        platform.process.send_signal(number)
     assert platform.process.wait(20) == 0
     until(lambda: not any(process.is_running() for process in family))
     assert not listens(platform.port)
@@ -43,6 +57,35 @@ def test_a_signal_while_engines_load_stops_all(tmp_path: Path) -> None:
     platform.process.send_signal(signal.SIGINT)
     platform.process.wait(20)
     until(lambda: not any(process.is_running() for process in family))
+
+
+def test_the_next_start_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    killed = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
+    family = killed.descendants()
+    # One that does not notice that it is alone, as an engine that is busy may not.
+    psutil.Process(killed.replicas("one")[0]["pid"]).suspend()
+    killed.process.kill()
+    killed.process.wait()
+
+    # Whoever got the id of one that is gone by now.
+    with subprocess.Popen(["sleep", "600"]) as stranger:  # noqa: S607
+        record = killed.home / "processes.json"
+        written = json.loads(record.read_text())
+        written["processes"].append({"pid": stranger.pid, "startedTicks": 1})
+        record.write_text(json.dumps(written))
+        again = Platform.launch(killed.home, ONE_MODEL, port=killed.port)
+        try:
+            until(lambda: "Ready in" in again.output, timeout_s=START_DEADLINE_S)
+            again.wait_until_ready()
+            until(lambda: not any(process.is_running() for process in family))
+            assert not Path(written["scratch"]).exists()
+            with again.http() as client:
+                asked = {"model": "sim/one", "prompt": "Once", "max_tokens": 5}
+                assert client.post("/v1/completions", json=asked).status_code == 200
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+            again.stop()
 
 
 def test_a_port_in_use_is_said_in_one_line(simulated: Platform, tmp_path: Path) -> None:

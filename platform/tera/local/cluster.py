@@ -21,6 +21,7 @@ import psutil
 
 from tera.config.environment import set_environment
 from tera.errors import ConfigError
+from tera.local.processes import descendants, end
 from tera.local.state import LocalSecrets, LocalState
 
 LOGICAL_CPUS = 1024
@@ -30,8 +31,7 @@ REPLICA_PORTS = 100
 PORTS, HTTP_PORTS, GRPC_PORTS = range(10_000, 20_000), range(20_000, 26_000), range(26_000, 32_000)
 """Below those that the kernel gives to outgoing connections, which might take one in between."""
 STOP_DEADLINE_S = 12.0
-"""Two engines with a model need ten on two cores; `KILL_GRACE_S` comes on top, twice."""
-KILL_GRACE_S = 3.0
+"""Two engines with a model need ten on two cores; that of `processes.end` comes on top."""
 LONGEST_STREAM_S = 3600
 """Above any `gateway.requests.deadlineSeconds` that is of use."""
 
@@ -42,16 +42,14 @@ _abandoned = threading.Event()
 class LocalCluster:
     """A Ray of our own, whose processes are children of this one."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, scratch: Path) -> None:
         self.host = host
         self.port = port
         self.ray_address = ""
-        # Unix sockets live here, and their paths may have 107 characters: not below a home
-        # that may be deep.
-        self._scratch = Path(tempfile.mkdtemp(prefix="tera-"))
+        self._scratch = scratch
         self._claims = ExitStack()
         """Of ports, for as long as processes of ours may listen on them."""
-        self._not_ours = set(psutil.Process().children(recursive=True))
+        self._not_ours = descendants()
 
     @property
     def status_socket(self) -> Path:
@@ -88,27 +86,25 @@ class LocalCluster:
         client.deploy_apps(ServeDeploySchema.model_validate(config))
 
     async def stop(self) -> None:
-        """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`."""
+        """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`.
+
+        Raises:
+            StartError: a process cannot be ended.
+        """
         # Redis stays: who started it stops it.
-        children = list({*psutil.Process().children(recursive=True)} - self._not_ours)
+        ours = descendants() - self._not_ours
         # A daemon thread: Ray may wait for ever for what is ended below, and a thread of the
         # loop's executor would hold this process as long.
         shutting_down = threading.Thread(target=_shut_down, daemon=True)
         shutting_down.start()
         await asyncio.to_thread(shutting_down.join, STOP_DEADLINE_S)
-        for process in children:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, children, KILL_GRACE_S)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        await asyncio.to_thread(psutil.wait_procs, alive, KILL_GRACE_S)
-        if shutting_down.is_alive():
-            _abandoned.set()
-            _forget_exit_hook()
-        self._claims.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        try:
+            await end(ours)
+        finally:
+            if shutting_down.is_alive():
+                _abandoned.set()
+                _forget_exit_hook()
+            self._claims.close()
 
 
 def _shut_down() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import os
 import signal
 import socket
 import time
@@ -22,8 +21,10 @@ from tera.engine.vllm_args import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
+from tera.local.private_file import write_private
+from tera.local.processes import ProcessId, ProcessRecord, on_record
 from tera.local.redis_server import EmbeddedRedis
-from tera.local.state import LocalSecrets, LocalState, write_private
+from tera.local.state import LocalSecrets, LocalState
 from tera.local.status import telling_status
 from tera.manifest import serve_config
 from tera.tenancy.key_store import KeyStore
@@ -78,7 +79,7 @@ class RunningPlatform:
 async def serve(
     platform: PlatformConfig, home: Path, host: str, port: int, console: Console
 ) -> None:
-    """Run the platform until SIGINT or SIGTERM, then stop all that it started.
+    """Run the platform until SIGINT, SIGTERM or SIGHUP, then stop all that it started.
 
     Raises:
         ConfigError: it cannot run here; the message says what to do.
@@ -94,12 +95,15 @@ async def serve(
             stopping.set()
             main.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, stop)
     with suppress(asyncio.CancelledError):
         async with running(platform, home, host, port, console) as ready:
             # Ray sets handlers of its own when it starts.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 loop.add_signal_handler(number, stop)
             console.ready(ready)
             await stopping.wait()
@@ -118,10 +122,13 @@ async def running(
     """
     began = time.monotonic()
     check_engines(platform)
-    _check_port(host, port)
-    check_memory(vllm_replicas(platform))
     async with AsyncExitStack() as stack:
         stack.enter_context(_lock(home))
+        # Before the port and the memory are looked at: it may hold both.
+        await _clear_leftovers(home, console)
+        _check_port(host, port)
+        check_memory(vllm_replicas(platform))
+        scratch = await stack.enter_async_context(on_record(home))
         await make_models(platform, home, console)
         redis_url, redis_pid = await _start_redis(platform, home, stack, console)
         local_secrets = LocalSecrets.of(home)
@@ -131,7 +138,7 @@ async def running(
 
         # From the last to the first, and each of them even when the one before it fails.
         stack.callback(console.done)
-        cluster = LocalCluster(host, port)
+        cluster = LocalCluster(host, port, scratch)
         stack.push_async_callback(cluster.stop)
         stack.callback(console.stage, "Shutdown")
         with stage(console, "Ray"):
@@ -139,7 +146,7 @@ async def running(
 
         base_url = f"http://{host}:{port}"
         state = LocalState(
-            pid=os.getpid(),
+            process=ProcessId.current(),
             base_url=base_url,
             ray_address=cluster.ray_address,
             status_socket=cluster.status_socket,
@@ -261,6 +268,13 @@ def _lock(home: Path) -> Iterator[None]:
                 "setting TERA_HOME."
             ) from error
         yield
+
+
+async def _clear_leftovers(home: Path, console: Console) -> None:
+    left = ProcessRecord.read(home)
+    if left is not None:
+        with stage(console, "Clearing what a killed platform left"):
+            await left.clear(home)
 
 
 async def make_models(platform: PlatformConfig, home: Path, console: Console) -> None:

@@ -1,6 +1,5 @@
 """What a running platform on one machine leaves for the commands that talk to it."""
 
-import os
 import secrets
 from pathlib import Path
 from typing import Self
@@ -9,12 +8,15 @@ from tera.config.environment import Runtime
 from tera.config.platform import PlatformConfig
 from tera.config.section import Section
 from tera.errors import ConfigError
+from tera.local.private_file import write_private
+from tera.local.processes import ProcessId
 
 
 class LocalState(Section):
     """`state.json` in the platform's directory while it runs; only its owner may read it."""
 
-    pid: int
+    process: ProcessId
+    """Of `tera serve`."""
     base_url: str
     ray_address: str
     status_socket: Path
@@ -34,12 +36,10 @@ class LocalState(Section):
         """
         try:
             state = cls.model_validate_json((home / "state.json").read_text())
-            os.kill(state.pid, 0)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"No platform runs in {home}. Start one with `tera serve`, or name its "
-                "directory in TERA_HOME."
-            ) from error
+            raise _none_runs(home) from error
+        if not state.process.is_alive:
+            raise _none_runs(home)
         return state
 
     def write(self, home: Path) -> None:
@@ -47,13 +47,11 @@ class LocalState(Section):
         write_private(home / "state.json", self.model_dump_json())
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.replace(path)
+def _none_runs(home: Path) -> ConfigError:
+    return ConfigError(
+        f"No platform runs in {home}. Start one with `tera serve`, or name its directory in "
+        "TERA_HOME."
+    )
 
 
 class LocalSecrets(Section):
