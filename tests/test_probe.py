@@ -219,6 +219,11 @@ def test_an_address_that_is_none_is_wrong_usage(address: str) -> None:
     assert "give an address such as https://" in failure("--base-url", address, code=2)
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:port", "http://[::1"])
+def test_an_address_that_only_looks_like_one_is_wrong_usage(address: str) -> None:
+    assert "is no address" in failure("--ready-only", "--base-url", address, code=2)
+
+
 def test_a_key_that_is_no_text_of_a_header_is_not_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -278,11 +283,18 @@ class Impostor:
     ("answers", "said"),
     [
         pytest.param(
-            {"/readyz": (200, {}, b"<html>")}, "/readyz is none of a Tera", id="another's page"
+            {"/readyz": (200, {}, b"<html>")},
+            "The answer to /readyz did not come from a Tera gateway",
+            id="another's page",
         ),
         pytest.param({"/readyz": (503, {}, b"<html>")}, "answered 503 to /readyz", id="a proxy"),
         pytest.param(
             {"/readyz": (200, {"content-length": "99"}, b"{")}, "cannot be reached", id="half"
+        ),
+        pytest.param(
+            {"/readyz": READY, "/v1/models": (403, {"content-length": "99"}, b"no")},
+            "answered 403 to /v1/models",
+            id="half a refusal",
         ),
         pytest.param(
             {"/readyz": READY, "/v1/models": (200, {}, b'{"data": []}')},
@@ -327,6 +339,16 @@ def test_what_no_tera_answers_is_told(
     monkeypatch.setenv("TERA_API_KEY", "sk-tera-of-no-account")
     with Impostor(answers) as impostor:
         assert said in failure("--base-url", impostor.base_url)
+
+
+def test_lines_end_where_the_protocol_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERA_API_KEY", "sk-tera-of-no-account")
+    text = "one\u2028two\x85three"  # which Python takes for three lines
+    body = f'data: {{"choices": [{{"text": "{text}"}}]}}\n\ndata: [DONE]'.encode()
+    answers = {"/readyz": READY, "/v1/models": MODELS, "/v1/completions": (200, {}, body)}
+    with Impostor(answers) as impostor:
+        found = json.loads(tera("--base-url", impostor.base_url, "--json").stdout)
+    assert found["answer"]["characters"] == len(text)
 
 
 def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:

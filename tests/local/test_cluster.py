@@ -1,6 +1,7 @@
 """Ports of a platform on one machine."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -19,6 +20,15 @@ def test_a_claimed_range_is_nobody_elses_until_it_is_given_up() -> None:
             claim_range(among, third)
         one.close()
         assert claim_range(among, third) == first
+
+
+def test_a_claim_ends_in_another_thread_than_it_began_in() -> None:
+    among = range(60_000, 60_000 + REPLICA_PORTS + 2)
+    with ExitStack() as one, ExitStack() as other:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            first = pool.submit(claim_range, among, one).result()
+        one.close()
+        assert claim_range(among, other) == first
 
 
 def test_a_free_port_is_none_that_outgoing_connections_get() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import atexit
-import fcntl
 import logging
 import os
 import random
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from tera.config.environment import set_environment
 from tera.errors import ConfigError
@@ -221,11 +221,13 @@ def claim_range(among: range, claims: ExitStack) -> int:
         if not taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):
             continue
         path = Path(tempfile.gettempdir()) / f"tera-ports-{start}.lock"
-        with ExitStack() as claim, suppress(OSError):  # locked, or another user's file
-            file = claim.enter_context(path.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            claims.enter_context(claim.pop_all())
-            return start
+        # Claimed in the thread that starts Ray, given up in another one.
+        lock = FileLock(path, thread_local=False)
+        try:
+            claims.enter_context(lock.acquire(blocking=False))
+        except (Timeout, PermissionError):
+            continue  # another platform has it, or had it as another user
+        return start
     raise ConfigError("No free range of ports for replicas; stop other platforms first.")
 
 

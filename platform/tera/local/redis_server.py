@@ -164,6 +164,8 @@ def _find_binary() -> Path:
 
 
 async def _lock(directory: Path, patience_s: float) -> IO[str]:
+    # No `filelock`: it unlocks the file that the server has inherited when this process is done
+    # with it, where closing our descriptor leaves the server its lock.
     lock = (directory / "lock").open("w")
     try:
         # A server whose parent was killed a moment ago is still writing its last bytes.

@@ -1,18 +1,17 @@
 """`tera serve`: a whole platform on one machine, in the foreground."""
 
 import asyncio
-import fcntl
 import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, get_args
 
 import psutil
+from filelock import FileLock, Timeout
 
 from tera.config.environment import Runtime, set_environment
 from tera.config.model import engine_args
@@ -21,6 +20,7 @@ from tera.engine.vllm_args import check_args
 from tera.errors import ConfigError
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
+from tera.local.gateway import is_ready
 from tera.local.private_file import write_private
 from tera.local.processes import ProcessId, ProcessRecord, on_record
 from tera.local.redis_server import EmbeddedRedis
@@ -162,7 +162,7 @@ async def running(
             await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
             await stack.enter_async_context(telling_status(state))
             await until_up(config, console)
-            await _until_ready(host, port)
+            await _until_ready(base_url)
 
         api_key = await _local_key(runtime)
         models = platform.deployed_models()
@@ -259,14 +259,14 @@ def check_memory(replicas: int) -> None:
 def _lock(home: Path) -> Iterator[None]:
     """Hold `home`, made if it is missing, for one platform at a time."""
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "serve.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"A platform already runs in {home}. Stop it, or use another directory by "
-                "setting TERA_HOME."
-            ) from error
+    try:
+        held = FileLock(home / "serve.lock").acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"A platform already runs in {home}. Stop it, or use another directory by "
+            "setting TERA_HOME."
+        ) from error
+    with held:
         yield
 
 
@@ -319,24 +319,12 @@ def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
     return variables
 
 
-async def _until_ready(host: str, port: int, deadline_s: float = 60.0) -> None:
-    """Wait for the gateway's `/readyz`, which is also the first request through HAProxy."""
+async def _until_ready(base_url: str, deadline_s: float = 60.0) -> None:
     end = time.monotonic() + deadline_s
-    while not await asyncio.to_thread(_is_ready, host, port):
+    while not await asyncio.to_thread(is_ready, base_url):
         if time.monotonic() > end:
             raise ConfigError(f"The gateway was not ready {deadline_s:.0f} s after its start.")
         await asyncio.sleep(0.1)
-
-
-def _is_ready(host: str, port: int) -> bool:
-    connection = HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 async def _local_key(runtime: Runtime) -> str:

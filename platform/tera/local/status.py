@@ -9,11 +9,9 @@ import socket
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -25,11 +23,10 @@ from tera.config.names import (
 )
 from tera.errors import ConfigError
 from tera.gateway.model_status import model_status
+from tera.local.gateway import ANSWER_TIMEOUT_S, engine_gauges
 from tera.local.state import LocalState
 
 STATUS_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 5.0
-"""Above what the gateway gives its replicas."""
 _LOAD = {
     "running": "tera_engine_running",
     "waiting": "tera_engine_waiting",
@@ -84,10 +81,12 @@ def _status(state: LocalState) -> dict[str, Any]:
     assert client is not None
     applications = client.get_serve_details()["applications"]
     gateway = applications.get(GATEWAY_APPLICATION, {})
-    loads = _loads(state.base_url)
+    # From the gateway's metrics: a handle of Serve's in this process would have to be ended before
+    # Ray is, and Ray's core does not survive that it is not.
+    gauges = engine_gauges(state.base_url)
     return {
         "models": [
-            _model(name, values, applications, loads) for name, values in _catalog(gateway).items()
+            _model(name, values, applications, gauges) for name, values in _catalog(gateway).items()
         ],
         "gateway": [
             {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
@@ -119,7 +118,7 @@ def _model(
     name: str,
     values: dict[str, Any],
     applications: dict[str, Any],
-    loads: dict[str, dict[str, int]],
+    gauges: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
     application = applications.get(application_name(name), {})
     known = ENGINE_DEPLOYMENT in application.get("deployments", {})
@@ -141,7 +140,7 @@ def _model(
             {
                 "replica_id": replica["replica_id"],
                 "pid": replica.get("pid"),
-                **_load(loads.get(replica["replica_id"])),
+                **_load(gauges.get(replica["replica_id"])),
                 "draining": replica["state"] == "STOPPING",
             }
             for replica in replicas
@@ -155,29 +154,6 @@ def _load(told: dict[str, int] | None) -> dict[str, Any]:
     return {name: told[metric] for name, metric in _LOAD.items()} | {
         "asleep": bool(told[_LOAD["asleep"]])
     }
-
-
-def _loads(base_url: str) -> dict[str, dict[str, int]]:
-    """Return what each engine replica says of itself; one that does not answer is left out.
-
-    From the gateway's metrics: a handle of Serve's in this process would have to be ended before
-    Ray is, and Ray's core does not survive that it is not.
-    """
-    where = urlsplit(base_url)
-    connection = HTTPConnection(where.netloc, timeout=ANSWER_TIMEOUT_S)
-    try:
-        connection.request("GET", "/metrics/all")
-        text = connection.getresponse().read().decode()
-    except (OSError, HTTPException):
-        return {}
-    finally:
-        connection.close()
-    ours = "\n".join(line for line in text.splitlines() if line.startswith("tera_engine_"))
-    loads: dict[str, dict[str, int]] = {}
-    for family in text_string_to_metric_families(ours):
-        for sample in family.samples:
-            loads.setdefault(sample.labels["replica"], {})[sample.name] = int(sample.value)
-    return loads
 
 
 def _redis(state: LocalState) -> dict[str, Any]:
