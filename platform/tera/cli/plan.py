@@ -81,7 +81,7 @@ def _against_files(files: Sequence[Path], against: Sequence[Path]) -> Plan:
         raise ConfigError("\n".join(f"--against: {line}" for line in lines)) from error
     try:
         cluster_serve_config(old)
-    except ConfigError:
+    except ConfigError:  # the old values are for one machine, and so are the new ones
         return planned(load_platform(*against), load_platform(*files), on_cluster=False)
     new = load_cluster_platform(*files)
     cluster_serve_config(new)

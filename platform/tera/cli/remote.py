@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from tera.config import ClientOptions
+from tera.config.environment import ClientOptions
 from tera.errors import ConfigError, ServerError
 
 T = TypeVar("T")

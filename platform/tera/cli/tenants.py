@@ -136,7 +136,7 @@ def _values(file: Path | None) -> LimitsConfig | None:
     try:
         return LocalState.read(runtime.home).platform.gateway.limits
     except ConfigError:
-        return None
+        return None  # none runs here; whoever shows the limits says that values are not known
 
 
 def _table(rows: dict[str, TenantLimits], first: str = "tenant") -> Table:

@@ -41,8 +41,10 @@ async def apply(new: PlatformConfig, home: Path, console: Console) -> None:
     """Turn the platform that runs in `home` into `new`, and return when it is.
 
     Raises:
-        ConfigError: none runs here; or `new` cannot run here, and nothing has changed; or an
-            engine did not start.
+        ConfigError: none runs here, or `new` cannot run on one machine; nothing has changed.
+        UnreachableError: the one that runs does not answer; nothing has changed.
+        StartError: there is too little memory, and nothing has changed; or an engine does not
+            start.
     """
     state, local_secrets = LocalState.read(home), LocalSecrets.of(home)
     check_engines(new)

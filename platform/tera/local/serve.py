@@ -12,12 +12,14 @@ from typing import Any, Protocol, TypeVar, cast, get_args
 
 import psutil
 from filelock import FileLock, Timeout
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from tera.config.environment import Runtime, set_environment
 from tera.config.model import engine_args
 from tera.config.platform import PlatformConfig
 from tera.engine.vllm_args import check_args
-from tera.errors import ConfigError
+from tera.errors import ConfigError, StartError
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
 from tera.local.gateway import is_ready
@@ -82,7 +84,8 @@ async def serve(
     """Run the platform until SIGINT, SIGTERM or SIGHUP, then stop all that it started.
 
     Raises:
-        ConfigError: it cannot run here; the message says what to do.
+        ConfigError: its values cannot run on one machine, or an engine would refuse them.
+        StartError: a part of it does not start; the message says what to do.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -100,7 +103,7 @@ async def serve(
         numbers.append(signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, stop)
-    with suppress(asyncio.CancelledError):
+    with suppress(asyncio.CancelledError):  # of `stop`; anybody else's is raised again below
         async with running(platform, home, host, port, console) as ready:
             # Ray sets handlers of its own when it starts.
             for number in numbers:
@@ -118,7 +121,8 @@ async def running(
     """Start a platform, stage by stage, and stop it when the block ends.
 
     Raises:
-        ConfigError: it cannot run here; the message says what to do.
+        ConfigError: its values cannot run on one machine, or an engine would refuse them.
+        StartError: a part of it does not start; the message says what to do.
     """
     began = time.monotonic()
     check_engines(platform)
@@ -181,7 +185,7 @@ async def until_up(config: dict[str, Any], console: Console) -> None:
     """Return once every application of a Serve config runs; show each that does.
 
     Raises:
-        ConfigError: one failed, or the time is up; the message says why.
+        StartError: one failed, or the time is up; the message says why.
     """
     names = {application["name"] for application in config["applications"]}
     await wait_until_deployed(
@@ -228,7 +232,7 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(
+            raise StartError(
                 f"Port {port} on {host} cannot be used ({error.strerror}). "
                 "Stop what listens there, or choose another with TERA_PORT or --port."
             ) from error
@@ -244,11 +248,11 @@ def check_memory(replicas: int) -> None:
     """Refuse more vLLM replicas than there is memory for.
 
     Raises:
-        ConfigError: says how much is missing.
+        StartError: says how much is missing.
     """
     available = psutil.virtual_memory().available
     if available < replicas * ENGINE_BYTES:
-        raise ConfigError(
+        raise StartError(
             f"{replicas} vLLM replica(s) need about {replicas * ENGINE_BYTES / 1024**3:.0f} GiB of "
             f"free memory and {available / 1024**3:.1f} GiB are free. Free some, or lower "
             "replicas.min."
@@ -257,14 +261,22 @@ def check_memory(replicas: int) -> None:
 
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """Hold `home`, made if it is missing, for one platform at a time."""
-    home.mkdir(parents=True, exist_ok=True)
+    """Hold `home`, made if it is missing, for one platform at a time.
+
+    Raises:
+        StartError: a platform runs there, or it cannot be written to.
+    """
     try:
+        home.mkdir(parents=True, exist_ok=True)
         held = FileLock(home / "serve.lock").acquire(blocking=False)
     except Timeout as error:
-        raise ConfigError(
+        raise StartError(
             f"A platform already runs in {home}. Stop it, or use another directory by "
             "setting TERA_HOME."
+        ) from error
+    except OSError as error:
+        raise StartError(
+            f"{home} cannot be used ({error.strerror}). Name another directory in TERA_HOME."
         ) from error
     with held:
         yield
@@ -302,9 +314,16 @@ async def _start_redis(
             server = await stack.enter_async_context(await EmbeddedRedis.start(home / "redis"))
         return server.url, server.pid
     external = platform.redis.external
-    console.stage("Redis")
-    console.done(external.address)
-    return f"{'rediss' if external.tls else 'redis'}://{external.address}/0", None
+    url = f"{'rediss' if external.tls else 'redis'}://{external.address}/0"
+    with stage(console, f"Redis at {external.address}"):
+        async with _connected(url) as redis:
+            try:
+                await redis.ping()
+            except RedisError as error:
+                raise StartError(
+                    f"redis.external.address: {external.address} does not answer: {error}"
+                ) from error
+    return url, None
 
 
 def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
@@ -323,19 +342,25 @@ async def _until_ready(base_url: str, deadline_s: float = 60.0) -> None:
     end = time.monotonic() + deadline_s
     while not await asyncio.to_thread(is_ready, base_url):
         if time.monotonic() > end:
-            raise ConfigError(f"The gateway was not ready {deadline_s:.0f} s after its start.")
+            raise StartError(f"The gateway was not ready {deadline_s:.0f} s after its start.")
         await asyncio.sleep(0.1)
 
 
 async def _local_key(runtime: Runtime) -> str:
     """Return this start's key of the local tenant; those of earlier starts are revoked."""
-    redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
-    try:
+    async with _connected(runtime.redis_url) as redis:
         store = KeyStore(redis, runtime.key_pepper, time.time)
         for record in await store.list():
             if record.tenant == LOCAL_TENANT:
                 await store.revoke(record.key_id)
         return (await store.create(LOCAL_TENANT)).key
+
+
+@asynccontextmanager
+async def _connected(url: str) -> AsyncGenerator[Redis]:
+    redis = connect(url, timeout_s=REDIS_TIMEOUT_S)
+    try:
+        yield redis
     finally:
         await redis.aclose()
 

@@ -7,7 +7,7 @@ from typing import Self
 from tera.config.environment import Runtime
 from tera.config.platform import PlatformConfig
 from tera.config.section import Section
-from tera.errors import ConfigError
+from tera.errors import ConfigError, StartError
 from tera.local.private_file import write_private
 from tera.local.processes import ProcessId
 
@@ -67,6 +67,9 @@ class LocalSecrets(Section):
         """Return the directory's secrets, made at the first start.
 
         They outlive a restart because the hashes of the keys in Redis depend on the pepper.
+
+        Raises:
+            StartError: the file is there and cannot be read.
         """
         path = home / "secrets.json"
         if not path.exists():
@@ -76,7 +79,7 @@ class LocalSecrets(Section):
             return cls.model_validate_json(path.read_text())
         except (OSError, ValueError):
             # Neither the file nor the parser's words about it are for anybody's eyes.
-            raise ConfigError(
+            raise StartError(
                 f"{path} cannot be read. Remove it to begin anew; keys made so far end with it."
             ) from None
 

@@ -5,10 +5,11 @@ It is connected to Ray anyway; a command of its own would need a second of CPU t
 
 import asyncio
 import json
+import logging
 import socket
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,10 +22,12 @@ from tera.config.names import (
     GATEWAY_DEPLOYMENT,
     application_name,
 )
-from tera.errors import ConfigError
+from tera.errors import UnreachableError
 from tera.gateway.model_status import model_status
 from tera.local.gateway import ANSWER_TIMEOUT_S, engine_gauges
 from tera.local.state import LocalState
+
+_logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 30.0
 _LOAD = {
@@ -40,7 +43,7 @@ def read_status(state: LocalState) -> dict[str, Any]:
     """Return the models with their replicas, the gateway's replicas and Redis.
 
     Raises:
-        ConfigError: the platform does not answer.
+        UnreachableError: the platform does not answer.
     """
     try:
         with socket.socket(socket.AF_UNIX) as asking:
@@ -49,7 +52,7 @@ def read_status(state: LocalState) -> dict[str, Any]:
             with asking.makefile("rb") as answer:
                 found: dict[str, Any] = json.load(answer)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The platform at {state.base_url} does not answer.") from error
+        raise UnreachableError(f"The platform at {state.base_url} does not answer.") from error
     return found
 
 
@@ -59,13 +62,15 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
     turn = asyncio.Lock()
 
     async def tell(_: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
-        # Whatever fails, who asks gets no answer and the platform goes on.
-        with suppress(Exception):
+        try:
             async with turn:
                 found = await asyncio.to_thread(_status, state)
             answer.write(json.dumps(found).encode())
             await answer.drain()
-        answer.close()
+        except Exception:  # who asks gets no answer, and the platform goes on
+            _logger.exception("The status cannot be told")
+        finally:
+            answer.close()
 
     server = await asyncio.start_unix_server(tell, state.status_socket)
     try:
@@ -163,7 +168,7 @@ def _redis(state: LocalState) -> dict[str, Any]:
         client.ping()
         answers = "ok"
     except RedisError:
-        answers = "away"
+        answers = "away"  # which is all that a status tells
     finally:
         client.close()
     return {
