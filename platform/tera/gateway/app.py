@@ -204,7 +204,8 @@ class _Nothing(Response):
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
     """Answer in Starlette's place, whose page is plain text; it raises the error again."""
-    if isinstance(error, ClientGoneError):
+    # Starlette does not see that a stream has begun, which is sent past it.
+    if isinstance(error, ClientGoneError) or Exchange.of(request).status:
         return _Nothing()
     return error_response(InternalError("The server failed on this request."))
 
