@@ -41,7 +41,7 @@ from tera.routing.fleet import Fleet
 from tera.routing.link import ReplicaLinks
 from tera.routing.retry_budget import FIRST_BALANCE, RETRIES_PER_GENERATION
 from tera.routing.run import Dispatcher, DispatchLimits, Run, Work
-from tera.routing.switchboard import Share, Switchboard
+from tera.routing.switchboard import Route, Share, Switchboard
 
 PROMPT = [10, 11, 12]
 PATIENT = DispatchLimits(
@@ -354,8 +354,9 @@ class TestStopping:
         assert going.sink.token_ids == [1, 2]
         assert model.idle
 
+    @pytest.mark.parametrize("fails", [True, False], ids=["failed", "refused"])
     async def test_s8_what_follows_in_the_frame_that_was_enough_changes_nothing(
-        self, model: FakeModel, stage: Stage
+        self, model: FakeModel, stage: Stage, fails: bool
     ) -> None:
         await model.start("a")
         going = stage.go(sink=Sink(enough_after=1))
@@ -364,10 +365,12 @@ class TestStopping:
         await attempt.replica.send(
             TokenDelta(number, [1]),
             TokenDelta(number, [2]),
-            failures=[GenerationFailure(number, "The engine failed.")],
+            failures=[GenerationFailure(number, "The engine failed.")] if fails else [],
+            refused=[] if fails else [number],
         )
         await going.end()
         assert going.sink.token_ids == [1]
+        assert model.fleet.seat_now(Route(Share("tenant"), PROMPT, 9)) is not None
 
     async def test_s8_hanging_up_while_no_replica_has_room_leaves_the_queue(
         self, model: FakeModel, stage: Stage

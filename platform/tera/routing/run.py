@@ -175,8 +175,9 @@ class Run:
 
     def refuse(self) -> None:
         """Hear that the replica has no room or no more time; see `Listener`."""
-        self._refused = True
-        self.fail(ReplicaLostError("The engine replica has no room."))
+        if not self._outcome.done():
+            self._refused = True
+            self.fail(ReplicaLostError("The engine replica has no room."))
 
     def _is_complete(self) -> bool:
         """Return whether every token has come, and say so if the replica could not any more."""

@@ -99,7 +99,11 @@ class ServedReplicas:
                 await response
             except asyncio.CancelledError:
                 response.cancel()  # type: ignore[no-untyped-call]
-                raise
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                # Nobody has cancelled us: a call that the replica's end cancels shows so, too.
+                raise EngineError("The engine replica ended the call.") from None
         except Exception as error:
             raise translated(error) from error
 

@@ -1,0 +1,478 @@
+"""What Tera uses of Ray Serve's handles that is private there, in the installed Ray.
+
+Red after an upgrade of Ray: see docs/upgrading-ray-and-vllm.md. No Ray runs here.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import ray
+from ray._private import auto_init_hook
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayTaskError,
+    TaskCancelledError,
+)
+from ray.serve import handle as handle_module
+from ray.serve._private import default_impl, router
+from ray.serve._private.autoscaling_metrics_codec import decode_handle_flat
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+    ReplicaQueueLengthInfo,
+)
+from ray.serve._private.config import DeploymentConfig
+from ray.serve._private.handle_options import InitHandleOptions
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve._private.router import AsyncioRouter, CurrentLoopRouter, RouterMetricsManager
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponse
+from ray.serve.request_router import RequestRouter, RunningReplica
+from tests.routing.conftest import until
+
+from tera.errors import ConfigError, EngineError, InvalidValueError, ReplicaLostError, TeraError
+from tera.upstream import ray_serve
+from tera.upstream.ray_controller import busy_replicas
+from tera.upstream.ray_serve import GENERATIONS, ServedReplicas, ask_all, translated
+
+ENGINES = DeploymentID("Engine", "model-demo")
+
+
+def parameters(of: Callable[..., Any]) -> list[str]:
+    """Return the names of a function's parameters, in order."""
+    return [name for name in inspect.signature(of).parameters if name != "self"]
+
+
+class TestSymbols:
+    """Each name by itself, so that what an upgrade has changed is read from what is red."""
+
+    def test_a_handle_may_be_given_what_makes_its_router_and_its_id(self) -> None:
+        assert {"_create_router", "_handle_id"} <= set(parameters(DeploymentHandle))
+        assert parameters(DeploymentHandle)[:2] == ["deployment_name", "app_name"]
+
+    def test_a_router_is_made_of_the_handles_id_the_deployment_and_options(self) -> None:
+        made = parameters(default_impl.create_router)
+        assert made[:3] == ["handle_id", "deployment_id", "handle_options"]
+        wanted = parameters(default_impl.CreateRouterCallable.__call__)
+        assert wanted == ["handle_id", "deployment_id", "handle_options"]
+
+    def test_the_router_of_one_loop_wraps_one_that_has_what_is_replaced(self) -> None:
+        source = inspect.getsource(CurrentLoopRouter.__init__)
+        assert "self._asyncio_router = AsyncioRouter(" in source
+        source = inspect.getsource(AsyncioRouter)
+        for name in ("_request_router", "_request_router_initialized", "_metrics_manager"):
+            assert f"self.{name} = " in source or f"self.{name}: " in source
+
+    def test_a_request_router_is_made_of_these(self) -> None:
+        wanted = {
+            "deployment_id",
+            "handle_source",
+            "use_replica_queue_len_cache",
+            "create_replica_wrapper_func",
+        }
+        assert wanted <= set(parameters(RequestRouter.__init__))
+
+    @pytest.mark.parametrize(
+        ("method", "expected"),
+        [
+            ("_choose_replica_for_request", ["pending_request", "is_retry"]),
+            ("choose_replicas", ["candidate_replicas", "pending_request"]),
+            ("update_replicas", ["replicas"]),
+            ("on_replica_actor_died", ["replica_id"]),
+        ],
+    )
+    def test_a_request_router_has_what_ours_overrides(
+        self, method: str, expected: list[str]
+    ) -> None:
+        assert parameters(getattr(RequestRouter, method)) == expected
+        assert parameters(getattr(ray_serve._Router, method)) == expected
+
+    def test_a_request_router_says_which_replicas_there_are(self) -> None:
+        assert isinstance(inspect.getattr_static(RequestRouter, "curr_replicas"), property)
+
+    @pytest.mark.parametrize("name", ["replica_id", "max_ongoing_requests"])
+    def test_a_running_replica_says_who_it_is_and_what_it_takes(self, name: str) -> None:
+        assert isinstance(inspect.getattr_static(RunningReplica, name), property)
+
+    def test_a_replica_id_is_a_name_at_a_deployment(self) -> None:
+        replica = ReplicaID("a", ENGINES)
+        assert (replica.unique_id, replica.deployment_id) == ("a", ENGINES)
+
+    @pytest.mark.parametrize(
+        ("method", "expected"),
+        [
+            ("wrap_queued_request", ["is_retry", "num_curr_replicas"]),
+            ("inc_num_running_requests_for_replica", ["replica_id"]),
+            ("dec_num_running_requests_for_replica", ["replica_id"]),
+        ],
+    )
+    def test_the_counts_are_changed_by(self, method: str, expected: list[str]) -> None:
+        assert parameters(getattr(RouterMetricsManager, method)) == expected
+
+    def test_what_runs_is_counted_at_handles(self) -> None:
+        assert router.RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE
+
+    def test_a_response_is_awaited_and_cancelled(self) -> None:
+        assert inspect.isfunction(DeploymentResponse.__await__)
+        assert parameters(DeploymentResponse.cancel) == []
+
+    def test_a_broadcast_gives_each_replicas_answer_apart(self) -> None:
+        assert inspect.iscoroutinefunction(DeploymentBroadcastResponse._fetch_replica_results_async)
+        assert inspect.iscoroutinefunction(ReplicaResult.get_async)
+        assert parameters(DeploymentHandle.broadcast)[0] == "method_name"
+
+    def test_the_setting_that_keeps_the_router_in_the_callers_loop_is_there(self) -> None:
+        from ray.serve._private import constants
+
+        source = inspect.getsource(constants)
+        assert '"RAY_SERVE_THROUGHPUT_OPTIMIZED"' in source
+        assert "_run_router_in_separate_loop" in InitHandleOptions.__dataclass_fields__
+
+
+class Ref:
+    """A call to the controller that is not answered."""
+
+    def _on_completed(self, callback: object) -> None:
+        pass
+
+
+@dataclass
+class Controller:
+    """Serve's controller as a router sees it: it keeps what it is told."""
+
+    reports: list[bytes] = field(default_factory=list)
+
+    @property
+    def listen_for_change(self) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *_: Ref())
+
+    @property
+    def record_autoscaling_metrics_from_handle(self) -> SimpleNamespace:
+        return SimpleNamespace(remote=self.reports.append)
+
+
+class Answer(ReplicaResult):
+    """What one call to a replica comes to."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+        self.cancelled = False
+        self.hangs = False
+        self._callbacks: list[Callable[[object], None]] = []
+
+    async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
+        return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=1)
+
+    async def get_async(self) -> None:
+        try:
+            if self.hangs:
+                await asyncio.Event().wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            for callback in self._callbacks:
+                callback(self.error)
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self._callbacks.append(callback)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def get(self, timeout_s: float | None) -> None: ...
+    def to_object_ref(self) -> Any: ...
+    async def to_object_ref_async(self) -> Any: ...
+    def to_object_ref_gen(self) -> Any: ...
+    def __next__(self) -> Any: ...
+    async def __anext__(self) -> Any: ...
+
+
+class Replica:
+    """A running replica as a router sees it."""
+
+    is_cross_language = False
+    actor_id = None
+
+    def __init__(self, name: str, max_ongoing_requests: int = 8) -> None:
+        self.replica_id = ReplicaID(name, ENGINES)
+        self.max_ongoing_requests = max_ongoing_requests
+        self.calls: list[tuple[str, list[object]]] = []
+        self.answer = Answer(None)
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return 0
+
+    def try_send_request(self, request: Any, with_rejection: bool) -> Answer:
+        self.calls.append((request.metadata.call_method, list(request.args)))
+        return self.answer
+
+
+@dataclass
+class Served:
+    """Replicas of a model, of which the installed router of Serve is told by the test."""
+
+    replicas: ServedReplicas
+    heard: list[Mapping[str, int]]
+    controller: Controller
+
+    def update(self, *replicas: Replica) -> None:
+        """Tell the router which replicas run."""
+        self.replicas._router.update_replicas(list(replicas))  # type: ignore[arg-type]
+
+    @property
+    def counts(self) -> RouterMetricsManager:
+        return self.replicas._counts
+
+    @property
+    def running(self) -> dict[str, int]:
+        counts = self.counts.num_requests_sent_to_replicas
+        return {replica.unique_id: count for replica, count in counts.items() if count}
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing here start a Ray, which Serve does where it finds none."""
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)
+    assert not ray.is_initialized()
+
+
+@pytest_asyncio.fixture
+async def served(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Served:
+    controller = Controller()
+    client = SimpleNamespace(_controller=controller)
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+    monkeypatch.setattr(default_impl, "get_current_actor_id", lambda: "gateway")
+    monkeypatch.setattr(default_impl, "_get_node_id_and_az", lambda: ("node", None))
+    monkeypatch.setattr(default_impl, "inside_ray_client_context", lambda: False)
+    # As `RAY_SERVE_THROUGHPUT_OPTIMIZED`, which Serve reads when it is imported, has it.
+    options = InitHandleOptions(
+        _run_router_in_separate_loop=False, _source=DeploymentHandleSource.REPLICA
+    )
+    monkeypatch.setattr(handle_module, "create_init_handle_options", lambda: options)
+    shared = SimpleNamespace(register=lambda _: None)
+    monkeypatch.setattr(router.SharedRouterLongPollClient, "get_or_create", lambda *_: shared)
+    heard: list[Mapping[str, int]] = []
+    replicas = ServedReplicas(ENGINES.name, ENGINES.app_name, heard.append)
+    return Served(replicas, heard, controller)
+
+
+class TestReplicas:
+    async def test_it_hears_which_replicas_run_and_how_much_each_takes(
+        self, served: Served
+    ) -> None:
+        assert served.heard == []
+        served.update(Replica("a", 8), Replica("b", 4))
+        served.update(Replica("a", 9))
+        assert served.heard == [{"a": 8, "b": 4}, {"a": 9}]
+
+    async def test_it_hears_of_a_dead_one_before_the_controller_says_so(
+        self, served: Served
+    ) -> None:
+        served.update(Replica("a"), Replica("b"))
+        served.replicas._router.on_replica_actor_died(ReplicaID("a", ENGINES))
+        assert served.heard[-1] == {"b": 8}
+        with pytest.raises(ReplicaLostError):
+            await served.replicas.connect("a", "host", 1)
+
+    async def test_without_the_setting_it_says_how_to_set_it(
+        self, no_ray: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(default_impl, "create_router", lambda *_: object())
+        with pytest.raises(ConfigError, match="RAY_SERVE_THROUGHPUT_OPTIMIZED"):
+            ServedReplicas(ENGINES.name, ENGINES.app_name, lambda _: None)
+
+
+class TestCounts:
+    async def test_what_waits_and_runs_is_counted_as_serves_own_calls_are(
+        self, served: Served
+    ) -> None:
+        with served.replicas.queued(), served.replicas.queued():
+            assert served.counts.num_queued_requests == 2
+        assert served.counts.num_queued_requests == 0
+        served.replicas.began("a")
+        served.replicas.began("a")
+        served.replicas.began("b")
+        served.replicas.ended("a")
+        assert served.running == {"a": 1, "b": 1}
+        served.replicas.ended("a")
+        served.replicas.ended("b")
+        assert served.running == {}
+
+    async def test_who_leaves_is_counted_no_more(self, served: Served) -> None:
+        with pytest.raises(asyncio.CancelledError), served.replicas.queued():
+            raise asyncio.CancelledError
+        assert served.counts.num_queued_requests == 0
+
+    async def test_scale_downs_read_what_is_counted_here(self, served: Served) -> None:
+        served.update(Replica("a"), Replica("b"))
+        autoscaling = DeploymentConfig(autoscaling_config=AutoscalingConfig())
+        served.counts.update_deployment_config(autoscaling, 2)
+        served.replicas.began("a")
+        served.controller.reports.clear()
+        served.counts.push_autoscaling_metrics_to_controller()
+        (report,) = served.controller.reports
+        state = DeploymentAutoscalingState(ENGINES)
+        state.record_columnar_metrics_for_handle(decode_handle_flat(report))
+        assert busy_replicas(state) == {ReplicaID("a", ENGINES)}
+        await served.counts.shutdown()
+
+    @pytest.mark.parametrize(("replicas", "told"), [(0, 1), (1, 0)])
+    async def test_with_no_replica_serve_hears_at_once_of_who_waits(
+        self, served: Served, replicas: int, told: int
+    ) -> None:
+        served.update(*(Replica(f"replica-{number}") for number in range(replicas)))
+        autoscaling = DeploymentConfig(autoscaling_config=AutoscalingConfig())
+        served.counts.update_deployment_config(autoscaling, replicas)
+        served.controller.reports.clear()
+        with served.replicas.queued():
+            assert len(served.controller.reports) == told
+        await served.counts.shutdown()
+
+    async def test_the_handle_can_be_told_from_those_of_a_scrape(self, served: Served) -> None:
+        handle: Any = served.replicas._handle
+        assert handle.handle_id.startswith(GENERATIONS)
+        assert handle.connect.handle_id == handle.handle_id
+
+
+class TestConnect:
+    async def test_the_replica_that_is_meant_is_called(self, served: Served) -> None:
+        replicas = [Replica(name) for name in "abc"]
+        served.update(*replicas)
+        await served.replicas.connect("b", "host", 7)
+        assert [each.calls for each in replicas] == [[], [("connect", ["host", 7])], []]
+        await until(lambda: served.running == {})
+        assert served.counts.num_queued_requests == 0
+
+    async def test_calls_at_the_same_time_go_where_each_is_meant_to(self, served: Served) -> None:
+        replicas = {name: Replica(name) for name in "abcdefgh"}
+        served.update(*replicas.values())
+        connects = (
+            asyncio.create_task(served.replicas.connect(name, name, 1)) for name in replicas
+        )
+        await asyncio.gather(*connects)
+        for name, replica in replicas.items():
+            assert replica.calls == [("connect", [name, 1])]
+
+    async def test_one_that_is_not_there_is_lost(self, served: Served) -> None:
+        served.update(Replica("a"))
+        with pytest.raises(ReplicaLostError):
+            await served.replicas.connect("gone", "host", 1)
+
+    async def test_what_the_replica_raises_arrives(self, served: Served) -> None:
+        replica = Replica("a")
+        served.update(replica)
+        cause = ReplicaLostError("The gateway's token channel cannot be reached.")
+        replica.answer = Answer(RayTaskError("connect", "traceback", cause))
+        with pytest.raises(ReplicaLostError) as failed:
+            await served.replicas.connect("a", "host", 1)
+        assert failed.value is cause
+
+    async def test_who_gives_up_takes_the_call_back(self, served: Served) -> None:
+        replica = Replica("a")
+        replica.answer.hangs = True
+        served.update(replica)
+        connecting = asyncio.create_task(served.replicas.connect("a", "host", 1))
+        await until(lambda: bool(replica.calls))
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        await until(lambda: replica.answer.cancelled)
+
+    async def test_a_call_that_the_replica_ended_failed_and_nobody_was_cancelled(
+        self, served: Served
+    ) -> None:
+        replica = Replica("a")
+        replica.answer = Answer(asyncio.CancelledError())
+        served.update(replica)
+        async with asyncio.timeout(10):
+            with pytest.raises(EngineError):
+                await served.replicas.connect("a", "host", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        pytest.param(
+            RayTaskError("connect", "traceback", InvalidValueError("no", param="x")),
+            InvalidValueError,
+            id="of ours, raised by a replica",
+        ),
+        pytest.param(
+            RayTaskError("connect", "traceback", KeyError("x")),
+            EngineError,
+            id="a defect of a replica",
+        ),
+        pytest.param(ReplicaLostError("gone"), ReplicaLostError, id="of ours, raised here"),
+        pytest.param(ActorDiedError(), ReplicaLostError, id="a dead process"),
+        pytest.param(
+            ActorUnavailableError("a break", b"\x01" * 16), EngineError, id="out of reach"
+        ),
+        pytest.param(TaskCancelledError(), EngineError, id="ended by Ray"),
+        pytest.param(RequestCancelledError("1"), EngineError, id="ended by Serve"),
+        pytest.param(
+            BackPressureError(num_queued_requests=1, max_queued_requests=1),
+            EngineError,
+            id="refused by Serve",
+        ),
+        pytest.param(RuntimeError("odd"), EngineError, id="anything else"),
+    ],
+)
+def test_a_ray_error_stands_for_one_of_ours(error: Exception, expected: type[TeraError]) -> None:
+    found = translated(error)
+    assert type(found) is expected
+    assert "traceback" not in found.message
+
+
+class TestAskAll:
+    def handle(self, monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
+        """Have each replica of every deployment answer so; None never does."""
+
+        class Result:
+            def __init__(self, answer: object) -> None:
+                self.answer = answer
+
+            async def get_async(self) -> object:
+                if self.answer is None:
+                    await asyncio.Event().wait()
+                if isinstance(self.answer, Exception):
+                    raise self.answer
+                return self.answer
+
+        async def results() -> list[Result]:
+            return [Result(answer) for answer in answers]
+
+        handle = SimpleNamespace(
+            broadcast=lambda _: SimpleNamespace(_fetch_replica_results_async=results)
+        )
+        monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
+        monkeypatch.setattr(ray_serve, "PEER_TIMEOUT_S", 0.05)
+
+    async def test_each_replicas_answer_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.handle(monkeypatch, "one", "two")
+        assert await ask_all("Engine", "model-demo", "metrics") == ["one", "two"]
+
+    async def test_one_that_fails_or_is_silent_is_left_out_and_logged(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.handle(monkeypatch, "one", None, ActorDiedError(), "four")
+        assert await ask_all("Engine", "model-demo", "metrics") == ["one", "four"]
+        (line,) = caplog.records
+        assert "2 replicas of model-demo did not answer" in line.getMessage()
+
+    async def test_a_name_that_serve_has_changed_is_no_empty_answer(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        handle = SimpleNamespace(broadcast=lambda _: SimpleNamespace())
+        monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
+        with pytest.raises(AttributeError):
+            await ask_all("Engine", "model-demo", "metrics")
