@@ -23,6 +23,13 @@ from tera.config.environment import set_environment
 from tera.errors import StartError, UnreachableError
 from tera.local.processes import descendants, end
 from tera.local.state import LocalSecrets, LocalState
+from tera.upstream.ray_cluster import (
+    REQUIRED,
+    Ports,
+    serve_client,
+    serve_environment,
+    stop_listening,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -87,15 +94,12 @@ class LocalCluster:
             StartError: Ray Serve does not start, or does not take the config.
         """
         from ray import serve
-        from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
         _quieten_serve()
         with _starting("Ray Serve"):
             serve.start(proxy_location="EveryNode", http_options=config["http_options"])
-            client = _get_global_client()
-            assert client is not None
-            client.deploy_apps(ServeDeploySchema.model_validate(config))
+            serve_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
     async def stop(self) -> None:
         """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`.
@@ -137,7 +141,7 @@ def _shut_down() -> None:
     if ray.is_initialized():
         _quieten_serve()
         try:
-            _stop_listening()
+            stop_listening()
             serve.shutdown()  # type: ignore[no-untyped-call]
         except Exception as error:  # noqa: BLE001  whatever is broken, the processes are ended next
             _logger.warning("Ray Serve did not shut down by itself: %r", error)
@@ -161,14 +165,6 @@ def _quieten_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _stop_listening() -> None:
-    """Keep Ray from printing here what it thinks of the end that it is asked for."""
-    from ray._private.worker import global_worker
-
-    global_worker.threads_stopped.set()
-    global_worker.gcs_error_subscriber.close()  # type: ignore[attr-defined]  # set by connecting
-
-
 def _forget_exit_hook() -> None:
     """Keep Ray from shutting down once more at exit: nobody is left to answer it."""
     import ray
@@ -189,34 +185,17 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
     haproxy = shutil.which("tera-haproxy", path=str(Path(sys.executable).parent))
     if haproxy is None:
         raise StartError("tera-haproxy is not installed beside Python; run `make install`.")
-    metrics_port, stats_port = free_port(), free_port()
-    http_ports, grpc_ports = claim_range(HTTP_PORTS, claims), claim_range(GRPC_PORTS, claims)
+    ports = Ports(
+        haproxy_metrics=free_port(),
+        haproxy_stats=free_port(),
+        fallback_http=free_port(),
+        fallback_grpc=free_port(),
+        replicas_http=claim_range(HTTP_PORTS, claims),
+        replicas_grpc=claim_range(GRPC_PORTS, claims),
+        count=REPLICA_PORTS,
+    )
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
-        # Where HAProxy sends what comes while it knows of no replica, such as for a moment when it
-        # is loaded anew. Ray's own number is the same for all, and listeners share it.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        # Whatever changes the gateway's replicas reloads HAProxy, and the process that has the old
-        # connections is stopped after this time, with the streams that still run through it.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http_ports),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http_ports + REPLICA_PORTS),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc_ports),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc_ports + REPLICA_PORTS),
-        # On one machine nobody waits behind another load balancer for us to drain.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_worker_niceness": "0",
+        **serve_environment(haproxy, scratch, ports, LONGEST_STREAM_S),
         "RAY_USAGE_STATS_ENABLED": "0",
         "TERA_HOST": host,
     }
@@ -263,10 +242,9 @@ def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
     Raises:
         UnreachableError: Ray does not answer.
     """
-    set_environment({**local_secrets.ray_environment(), "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"})
+    set_environment({**local_secrets.ray_environment(), **REQUIRED})
     # Ray Serve reads its settings when it is imported, so this comes after they are set.
     import ray
-    from ray.serve.context import _get_global_client
 
     _quieten_serve()
     try:
@@ -276,10 +254,9 @@ def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-        client = _get_global_client()
+        client = serve_client()
     except (ConnectionError, RuntimeError) as error:
         raise UnreachableError(f"The platform at {state.base_url} does not answer.") from error
-    assert client is not None
     try:
         yield client
     finally:

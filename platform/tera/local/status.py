@@ -26,6 +26,7 @@ from tera.errors import UnreachableError
 from tera.gateway.model_status import model_status
 from tera.local.gateway import ANSWER_TIMEOUT_S, engine_gauges
 from tera.local.state import LocalState
+from tera.upstream.ray_cluster import serve_client
 
 _logger = logging.getLogger(__name__)
 
@@ -80,11 +81,7 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
 
 
 def _status(state: LocalState) -> dict[str, Any]:
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    applications = client.get_serve_details()["applications"]
+    applications = serve_client().get_serve_details()["applications"]
     gateway = applications.get(GATEWAY_APPLICATION, {})
     # From the gateway's metrics: a handle of Serve's in this process would have to be ended before
     # Ray is, and Ray's core does not survive that it is not.
