@@ -17,12 +17,14 @@ from redis.asyncio import Redis
 from rich.table import Table
 
 from benchmarks.systems import System, tera
-from tera.config.limits import Limits, LimitsConfig, TenantLimits
+from tera.config.limits import LARGEST_LIMIT, Limits, LimitsConfig, TenantLimits
 from tera.local.redis_server import EmbeddedRedis
 from tera.tenancy.admission import Admissions
 from tera.tenancy.keys import ApiKey
-from tera.tenancy.limits import Progress, RedisLimiter, Scope, scopes_of
+from tera.tenancy.limits import Progress, Scope, scopes_of
+from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
+from tera.tenancy.redis_limits import RedisLimiter
 from tera.tenancy.usage import UsageRecord, encode_record
 
 GOAL_ADMIT_MS, GOAL_ADMIT_CPU_MS, GOAL_REFUSED_CPU_MS = 0.3, 0.1, 0.5
@@ -44,10 +46,10 @@ redis:
   embedded: true
 """
 
-WIDE = 10**9
+WIDE = LARGEST_LIMIT
 LIMITS = TenantLimits(
     requests_per_minute=WIDE,
-    tokens_per_minute=WIDE * TOKENS,
+    tokens_per_minute=WIDE,
     concurrent_requests=WIDE,
     token_budget=WIDE * TOKENS,
 )
@@ -67,20 +69,25 @@ async def _measure(calls: int, seconds: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         async with await EmbeddedRedis.start(Path(directory)) as server:
             client = connect(server.url, timeout_s=10)
+            redis = PipelinedRedis(client.connection_pool)
             try:
-                alone = await _alone(client, calls)
+                alone = await _alone(redis, calls)
                 await client.flushall()
-                tenants = await _memory(client)
+                whole = await _whole(client, calls)
                 await client.flushall()
-                many = await _many(client, server.pid, seconds)
-                return {**alone, **tenants, **many, **await _away(client, server.pid, seconds)}
+                tenants = await _memory(client, redis)
+                await client.flushall()
+                many = await _many(redis, server.pid, seconds)
+                away = await _away(client, server.pid, seconds)
+                return {**alone, **whole, **tenants, **many, **away}
             finally:
+                await redis.aclose()
                 await client.aclose()
 
 
-async def _alone(client: Redis, calls: int) -> dict[str, float]:
+async def _alone(redis: PipelinedRedis, calls: int) -> dict[str, float]:
     """Measure one request at a time: what is added to each, beside a bare round trip."""
-    limiter = RedisLimiter(client)
+    limiter = RedisLimiter(redis)
     scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
     blocked = [Scope("tenant", Limits(requests_per_minute=0))]
     record = _record("acme")
@@ -97,7 +104,7 @@ async def _alone(client: Redis, calls: int) -> dict[str, float]:
         answer.refusal.error()
 
     async def ping(_: str) -> Any:
-        return await client.ping()
+        return await redis.call("PING")
 
     figures: dict[str, float] = {}
     work: dict[str, Callable[[str], Awaitable[Any]]] = {
@@ -121,9 +128,34 @@ async def _alone(client: Redis, calls: int) -> dict[str, float]:
     return figures
 
 
-async def _memory(client: Redis) -> dict[str, float]:
+async def _whole(client: Redis, calls: int) -> dict[str, float]:
+    """Measure all that a request costs this process, settling included, alone and among others."""
+    figures: dict[str, float] = {}
+    async with _admissions(client) as admissions:
+        numbers = itertools.count()
+
+        async def settled() -> None:
+            while admissions.unsettled:  # noqa: ASYNC110  it tells nobody
+                await asyncio.sleep(0.001)
+
+        async def one_after_another(count: int) -> None:
+            for _ in range(count):
+                await _pass(admissions, f"req_{next(numbers):032x}")
+
+        await one_after_another(200)  # warm
+        for what, tasks in (("alone", 1), ("among", TASKS)):
+            await settled()
+            cpu_s = time.process_time()
+            await asyncio.gather(*(one_after_another(calls // tasks) for _ in range(tasks)))
+            await settled()
+            cpu_s = time.process_time() - cpu_s
+            figures[f"whole_{what}_cpu_ms"] = 1000 * cpu_s / (calls // tasks * tasks)
+    return figures
+
+
+async def _memory(client: Redis, redis: PipelinedRedis) -> dict[str, float]:
     """Measure what a tenant costs Redis with one request open, and with none."""
-    limiter = RedisLimiter(client)
+    limiter = RedisLimiter(redis)
     scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
 
     async def used_bytes() -> float:
@@ -148,9 +180,9 @@ async def _memory(client: Redis) -> dict[str, float]:
     return figures
 
 
-async def _many(client: Redis, redis_pid: int, seconds: float) -> dict[str, float]:
+async def _many(redis: PipelinedRedis, redis_pid: int, seconds: float) -> dict[str, float]:
     """Measure many tenants at once, as fast as this process can ask."""
-    limiter = RedisLimiter(client)
+    limiter = RedisLimiter(redis)
     scopes = scopes_of(LIMITS, KEY_LIMITS, "key_1", "llama-8b")
     numbers = itertools.count()
     latencies_ms: list[float] = []
@@ -186,21 +218,13 @@ async def _many(client: Redis, redis_pid: int, seconds: float) -> dict[str, floa
 
 async def _away(client: Redis, redis_pid: int, seconds: float) -> dict[str, float]:
     """Freeze Redis under a steady stream of requests, and measure what each is held up by."""
-    limits = LimitsConfig(default=LIMITS)
-    key = ApiKey("key_1", "acme", "", "", None, 0.0)
     server = psutil.Process(redis_pid)
     latencies_ms: list[float] = []
 
-    async with Admissions(client, _NothingStored(), lambda: limits, "one") as admissions:
+    async with _admissions(client) as admissions:
 
         async def ask(number: int) -> None:
-            opening = structs.replace(_RECORD, request_id=f"req_away_{number}", status="lost")
-            began = time.perf_counter()
-            held = await admissions.admit(
-                key, opening, TOKENS, progress=lambda: Progress(0, 0), told=lambda _: None
-            )
-            latencies_ms.append(1000 * (time.perf_counter() - began))
-            held.settle(structs.replace(opening, status="finished"))
+            latencies_ms.append(await _pass(admissions, f"req_away_{number}"))
 
         await ask(-1)
         latencies_ms.clear()
@@ -262,11 +286,29 @@ async def _flood(platform: System, seconds: float) -> dict[str, float]:
     return {"flood_refused_per_s": refused / wall_s, "flood_cpu_ms": 1000 * cpu_s / refused}
 
 
+def _admissions(client: Redis) -> Admissions:
+    limits = LimitsConfig(default=LIMITS)
+    return Admissions(client, _NothingStored(), lambda: limits, "one")
+
+
+async def _pass(admissions: Admissions, request_id: str) -> float:
+    """Have a request admitted and settled; return the milliseconds until it was admitted."""
+    opening = structs.replace(_RECORD, request_id=request_id, status="lost")
+    began = time.perf_counter()
+    held = await admissions.admit(
+        _KEY, opening, TOKENS, progress=lambda: Progress(0, 0), told=lambda _: None
+    )
+    waited_ms = 1000 * (time.perf_counter() - began)
+    held.settle(structs.replace(opening, status="finished"))
+    return waited_ms
+
+
 class _NothingStored:
     def tenant_limits(self, name: str) -> TenantLimits | None:
         return None
 
 
+_KEY = ApiKey("key_1", "acme", "", "", None, 0.0, limits=KEY_LIMITS)
 _RECORD = UsageRecord(
     request_id="req_0123456789abcdef0123456789abcdef",
     tenant="acme",
@@ -314,6 +356,10 @@ def _table(found: dict[str, float]) -> Table:
             f"{found[f'{what}_p99_ms']:.2f} ms",
             f"{found[f'{what}_cpu_ms']:.3f} ms",
             goals.get(what, ""),
+        )
+    for what, name in (("alone", "one at a time"), ("among", f"{TASKS} at once")):
+        table.add_row(
+            f"whole request, {name}", "", "", f"{found[f'whole_{what}_cpu_ms']:.3f} ms", ""
         )
     table.add_row(
         f"admit while Redis is frozen, {AWAY_REQUESTS_S} requests/s",

@@ -15,7 +15,7 @@ from tests.tenancy.waiting import until
 
 from tera.config.limits import Limits, LimitsConfig, TenantLimits
 from tera.errors import ConcurrencyLimitError, InternalError, QuotaError, RequestRateLimitError
-from tera.tenancy.admission import Admissions, Intervals, Reservation
+from tera.tenancy.admission import AT_A_TIME, Admissions, Intervals, Reservation
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress
 from tera.tenancy.pipelined import PipelinedRedis
@@ -227,6 +227,55 @@ async def test_s8_a_request_that_is_given_up_while_it_is_admitted_holds_nothing(
             return True
 
         await until(free)
+
+
+async def test_no_more_calls_wait_for_a_frozen_redis_than_are_made_at_a_time(
+    redis_server: RedisServer,
+) -> None:
+    async with gateway(redis_server.url) as one:
+        one.finish(await one.admit())
+        await until(lambda: not one.admissions.unsettled)
+        redis_server.stop()
+        asking = [asyncio.create_task(one.admit()) for _ in range(4 * AT_A_TIME)]
+        await until(lambda: one.admissions._calls.waiting > 0)
+        assert one.admissions._calls.waiting == AT_A_TIME
+        held = await asyncio.gather(*asking)
+        assert all(each.local for each in held)
+        assert one.admissions.outages == 1
+        redis_server.cont()
+
+
+async def test_a_gateway_that_starts_while_redis_is_away_goes_on_by_itself_until_it_is_back(
+    redis_server: RedisServer,
+) -> None:
+    redis_server.kill()
+    async with gateway(redis_server.url, default=tenant(requests_per_minute=1)) as one:
+        assert one.admissions.degraded
+        assert (await one.admit()).local
+        redis_server.start()
+        await until(lambda: not one.admissions.degraded)
+        assert not (await one.admit()).local
+
+
+async def test_an_idle_connection_that_was_cut_is_no_outage(redis_server: RedisServer) -> None:
+    async with Proxy(redis_server) as proxy, gateway(proxy.url) as one:
+        one.finish(await one.admit())
+        await until(lambda: not one.admissions.unsettled)
+        await proxy.cut()
+        await until(lambda: one.admissions._calls.closed)
+        assert not (await one.admit()).local
+        assert one.admissions.outages == 0
+
+
+async def test_what_cannot_be_settled_at_the_end_is_in_the_log(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with gateway(redis_server.url) as one:
+        held = await one.admit()
+        redis_server.kill()
+        one.finish(held)
+    assert held.opening.request_id in caplog.text
+    assert one.admissions.given_up == 1
 
 
 Break = Callable[[RedisServer, Redis, Proxy], Awaitable[None]]

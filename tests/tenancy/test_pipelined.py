@@ -14,6 +14,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from tests.tenancy.conftest import PATIENT, RedisServer
 from tests.tenancy.proxy import Proxy
 from tests.tenancy.scripted import ScriptedRedis
+from tests.tenancy.waiting import until
 
 from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def pipelined(url: str, patience: Patience = PATIENT) -> AsyncIterator[PipelinedRedis]:
-    client = connect(url, timeout_s=1.0)
+    client = connect(url, timeout_s=10.0)
     calls = PipelinedRedis(client.connection_pool, patience)
     try:
         yield calls
@@ -135,18 +136,12 @@ async def test_a_server_that_has_lost_its_place_is_left(words: bytes) -> None:
         server.say(words)
         with suppress(InvalidResponse):
             await first
-        await until_closed(calls)
+        await until(lambda: calls.closed)
         again = calls.call("B")
         await asked(server, 1)
         server.say(b"+b\r\n")
         assert await again == b"b"
         assert server.connections == 2
-
-
-async def until_closed(calls: PipelinedRedis) -> None:
-    connection = calls._connection
-    assert connection is not None
-    await connection.lost.wait()
 
 
 # Connections that end
@@ -172,7 +167,7 @@ async def test_a_connection_that_is_cut_fails_what_waits_and_nothing_after_it(sa
 async def test_a_connection_that_is_cut_while_nothing_waits_is_replaced_without_an_error() -> None:
     async with scripted() as (server, calls):
         server.cut()
-        await until_closed(calls)
+        await until(lambda: calls.closed)
         reply = calls.call("A")
         await asked(server, 1)
         server.say(b"+a\r\n")

@@ -67,6 +67,11 @@ class PipelinedRedis:
         """Calls that are not answered yet."""
         return 0 if self._connection is None else self._connection.waiting
 
+    @property
+    def closed(self) -> bool:
+        """There is no connection, and none is being opened: the next call opens one."""
+        return self._connection is None or self._connection.error is not None
+
     def call(self, *command: Argument, unheard: Unheard | None = None) -> asyncio.Future[Any]:
         """Send a command; return its reply to come, in which simple strings are bytes.
 
