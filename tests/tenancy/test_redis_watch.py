@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from tests.tenancy.conftest import PATIENT
+from tests.tenancy.scripted import ScriptedRedis
 from tests.tenancy.waiting import until
 
+from tera.tenancy.pipelined import PipelinedRedis
+from tera.tenancy.redis import connect
 from tera.tenancy.redis_watch import PROBE, RedisWatch
 
 if TYPE_CHECKING:
@@ -16,8 +20,6 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
     from tests.tenancy.conftest import FakeClock, RedisServer
-
-    from tera.tenancy.pipelined import PipelinedRedis
 
 LOST = RedisConnectionError("the connection was lost")
 
@@ -86,3 +88,18 @@ async def test_a_server_that_answers_and_takes_no_writes_is_away(
         assert watch.away
         await redis.config_set(setting, mended)
         await watch.wait_until_back()
+
+
+@pytest.mark.parametrize("words", [b"-ERR not today\r\n", b"-WRONGTYPE what is this\r\n"])
+async def test_no_error_ends_the_probing(clock: FakeClock, words: bytes) -> None:
+    async with ScriptedRedis() as server, connect(server.url, timeout_s=10.0) as client:
+        calls = PipelinedRedis(client.connection_pool, PATIENT)
+        async with RedisWatch(calls, "one", clock, 0.01) as watch:
+            watch.mark_away(LOST)
+            assert await server.asked.get() == b"SET"
+            server.say(words)
+            assert await server.asked.get() == b"SET"
+            assert watch.away
+            server.say(b"+OK\r\n")
+            await watch.wait_until_back()
+        await calls.aclose()
