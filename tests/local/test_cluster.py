@@ -36,7 +36,7 @@ def test_a_ray_that_does_not_start_is_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**_: object) -> None:
-        raise ConnectionError("no GCS")
+        raise Exception("no GCS")  # as Ray does
 
     monkeypatch.setattr("ray.init", fail)
     monkeypatch.setattr("tera.local.cluster.set_environment", lambda _: None)

@@ -1,5 +1,5 @@
 {{/* A quantity as Kubernetes itself writes it, 2 for 2000m and 4Gi for 4096Mi: `canonical` of
-     `tera.quantity`. KubeRay reads a RayService and writes it back whole. What it writes in another
+     `tera.config.quantity`. KubeRay reads a RayService and writes it back whole. What it writes in another
      way than we do is its own from then on, and Helm's next upgrade a conflict. */}}
 {{- define "tera.quantity" -}}
 {{- $suffix := regexFind "[a-zA-Z]*$" . -}}

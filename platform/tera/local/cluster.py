@@ -126,11 +126,9 @@ class LocalCluster:
 @contextmanager
 def _starting(what: str) -> Iterator[None]:
     """Say an error of Ray in a start's own words."""
-    from ray.exceptions import RayError
-
     try:
         yield
-    except (OSError, RuntimeError, RayError) as error:
+    except Exception as error:  # Ray raises bare ones, such as when a machine is too busy
         raise StartError(f"{what} does not start: {error}") from error
 
 

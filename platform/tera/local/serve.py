@@ -132,6 +132,7 @@ async def running(
         await _clear_leftovers(home, console)
         _check_port(host, port)
         check_memory(vllm_replicas(platform))
+        # From the last to the first, each of these ends even when the one before it fails to.
         scratch = await stack.enter_async_context(on_record(home))
         await make_models(platform, home, console)
         redis_url, redis_pid = await _start_redis(platform, home, stack, console)
@@ -139,15 +140,8 @@ async def running(
         runtime = local_secrets.runtime(redis_url, home)
         set_environment({**runtime.to_environment(), **local_secrets.ray_environment()})
         set_environment(_engine_environment(platform), keep_existing=True)
-
-        # From the last to the first, and each of them even when the one before it fails.
-        stack.callback(console.done)
         cluster = LocalCluster(host, port, scratch)
-        stack.push_async_callback(cluster.stop)
-        stack.callback(console.stage, "Shutdown")
-        with stage(console, "Ray"):
-            await _uninterrupted(asyncio.to_thread(cluster.start))
-
+        await stack.enter_async_context(_started(cluster, console))
         base_url = f"http://{host}:{port}"
         state = LocalState(
             process=ProcessId.current(),
@@ -160,7 +154,6 @@ async def running(
         )
         stack.callback((home / "state.json").unlink, missing_ok=True)
         state.write(home)
-
         with stage(console, "Engines and gateway"):
             config = serve_config(platform, host=host, port=port)
             await _uninterrupted(asyncio.to_thread(cluster.deploy, config))
@@ -168,17 +161,26 @@ async def running(
             await until_up(config, console)
             await _until_ready(base_url)
 
-        api_key = await _local_key(runtime)
-        models = platform.deployed_models()
         ready = RunningPlatform(
             base_url=base_url,
-            api_key=api_key,
-            model=next((model.id for model in models.values()), ""),
+            api_key=await _local_key(runtime),
+            model=next((model.id for model in platform.deployed_models().values()), ""),
             seconds=time.monotonic() - began,
         )
         stack.callback((home / "local.env").unlink, missing_ok=True)
         write_private(home / "local.env", _env_file(ready))
         yield ready
+
+
+@asynccontextmanager
+async def _started(cluster: LocalCluster, console: Console) -> AsyncGenerator[None]:
+    try:
+        with stage(console, "Ray"):
+            await _uninterrupted(asyncio.to_thread(cluster.start))
+        yield
+    finally:
+        with stage(console, "Shutdown"):
+            await cluster.stop()
 
 
 async def until_up(config: dict[str, Any], console: Console) -> None:
