@@ -274,6 +274,11 @@ async def test_full_context_ends_with_length(asker: Asker) -> None:
         pytest.param(
             Sampling(max_tokens=2, logit_bias={10**7: 1.0}), "logit_bias", id="unknown token"
         ),
+        pytest.param(
+            Sampling(max_tokens=2, logit_bias=dict.fromkeys(range(1025), 1.0)),
+            "logit_bias",
+            id="too many biases",
+        ),
     ],
 )
 async def test_wrong_parameters_are_the_clients_fault(

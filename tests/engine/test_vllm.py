@@ -11,15 +11,17 @@ from pydantic import JsonValue
 from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, Clock, until
 from tests.engine.streams import streamed
 
+from tera.engine.bounds import MAX_LOGIT_BIAS_TOKENS
 from tera.engine.vllm import VllmEngine
 from tera.engine.vllm_args import argument_names
+from tera.engine.vllm_sampling import sampling_params
 from tera.errors import (
     ConfigError,
     EngineError,
     EngineStalledError,
     ReplicaLostError,
 )
-from tera.generation import FinishReason, Sampling, TokenDelta
+from tera.generation import FinishReason, Generation, Sampling, TokenDelta
 
 pytestmark = [*VLLM_MARKS, pytest.mark.asyncio(loop_scope="session")]
 
@@ -51,6 +53,11 @@ def asker(vllm_engine: VllmEngine) -> Asker:
             "engine.args.tensor_parallel_size: set parallelism.tensor instead",
             id="parallelism",
         ),
+        pytest.param(
+            {"worker_extension_cls": "x.Y"},
+            "engine.args.worker_extension_cls: Tera has an extension of its own there",
+            id="worker",
+        ),
     ],
 )
 async def test_wrong_arguments_are_named(
@@ -72,17 +79,51 @@ async def test_wrong_values_are_refused(model_path: str, vllm_environment: None)
         await VllmEngine.launch(model_path, {"dtype": "float3"}, stall_s=5)
 
 
-async def test_resumed_tokens_count_for_the_frequency_penalty(asker: Asker) -> None:
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        pytest.param({"frequency_penalty": 1.5}, id="frequency"),
+        pytest.param({"presence_penalty": 1.5}, id="presence"),
+        pytest.param({"repetition_penalty": 1.3}, id="repetition"),
+        pytest.param(
+            {"frequency_penalty": 0.4, "presence_penalty": 0.6, "repetition_penalty": 1.2}, id="all"
+        ),
+        pytest.param({"frequency_penalty": -0.5, "presence_penalty": -1.0}, id="negative"),
+    ],
+)
+async def test_penalties_count_what_was_generated_before_a_cut(
+    asker: Asker, penalties: dict[str, float]
+) -> None:
     def sampling(max_tokens: int) -> Sampling:
-        return Sampling(
-            max_tokens=max_tokens, temperature=0, frequency_penalty=1.5, ignore_eos=True
-        )
+        return Sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True, **penalties)
 
-    whole = await asker.tokens(PROMPT, sampling(40))
-    plain = await asker.tokens(PROMPT, Sampling(max_tokens=40, temperature=0, ignore_eos=True))
-    assert whole != plain  # so the penalty matters here
-    for cut in (5, 20, 30):
-        assert await asker.tokens(PROMPT + whole[:cut], sampling(40 - cut), cut) == whole[cut:]
+    whole = await asker.tokens(PROMPT, sampling(60))
+    plain = await asker.tokens(PROMPT, Sampling(max_tokens=60, temperature=0, ignore_eos=True))
+    assert whole != plain  # so the penalties matter here
+    # Together, so that the batch holds resumed and undisturbed generations beside each other.
+    cuts = (5, 20, 30, 55)
+    resumed = [asker.tokens(PROMPT + whole[:cut], sampling(60 - cut), cut) for cut in cuts]
+    again, *rests = await asyncio.gather(asker.tokens(PROMPT, sampling(60)), *resumed)
+    assert again == whole
+    assert rests == [whole[cut:] for cut in cuts]
+
+
+@pytest.mark.parametrize("bias", [None, dict.fromkeys(range(MAX_LOGIT_BIAS_TOKENS), 1.0)])
+async def test_a_resumption_names_no_token_in_a_bias(bias: dict[int, float] | None) -> None:
+    sampling = Sampling(
+        max_tokens=20, logit_bias=bias, presence_penalty=2.0, frequency_penalty=-2.0
+    )
+    token_ids = [*range(4000)]
+    generation = Generation(1, "a", token_ids, sampling, ("127.0.0.1", 1), resumed_tokens=3990)
+    assert sampling_params(generation).logit_bias == bias
+
+
+async def test_more_different_tokens_than_a_bias_can_name_are_resumed_with_penalties(
+    asker: Asker,
+) -> None:
+    prompt = [*PROMPT, *range(1000, 2200)]
+    sampling = Sampling(max_tokens=20, temperature=0, ignore_eos=True, frequency_penalty=2.0)
+    assert len(await asker.tokens(prompt, sampling, 1200)) == 20
 
 
 async def test_structured_output_fits_its_schema(asker: Asker, vllm_engine: VllmEngine) -> None:

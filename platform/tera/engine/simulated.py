@@ -11,13 +11,13 @@ from functools import partial
 
 from pydantic import JsonValue
 
+from tera.engine.bounds import check_bounds
 from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_batch import Batch, Slot
 from tera.engine.simulated_faults import FaultInjection
 from tera.engine.simulated_model import VOCABULARY, Continuation, prompt_logprobs
 from tera.errors import (
     ConfigError,
-    ContextLengthError,
     EngineError,
     EngineStalledError,
     InvalidValueError,
@@ -235,12 +235,7 @@ def _check(generation: Generation, context_tokens: int) -> None:
         raise InvalidValueError("The prompt is empty.", param="prompt")
     if min(token_ids) < 0 or max(token_ids) >= VOCABULARY.size:
         raise InvalidValueError("The prompt holds a token id that does not exist.", param="prompt")
-    if len(token_ids) >= context_tokens:
-        raise ContextLengthError(
-            f"This model's context is {context_tokens} tokens; the prompt has {len(token_ids)} "
-            "and leaves no room for an answer.",
-            param="prompt",
-        )
+    check_bounds(generation, context_tokens)
     if sampling.max_tokens < 1:
         raise InvalidValueError("max_tokens must be at least 1.", param="max_tokens")
     if max(sampling.logprobs or 0, sampling.prompt_logprobs or 0) > MAX_LOGPROBS:

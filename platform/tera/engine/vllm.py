@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from tera.engine.bounds import check_bounds
 from tera.engine.vllm_args import async_engine_args
 from tera.engine.vllm_figures import StepFigures, metrics_text, stat_logger
 from tera.engine.vllm_run import Run, refusal
 from tera.engine.vllm_sampling import sampling_params
+from tera.engine.vllm_worker import WorkerExtension
 from tera.errors import (
     ConfigError,
-    ContextLengthError,
     EngineStalledError,
     ReplicaLostError,
     TeraError,
@@ -40,9 +41,7 @@ class VllmEngine:
     - greedy: exact in float32; in bfloat16 near-ties may fall the other way after the cut.
     - seed: the continuation is deterministic, but not the one that the lost replica would have
       sampled. It draws from a seed of its own, so it does not repeat the first part's draws.
-    - frequency and presence penalty count the resumed tokens, through `logit_bias`. One
-      deviation: a resumed token that is generated again meets the presence penalty twice.
-    - repetition penalty counts prompt and generated tokens alike, so it is exact.
+    - penalties count the resumed tokens as generated ones (`vllm_penalties`), so they are exact.
     - structured output: `vllm_plugin` leads the grammar through the resumed tokens.
     """
 
@@ -104,6 +103,11 @@ class VllmEngine:
             raise ConfigError(f"engine.args: vLLM refuses them: {error}") from error
         except RuntimeError as error:
             raise ReplicaLostError("The engine did not start.") from error
+        try:
+            await llm.collective_rpc(WorkerExtension.count_resumed_tokens.__name__)
+        except Exception as error:  # the workers' own, told by vLLM as text
+            llm.shutdown(timeout=_SHUTDOWN_S)
+            raise ReplicaLostError("The engine did not start.") from error
         return cls(llm, figures, stall_s, clock)
 
     def start(
@@ -130,7 +134,7 @@ class VllmEngine:
         try:
             if self._closing is not None:
                 raise ReplicaLostError("The engine has stopped.")
-            self._check(generation)
+            check_bounds(generation, self._context_tokens)
             collector = await self._llm.add_request(
                 generation.request_id,
                 tokens_input(generation.token_ids),
@@ -221,15 +225,6 @@ class VllmEngine:
             for run in list(self._open):
                 run.end(ReplicaLostError("The engine has stopped."))
         await asyncio.shield(self._closing)
-
-    def _check(self, generation: Generation) -> None:
-        prompt_tokens = len(generation.token_ids)
-        if prompt_tokens >= self._context_tokens:
-            raise ContextLengthError(
-                f"This model's context is {self._context_tokens} tokens; the prompt has "
-                f"{prompt_tokens} and leaves no room for an answer.",
-                param="prompt",
-            )
 
 
 def _shut_down(llm: "AsyncLLM") -> None:

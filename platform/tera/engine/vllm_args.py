@@ -1,4 +1,4 @@
-"""A vLLM model's `engine.args`: vLLM's own arguments, but for those that are set elsewhere."""
+"""A vLLM model's `engine.args`: vLLM's own arguments, but for those that are decided elsewhere."""
 
 import ast
 import difflib
@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
+from tera.engine.vllm_worker import WorkerExtension
 from tera.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-_SET_ELSEWHERE = {
-    "model": "source",
-    "tensor_parallel_size": "parallelism.tensor",
-    "pipeline_parallel_size": "parallelism.pipeline",
-    "enable_sleep_mode": "gpuSharing.replicasPerGpu",
+_DECIDED = {
+    "model": "set source instead",
+    "tensor_parallel_size": "set parallelism.tensor instead",
+    "pipeline_parallel_size": "set parallelism.pipeline instead",
+    "enable_sleep_mode": "set gpuSharing.replicasPerGpu instead",
+    "worker_extension_cls": "Tera has an extension of its own there",
 }
-"""vLLM arguments that other parts of a model's configuration decide."""
+"""vLLM arguments that are not for `engine.args`, and why."""
+
+WORKER_EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 
 _SHARED_GPU_MEMORY_RATIO = 0.85
 """`gpu_memory_utilization` on a shared GPU, unless said: sleeping engines keep about a GiB each."""
@@ -37,7 +41,7 @@ def async_engine_args(
         decided: arguments that other parts of the model's configuration decide.
 
     Raises:
-        ConfigError: an argument is unknown, or is one that is set elsewhere.
+        ConfigError: an argument is unknown, or is decided elsewhere.
         ValueError: vLLM refuses a value.
         TypeError: likewise.
     """
@@ -45,7 +49,7 @@ def async_engine_args(
 
     check_args(args, "engine.args")
     given: dict[str, Any] = {**(_sleep_args() if sleeps else {}), **args, **decided}
-    return AsyncEngineArgs(**given)
+    return AsyncEngineArgs(**given, worker_extension_cls=WORKER_EXTENSION)
 
 
 def check_args(args: Mapping[str, JsonValue], path: str) -> None:
@@ -63,8 +67,8 @@ def check_args(args: Mapping[str, JsonValue], path: str) -> None:
         return
     faults = []
     for name in args:
-        if name in _SET_ELSEWHERE:
-            faults.append(f"{path}.{name}: set {_SET_ELSEWHERE[name]} instead")
+        if name in _DECIDED:
+            faults.append(f"{path}.{name}: {_DECIDED[name]}")
         elif name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")

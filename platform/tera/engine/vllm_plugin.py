@@ -5,15 +5,14 @@ first tokens in the prompt, so here the grammar is led through them before it is
 `register` in each of its processes (entry point group `vllm.general_plugins`).
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
+
+from tera.upstream.vllm_penalties import resumed_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
-
-RESUMED: Final = "tera_resumed_tokens"
-"""In `SamplingParams.extra_args`: how many of the prompt's last tokens were generated."""
 
 
 def register() -> None:
@@ -39,8 +38,7 @@ def register() -> None:
 
 def _constrained(manager: "StructuredOutputManager", request: "Request") -> list[int]:
     """Return the resumed tokens that the format holds for: those after the model's reasoning."""
-    params = request.sampling_params
-    resumed = (params.extra_args or {}).get(RESUMED, 0) if params is not None else 0
+    resumed = resumed_tokens(request.sampling_params)
     token_ids = request.prompt_token_ids or []
     if not resumed:
         return []

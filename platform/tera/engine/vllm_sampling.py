@@ -1,10 +1,9 @@
 """How a generation is sampled, in vLLM's parameters."""
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
-from tera.engine.vllm_plugin import RESUMED
 from tera.generation import Generation
+from tera.upstream.vllm_penalties import RESUMED
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -36,7 +35,7 @@ def sampling_params(generation: Generation) -> "SamplingParams":
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        logit_bias=_logit_bias(generation),
+        logit_bias=sampling.logit_bias or None,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         ignore_eos=sampling.ignore_eos,
@@ -55,18 +54,3 @@ def _seed(seed: int | None, resumed_tokens: int) -> int | None:
     if seed is None:
         return None
     return (seed + resumed_tokens * _SEED_STRIDE) & (2**63 - 1)
-
-
-def _logit_bias(generation: Generation) -> dict[int, float] | None:
-    """Return the asked bias, and as bias what the resumed tokens owe to the penalties.
-
-    vLLM counts only tokens that it has generated itself.
-    """
-    sampling = generation.sampling
-    bias = dict(sampling.logit_bias or {})
-    resumed_tokens = generation.resumed_tokens
-    if resumed_tokens and (sampling.presence_penalty or sampling.frequency_penalty):
-        for token_id, count in Counter(generation.token_ids[-resumed_tokens:]).items():
-            owed = sampling.presence_penalty + sampling.frequency_penalty * count
-            bias[token_id] = bias.get(token_id, 0.0) - owed
-    return bias or None
