@@ -12,11 +12,12 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from benchmarks import chain, kills, limits, routing, scaling, steps, text, vllm
+from benchmarks import chain, hostile, kills, limits, routing, scaling, steps, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {
     "chain": chain.run,
+    "hostile": hostile.run,
     "kills": kills.run,
     "limits": limits.run,
     "routing": routing.run,

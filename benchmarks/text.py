@@ -14,9 +14,11 @@ from benchmarks.load import Load
 from benchmarks.measure import idle_cpu_ms_per_s, measure_once
 from benchmarks.systems import System, tera
 from tera.config.environment import Runtime, set_environment
-from tera.contract.chat import ChatRequest
-from tera.contract.common import parse_json_object, parse_request
+from tera.contract.common import parse_request
 from tera.contract.completions import CompletionRequest
+from tera.contract.json_body import parse_json_object
+from tera.gateway.dialects.chat import ChatQuestion
+from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
 from tera.local.demo_model import ensure_demo_model
 
@@ -101,9 +103,10 @@ async def _rendering(repeats: int) -> dict[str, dict[str, Any]]:
         return validated, len(await model.encode(prompt))
 
     async def chat(body: bytes) -> tuple[float, int]:
-        request = parse_request(ChatRequest, parse_json_object(body))
+        content = ChatQuestion(parse_json_object(body)).request.content
         validated = time.process_time()
-        return validated, len((await model.render_chat(request)).token_ids)
+        assert isinstance(content, Conversation)
+        return validated, len((await model.render_chat(content)).token_ids)
 
     seeds = [random.Random(number) for number in range(repeats)]  # noqa: S311  the same each time
     new = [_conversation(seed) for seed in seeds]

@@ -11,6 +11,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAiCompletion
 from prometheus_client import Counter
 
+from tera.contract import chat, completions, fields, json_body
 from tera.contract.chat import ChatRequest
 from tera.contract.completions import CompletionRequest
 from tera.contract.openapi import openapi_document
@@ -24,6 +25,9 @@ DOCUMENT = openapi_document()
 
 COMPLETIONS = "`POST /v1/completions`"
 CHAT = "`POST /v1/chat/completions`"
+
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "maxLength", "maxItems", "maxProperties")
+"""JSON schema's words that a field's row has to tell."""
 
 WRITTEN = {str(2**31 - 1): "2^31-1", str(-(2**63)): "-2^63", str(2**63 - 1): "2^63-1"}
 """Numbers that are unreadable in full."""
@@ -67,13 +71,22 @@ def test_every_field_is_documented_in_the_order_of_reported_faults(title: str, k
     assert list(field_table(title)) == list(kind.model_fields)
 
 
+def test_bounds_on_what_a_request_holds_are_documented() -> None:
+    constants = [
+        item for module in (json_body, fields, chat, completions) for item in vars(module).items()
+    ]
+    bounds = {value for name, value in constants if name.startswith("MAX_")}
+    table = {int(most.replace(",", "")) for most, _ in rows(section("Requests"))}
+    assert table == bounds - {json_body.MAX_JSON_DEPTH, chat.MAX_MODALITIES}
+
+
 @pytest.mark.parametrize(("title", "kind"), REQUESTS)
 def test_documented_ranges_and_defaults_are_those_of_the_types(title: str, kind: Any) -> None:
     table = field_table(title)
     schema = DOCUMENT["components"]["schemas"][kind.__name__]
     for field, described in schema["properties"].items():
         cell = table[field]
-        for bound in ("minimum", "maximum", "exclusiveMinimum", "maxLength", "maxItems"):
+        for bound in BOUNDS:
             if bound in described:
                 number = str(described[bound])
                 assert WRITTEN.get(number, number) in re.split(r"[\s;,]", cell), (field, bound)

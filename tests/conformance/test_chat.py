@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.conformance.answers import accepted, assert_refused, chunks, contents
 from tests.conformance.gateways import ABSENT, Gateway, InProcessGateway
 
 TYPE, VALUE, UNSUPPORTED = "invalid_type", "invalid_value", "unsupported_parameter"
+MISSING = "missing_required_parameter"
 
 
 def said(role: str, content: Any = "Hello", **members: Any) -> dict[str, Any]:
@@ -105,10 +107,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("no-messages", {"messages": []}, VALUE, "messages"),
     ("messages-text", {"messages": "Hello"}, TYPE, "messages"),
     ("message-text", {"messages": ["Hello"]}, TYPE, "messages[0]"),
-    ("no-role", {"messages": [{"content": "x"}]}, "missing_required_parameter", "messages[0].role"),
+    ("no-role", {"messages": [{"content": "x"}]}, MISSING, "messages[0].role"),
     ("role", {"messages": [said("robot")]}, VALUE, "messages[0].role"),
     ("role-number", {"messages": [said("user"), {"role": 5}]}, TYPE, "messages[1].role"),
-    ("no-content", {"messages": [said("user", None)]}, None, "messages[0].content"),
+    ("no-content", {"messages": [said("user", None)]}, MISSING, "messages[0].content"),
     ("content-number", {"messages": [said("user", 5)]}, TYPE, "messages[0].content"),
     ("content-object", {"messages": [said("user", {})]}, TYPE, "messages[0].content"),
     ("part-text", {"messages": [said("user", ["x"])]}, TYPE, "messages[0].content[0]"),
@@ -123,6 +125,25 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         {"messages": [said("user", [{"type": "text", "text": 5}])]},
         TYPE,
         "messages[0].content[0].text",
+    ),
+    ("part-no-type", {"messages": [said("user", [{}])]}, MISSING, "messages[0].content[0].type"),
+    (
+        "part-no-text",
+        {"messages": [said("user", [{"type": "text", "text": None}])]},
+        MISSING,
+        "messages[0].content[0].text",
+    ),
+    (
+        "call-no-name",
+        {"messages": [said("assistant", tool_calls=[{**CALL, "function": {"arguments": ""}}])]},
+        MISSING,
+        "messages[0].tool_calls[0].function.name",
+    ),
+    (
+        "call-empty-name",
+        {"messages": [said("assistant", tool_calls=[{**CALL, "id": ""}])]},
+        VALUE,
+        "messages[0].tool_calls[0].id",
     ),
     (
         "image",
@@ -142,7 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         UNSUPPORTED,
         "messages[0].content[0]",
     ),
-    ("tool-without-call", {"messages": [said("tool")]}, None, "messages[0].tool_call_id"),
+    ("tool-without-call", {"messages": [said("tool")]}, MISSING, "messages[0].tool_call_id"),
     ("both-bounds", {"max_completion_tokens": 5, "max_tokens": 6}, VALUE, "max_tokens"),
     ("bound-zero", {"max_completion_tokens": 0}, VALUE, "max_completion_tokens"),
     ("bound-text", {"max_completion_tokens": "5"}, TYPE, "max_completion_tokens"),
@@ -166,13 +187,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "format-no-kind",
         {"response_format": {}},
-        "missing_required_parameter",
+        MISSING,
         "response_format.type",
     ),
     (
         "format-no-schema",
         {"response_format": {"type": "json_schema"}},
-        None,
+        MISSING,
         "response_format.json_schema",
     ),
     ("no-tools", {"tools": []}, VALUE, "tools"),
@@ -199,11 +220,48 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("fields", "code", "param"),
     [pytest.param(fields, code, param, id=name) for name, fields, code, param in REFUSED],
 )
-def test_t1_refuses(gateway: Gateway, fields: dict[str, Any], code: str | None, param: str) -> None:
-    # Where the contract leaves open which of two codes fits, only the place is asserted.
-    answer = gateway.chat(**fields)
-    assert_refused(answer, code or answer.json()["error"]["code"], param)
-    assert answer.status_code == 400
+def test_t1_refuses(gateway: Gateway, fields: dict[str, Any], code: str, param: str) -> None:
+    error = assert_refused(gateway.chat(**fields), code, param)
+    assert param in error["message"]
+
+
+BOUNDED: list[tuple[str, int, Callable[[int], dict[str, Any]], str]] = [
+    # The context of no gateway here holds so many, so what passes the bound fails at that.
+    ("messages", 2048, lambda n: {"messages": [{"role": "assistant"}] * n}, "messages"),
+    (
+        "parts",
+        2048,
+        lambda n: {"messages": [said("user", [{"type": "text", "text": ""}] * n)]},
+        "messages[0].content",
+    ),
+    (
+        "calls",
+        128,
+        lambda n: {"messages": [said("user"), said("assistant", tool_calls=[CALL] * n)]},
+        "messages[1].tool_calls",
+    ),
+    ("tools", 128, lambda n: {"tools": [TOOL] * n, "tool_choice": "none"}, "tools"),
+]
+
+
+@pytest.mark.parametrize(
+    ("most", "fields", "param"),
+    [pytest.param(most, fields, param, id=name) for name, most, fields, param in BOUNDED],
+)
+def test_x1_what_a_conversation_holds_is_bounded(
+    gateway: Gateway, most: int, fields: Callable[[int], dict[str, Any]], param: str
+) -> None:
+    answer = gateway.chat(**fields(most))
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "context_length_exceeded"
+    error = assert_refused(gateway.chat(**fields(most + 1)), VALUE, param)
+    for number in (most, most + 1):
+        assert str(number) in error["message"]
+
+
+def test_x1_a_long_array_is_refused_for_its_length_whatever_is_in_it(gateway: Gateway) -> None:
+    for fields in ({"messages": [0] * 3000}, {"tools": [0] * 3000}, {"modalities": [0] * 3000}):
+        error = assert_refused(gateway.chat(**fields), VALUE, next(iter(fields)))
+        assert "3000" in error["message"]
 
 
 def test_t1_both_names_of_the_bound_may_agree(gateway: Gateway) -> None:

@@ -104,6 +104,7 @@ ACCEPTED: list[tuple[str, list[Any]]] = [
     ("presence_penalty", [-2, 2, 0, 0.5]),
     ("frequency_penalty", [-2, 2, 0, 0.5]),
     ("logit_bias", [{}, {"65": -100}, {"65": 100, "66": -100.0}, {"65": 0}]),
+    ("logit_bias", [{str(token): 0 for token in range(1024)}]),
     ("user", ["", "x" * 512, "🚀" * 512]),
 ]
 
@@ -201,6 +202,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("logit_bias", {"65": 100.01}, VALUE, "logit_bias.65"),
     ("logit_bias", {"65": -101}, VALUE, "logit_bias.65"),
     *(("logit_bias", {"65": value}, TYPE, "logit_bias.65") for value in ("1", True, [])),
+    ("logit_bias", {str(token): 0 for token in range(1025)}, VALUE, "logit_bias"),
     ("suffix", "end", "unsupported_parameter", "suffix"),
     *(("suffix", value, TYPE, "suffix") for value in (5, True)),
     ("user", "x" * 513, VALUE, "user"),
@@ -230,6 +232,7 @@ def test_c2_refuses(gateway: Gateway, name: str, value: Any, code: str, param: s
         ("logprobs", 6, ["5", "6"]),
         ("presence_penalty", -3, ["-2", "-3"]),
         ("prompt", ["x"] * 129, ["128", "129"]),
+        ("logit_bias", {str(token): 0 for token in range(1025)}, ["1024", "1025"]),
     ],
     ids=lambda it: it if isinstance(it, str) else "",
 )
@@ -239,6 +242,30 @@ def test_c2_a_value_out_of_range_is_told_with_range_and_value(
     error = assert_refused(gateway.complete(**{name: value}), "invalid_value", name)
     for bound in bounds:
         assert re.search(rf"(?<![\d.-]){re.escape(bound)}(?![\d])", error["message"]), error
+
+
+RANGES = [
+    ("max_tokens", [0], "must be at least 1,"),
+    ("temperature", [-1, 3], "must be from 0 to 2,"),
+    ("top_p", [-1, 2], "must be from 0 to 1,"),
+    ("top_k", [-2, 2**31], f"must be from -1 to {2**31 - 1},"),
+    ("min_p", [-1, 2], "must be from 0 to 1,"),
+    ("repetition_penalty", [0, 3], "must be above 0 and at most 2,"),
+    ("seed", [-(2**63) - 1, 2**63], f"must be from {-(2**63)} to {2**63 - 1},"),
+    ("n", [0, 129], "must be from 1 to 128,"),
+    ("logprobs", [-1, 6], "must be from 0 to 5,"),
+    ("presence_penalty", [-3, 3], "must be from -2 to 2,"),
+    ("frequency_penalty", [-3, 3], "must be from -2 to 2,"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "told"), RANGES, ids=lambda it: str(it)[:20])
+def test_t9_an_error_names_the_whole_range_whichever_end_was_missed(
+    gateway: Gateway, name: str, values: list[int], told: str
+) -> None:
+    for value in values:
+        error = assert_refused(gateway.complete(**{name: value}), "invalid_value", name)
+        assert told in error["message"]
 
 
 def test_c2_one_prompt_in_an_array_is_named_by_its_place(gateway: Gateway) -> None:
@@ -272,6 +299,20 @@ def test_c2_a_prompt_longer_than_the_context_is_refused(text_gateway: Gateway) -
         answer = text_gateway.complete(prompt=[65] * tokens, max_tokens=1)
         error = assert_refused(answer, "context_length_exceeded", "prompt")
         assert str(tokens) in error["message"]
+
+
+def test_x1_a_text_that_cannot_fit_is_refused_by_what_is_known_without_its_tokens(
+    gateway: Gateway,
+) -> None:
+    asked = [
+        (gateway.complete(prompt="1" * 50_000), "prompt"),
+        (gateway.complete(prompt=["One", "1" * 50_000]), "prompt"),
+        (gateway.chat(messages=[{"role": "user", "content": "1" * 50_000}]), "messages"),
+    ]
+    for answer, param in asked:
+        error = assert_refused(answer, "context_length_exceeded", param)
+        assert f"{gateway.context_tokens} tokens" in error["message"]
+        assert re.search(r"at least \d{4,}", error["message"])
 
 
 def test_c2_one_of_many_prompts_is_too_long(gateway: Gateway) -> None:

@@ -210,6 +210,17 @@ def test_e2_a_model_that_is_not_there_and_one_that_is_not_allowed_are_the_same(
         assert error["message"] == NOT_FOUND.format(name)
 
 
+def test_h9_a_name_is_repeated_up_to_256_characters(in_process: InProcessGateway) -> None:
+    name = "nobody/" + "x" * 20_000
+    for answer in (
+        in_process.complete(model=name),
+        in_process.chat(model=name),
+        in_process.request("GET", f"/v1/models/{name}"),
+    ):
+        error = assert_refused(answer, "model_not_found", "model")
+        assert error["message"] == NOT_FOUND.format(name[:256] + "…")
+
+
 def test_e2_a_failing_backend_is_told_as_such(in_process: InProcessGateway) -> None:
     for stream in (False, True):
         assert_refused(in_process.complete(model="sim/dead", stream=stream), "backend_failure")

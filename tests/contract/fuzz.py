@@ -1,5 +1,6 @@
 """Requests made from the OpenAPI document, right ones and wrong ones, and what they must get."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -23,6 +24,9 @@ Send = Callable[[str, str, dict[str, Any]], httpx.Response]
 ANOTHER_MATTER = {"invalid_value", "unsupported_parameter", "context_length_exceeded"}
 """Codes that a request may get although each of its fields is as the document says: fields can
 forbid one another, and models differ."""
+
+DEMANDED = re.compile(r"messages\[\d+\]\.(content|tool_call_id)|response_format\.json_schema")
+"""What a request may lack although it need not be there beside other values than it has."""
 
 CHECKS = [
     not_a_server_error,
@@ -80,7 +84,11 @@ def fuzz(
         if mode is GenerationMode.NEGATIVE:
             assert 400 <= answer.status_code < 500, answer.text
         elif answer.status_code != 200:
-            assert answer.json()["error"]["code"] in ANOTHER_MATTER, answer.text
+            error = answer.json()["error"]
+            if error["code"] == "missing_required_parameter":
+                assert DEMANDED.fullmatch(error["param"]), answer.text
+            else:
+                assert error["code"] in ANOTHER_MATTER, answer.text
 
     answers_as_described()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tera.errors import InvalidRequestError, UnsupportedParameterError
+from tera.errors import ContextLengthError, InvalidRequestError, UnsupportedParameterError
 from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.render import AnswerPiece
 from tera.gateway.request import Conversation
@@ -152,6 +152,22 @@ async def test_a_long_prompt_is_encoded_as_a_short_one(plain: VllmTextModel) -> 
     sentence = "The quick brown fox jumps.\n"
     once = await plain.encode(sentence)
     assert await plain.encode(sentence * 400) == once * 400  # over the inline bound
+
+
+async def test_x1_a_text_that_cannot_fit_is_refused_unread(
+    plain: VllmTextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("this text was to be refused unread")
+
+    monkeypatch.setattr(plain._encoder, "encode", encode)
+    digits = "1234567890" * 1_000_000
+    with pytest.raises(ContextLengthError, match="at least") as refused:
+        await plain.encode(digits)
+    assert refused.value.param == "prompt"
+    with pytest.raises(ContextLengthError, match="2048 tokens") as refused:
+        await plain.render_chat(chat(messages=[{"role": "user", "content": digits}]))
+    assert refused.value.param == "messages"
 
 
 async def test_prompts_are_those_of_the_tokenizers_own_template(plain: VllmTextModel) -> None:

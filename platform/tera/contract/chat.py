@@ -20,16 +20,20 @@ from tera.contract.common import (
     StreamUsage,
     Usage,
     invalid,
+    missing,
+    shown,
     unsupported,
     wrong_type,
 )
 from tera.contract.fields import (
     Choices,
+    Entries,
     LogitBias,
     MaxTokens,
     MinP,
     ModelId,
     Penalty,
+    Range,
     RepetitionPenalty,
     Seed,
     Stops,
@@ -42,6 +46,22 @@ from tera.contract.fields import (
     only_with_stream,
 )
 
+MAX_MESSAGES = 2048
+"""Of a conversation. Each is an object here, in the template and in vLLM's checks, and takes some
+50 µs of them before its first character is read."""
+
+MAX_PARTS = 2048
+"""Of a message's content; with text in them, as many as there may be messages of text."""
+
+MAX_TOOLS = 128
+"""OpenAI's bound."""
+
+MAX_TOOL_CALLS = 128
+"""Of a message; OpenAI's bound too, and enough for one call of each tool."""
+
+MAX_MODALITIES = 8
+"""More than there are."""
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -52,21 +72,27 @@ def _content(value: Any) -> str:
         return value
     if not isinstance(value, list):
         wrong_type("a string or an array of content parts", value)
-    texts = []
-    for position, part in enumerate(value):
-        at = f"[{position}]"
-        if not isinstance(part, dict):
-            wrong_type("an object", part, at)
-        if part.get("type") in ("image_url", "input_audio", "file", "video_url"):
-            unsupported(f"holds a part of type {part['type']!r}, and no model here reads it", at)
-        kind = "refusal" if part.get("type") == "refusal" else "text"
-        if part.get("type") not in ("text", "refusal"):
-            invalid("must be 'text'", f"{at}.type")
-        text = part.get(kind)
-        if not isinstance(text, str):
-            wrong_type("a string", text, f"{at}.{kind}")
-        texts.append(text)
-    return "\n".join(texts)
+    if len(value) > MAX_PARTS:
+        invalid(f"must have at most {MAX_PARTS} parts, but has {len(value)}")
+    return "\n".join(_part_text(part, f"[{position}]") for position, part in enumerate(value))
+
+
+def _part_text(part: Any, at: str) -> str:
+    if not isinstance(part, dict):
+        wrong_type("an object", part, at)
+    kind = part.get("type")
+    if kind is None:
+        missing(f"{at}.type")
+    if kind in ("image_url", "input_audio", "file", "video_url"):
+        unsupported(f"holds a part of type {kind!r}, and no model here reads it", at)
+    if kind not in ("text", "refusal"):
+        invalid("must be 'text'", f"{at}.type")
+    text = part.get(kind)
+    if text is None:
+        missing(f"{at}.{kind}")
+    if not isinstance(text, str):
+        wrong_type("a string", text, f"{at}.{kind}")
+    return text
 
 
 def _part(kind: str) -> dict[str, Any]:
@@ -84,7 +110,11 @@ Content = Annotated[
         {
             "oneOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"oneOf": [_part("text"), _part("refusal")]}},
+                {
+                    "type": "array",
+                    "items": {"oneOf": [_part("text"), _part("refusal")]},
+                    "maxItems": MAX_PARTS,
+                },
             ],
             "description": "Text, or parts that are joined by line breaks. Only an assistant's "
             "message may have none.",
@@ -115,7 +145,7 @@ class Message(Request):
     role: Role
     content: Content | None = Field(default=None, validate_default=True)
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Entries(0, MAX_TOOL_CALLS)] | None = None
     tool_call_id: str | None = Field(
         default=None,
         validate_default=True,
@@ -126,14 +156,14 @@ class Message(Request):
     @classmethod
     def _present(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("role") not in (None, "assistant"):
-            invalid("is required in a message of this role")
+            missing()
         return value
 
     @field_validator("tool_call_id")
     @classmethod
     def _answers_a_call(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("role") == "tool":
-            invalid("is required in a message of role 'tool'")
+            missing()
         return value
 
 
@@ -195,7 +225,7 @@ class ResponseFormat(Request):
         cls, value: JsonSchemaFormat | None, info: ValidationInfo
     ) -> JsonSchemaFormat | None:
         if value is None and info.data.get("type") == "json_schema":
-            invalid("is required with type 'json_schema'")
+            missing()
         return value
 
 
@@ -205,7 +235,8 @@ class ChatRequest(Request):
     model: ModelId
     messages: Annotated[
         list[Message],
-        Field(min_length=1, examples=[[{"role": "user", "content": "Say hello."}]]),
+        Entries(1, MAX_MESSAGES),
+        Field(examples=[[{"role": "user", "content": "Say hello."}]]),
     ]
     max_completion_tokens: MaxTokens | None = None
     max_tokens: MaxTokens | None = Field(
@@ -227,9 +258,8 @@ class ChatRequest(Request):
     top_logprobs: (
         Annotated[
             Integer,
+            Range(ge=0, le=20),
             Field(
-                ge=0,
-                le=20,
                 description="Likeliest tokens to report at each position; with `logprobs` only.",
             ),
         ]
@@ -242,11 +272,8 @@ class ChatRequest(Request):
     tools: (
         Annotated[
             list[Tool],
-            Field(
-                min_length=1,
-                max_length=128,
-                description="Refused by models without a tool parser.",
-            ),
+            Entries(1, MAX_TOOLS),
+            Field(description="Refused by models without a tool parser."),
         ]
         | None
     ) = None
@@ -271,6 +298,7 @@ class ChatRequest(Request):
     modalities: (
         Annotated[
             list[str],
+            Entries(0, MAX_MODALITIES),
             WithJsonSchema({"type": "array", "const": ["text"], "description": "Only text."}),
         ]
         | None
@@ -287,7 +315,7 @@ class ChatRequest(Request):
     def _one_bound(cls, value: int | None, info: ValidationInfo) -> int | None:
         other = info.data.get("max_completion_tokens")
         if value is not None and other is not None and value != other:
-            invalid(f"differs from 'max_completion_tokens' ({other}); give one of them")
+            invalid(f"differs from 'max_completion_tokens' ({shown(other)}); give one of them")
         return value
 
     @field_validator("stream_options")

@@ -1,24 +1,20 @@
 """What every endpoint shares: strict types, the error envelope, usage, model cards."""
 
 import json
-import re
-from collections import Counter
 from typing import Annotated, Any, Literal, Never, TypeVar
 
 import msgspec
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    StringConstraints,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tera.errors import (
-    InvalidJsonError,
     InvalidRequestError,
     InvalidTypeError,
     InvalidValueError,
@@ -27,7 +23,8 @@ from tera.errors import (
     UnsupportedParameterError,
 )
 
-MAX_JSON_DEPTH = 64
+MAX_SHOWN_CHARACTERS = 256
+"""Of a client's own words in a message: enough to know them again."""
 
 
 class Request(BaseModel):
@@ -38,7 +35,7 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        if isinstance(values, dict):
+        if isinstance(values, dict) and None in values.values():
             return {name: value for name, value in values.items() if value is not None}
         return values
 
@@ -74,21 +71,18 @@ def invalid(reason: str, at: str = "") -> Never:
     raise PydanticCustomError("invalid_value", "{reason}", {"reason": reason, "at": at})
 
 
+def missing(at: str = "") -> Never:
+    """Say, inside a validator, that a member is required; `at` as in `invalid`."""
+    raise PydanticCustomError("missing_member", "is required", {"at": at})
+
+
 def wrong_type(expected: str, value: Any, at: str = "") -> Never:
     """Refuse, inside a validator, a JSON type; `at` is the path within the field."""
-    context = {"expected": expected, "received": _shown(value), "at": at}
+    context = {"expected": expected, "received": shown(value), "at": at}
     raise PydanticCustomError("wrong_type", "{expected}", context)
 
 
-def _not_empty(text: str) -> str:
-    if not text:
-        invalid("must not be empty")
-    return text
-
-
-NonEmpty = Annotated[
-    str, AfterValidator(_not_empty), WithJsonSchema({"type": "string", "minLength": 1})
-]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 T = TypeVar("T", bound=Request)
 
@@ -103,6 +97,7 @@ def parse_request(kind: type[T], body: dict[str, Any]) -> T:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
+        # Arrays fail at their first wrong entry, or else a long one would have an error for each.
         order = {name: position for position, name in enumerate(kind.model_fields)}
         faults = error.errors(include_url=False)
         first = min(faults, key=lambda fault: order.get(str(fault["loc"][0]), -1))
@@ -113,14 +108,16 @@ def _field_error(fault: ErrorDetails) -> InvalidRequestError:
     kind, context = fault["type"], fault.get("ctx") or {}
     if kind == "literal_error" and not isinstance(fault["input"], str):
         kind, context = "string_type", {}  # all that can be chosen among are strings
+    if kind == "string_too_short":
+        kind, context = "invalid_value", {"reason": "must not be empty"}  # no string has another
     param = path_of(fault["loc"]) + context.get("at", "")
-    if kind == "missing":
+    if kind in ("missing", "missing_member"):
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
     if kind == "unsupported_parameter":
         return UnsupportedParameterError(f"'{param}' {context['reason']}.", param=param)
     if kind == "invalid_value":
         return InvalidValueError(f"Invalid '{param}': {context['reason']}.", param=param)
-    received = context.get("received") or _shown(fault["input"])
+    received = context.get("received") or shown(fault["input"])
     if bounds := _bounds(kind, context):
         return InvalidValueError(
             f"Invalid '{param}': must be {bounds}, but {received} was given.", param=param
@@ -147,22 +144,8 @@ _WANTED = {
 
 def _bounds(kind: str, context: dict[str, Any]) -> str:
     """Return the range that a range error speaks of, or nothing if it is another error."""
-    words = {
-        "greater_than_equal": ("at least", "ge"),
-        "greater_than": ("greater than", "gt"),
-        "less_than_equal": ("at most", "le"),
-        "less_than": ("less than", "lt"),
-    }
-    if kind in words:
-        word, key = words[kind]
-        bound = context[key]
-        return f"{word} {int(bound) if bound == int(bound) else bound}"
     if kind == "string_too_long":
         return f"at most {context['max_length']} characters"
-    if kind == "too_long":
-        return f"at most {context['max_length']} entries"
-    if kind == "too_short":
-        return f"at least {context['min_length']} entries long"
     if kind == "string_pattern_mismatch":
         return f"a string that matches {context['pattern']}"
     if kind == "literal_error":
@@ -170,7 +153,7 @@ def _bounds(kind: str, context: dict[str, Any]) -> str:
     return ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a received value as JSON, shortened: enough to find it, never a whole prompt."""
     if isinstance(value, str):
         return "a string"
@@ -180,106 +163,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def cut(text: str) -> str:
+    """Return a client's own words as an error may repeat them: not more than a few lines."""
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
+
+
 def path_of(location: tuple[int | str, ...]) -> str:
     """Return a location as `prompt[2]` or `stream_options.include_usage`."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a request body.
-
-    Refuses what parsers disagree about, so that no two parts of a platform can read one body
-    in two ways: duplicate keys, NaN and Infinity, numbers beyond a double, lone surrogates.
-
-    Raises:
-        InvalidJsonError: the body is none of that kind, or nests deeper than 64.
-    """
-    try:
-        text = body.decode("utf-8")
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_integer_literal,
-        )
-    except UnicodeDecodeError:
-        raise InvalidJsonError("The request body is not valid UTF-8.") from None
-    except RecursionError:
-        raise InvalidJsonError(_TOO_DEEP) from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InvalidJsonError(
-            f"The request body is not valid JSON ({error.msg} at {where})."
-        ) from None
-    if not isinstance(value, dict):
-        raise InvalidJsonError("The request body must be a JSON object.")
-    _check_depth(value)
-    # A raw body cannot hold one (it is no UTF-8); only an escape can.
-    if "\\u" in text:
-        _check_surrogates(value)
-    return value
-
-
-_TOO_DEEP = f"The request body nests deeper than {MAX_JSON_DEPTH} levels."
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise InvalidJsonError(f"The request body has the key {twice[:64]!r} twice in one object.")
-    return found
-
-
-def _refuse_constant(name: str) -> Never:
-    raise InvalidJsonError(f"The request body holds {name}, which is not JSON.")
-
-
-def _finite(literal: str) -> float:
-    number = float(literal)
-    if number in (float("inf"), float("-inf")):
-        raise InvalidJsonError("The request body holds a number beyond the range of a double.")
-    return number
-
-
-def _integer_literal(literal: str) -> int:
-    if len(literal) > 310 or abs(number := int(literal)) >= 2**1024:
-        raise InvalidJsonError("The request body holds a number beyond the range of a double.")
-    return number
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_JSON_DEPTH:
-            raise InvalidJsonError(_TOO_DEEP)
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
-        ]
-
-
-def _check_surrogates(value: Any) -> None:
-    if isinstance(value, str):
-        if _SURROGATE.search(value):
-            raise InvalidJsonError("The request body holds a lone surrogate, which is no text.")
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            _check_surrogates(key)
-            _check_surrogates(child)
-    elif isinstance(value, list):
-        for child in value:
-            _check_surrogates(child)
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from tera.contract.fields import (
     MinP,
     ModelId,
     Penalty,
+    Range,
     RepetitionPenalty,
     Seed,
     Stops,
@@ -47,6 +48,10 @@ Prompt = str | list[int]
 """Text, or token ids of the model's vocabulary."""
 
 
+MAX_TOKEN_IDS = 1_048_576
+"""Of all prompts of a request: what the longest contexts that models have can hold."""
+
+
 class PromptArray(list[Prompt]):
     """Prompts that came in an array, so that each has a place in it."""
 
@@ -60,11 +65,19 @@ def _prompts(value: Any) -> list[Prompt]:
     if not value:
         invalid("must not be an empty array")
     if is_number(value[0]):
+        _check_token_count(len(value))
         return [_tokens(value, "")]
     if len(value) > MAX_CHOICES:
         invalid(f"must have at most {MAX_CHOICES} prompts, but has {len(value)}")
-    one = text_at if isinstance(value[0], str) else _tokens
-    return PromptArray(one(prompt, f"[{position}]") for position, prompt in enumerate(value))
+    if isinstance(value[0], str):
+        return PromptArray(text_at(text, f"[{at}]") for at, text in enumerate(value))
+    _check_token_count(sum(len(ids) for ids in value if isinstance(ids, list)))
+    return PromptArray(_tokens(ids, f"[{at}]") for at, ids in enumerate(value))
+
+
+def _check_token_count(token_ids: int) -> None:
+    if token_ids > MAX_TOKEN_IDS:
+        invalid(f"must have at most {MAX_TOKEN_IDS} token ids, but has {token_ids}")
 
 
 def _tokens(value: Any, at: str) -> list[int]:
@@ -72,11 +85,18 @@ def _tokens(value: Any, at: str) -> list[int]:
         wrong_type("a string or an array of token ids", value, at)
     if not value:
         invalid("must not be an empty array", at)
-    for position, token in enumerate(value):
-        whole = is_number(token) and (isinstance(token, int) or token.is_integer())
-        if not whole:
-            wrong_type("a token id", token, f"{at}[{position}]")
-    return [int(token) for token in value]
+    # There may be a million, so what is right is told in a few steps over the whole list.
+    types = set(map(type, value))
+    if types == {int}:
+        return value
+    if types <= {int, float} and (whole := list(map(int, value))) == value:
+        return whole
+    place, wrong = next(
+        (place, token)
+        for place, token in enumerate(value)
+        if not is_number(token) or token != int(token)
+    )
+    wrong_type("a token id", wrong, f"{at}[{place}]")
 
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -122,7 +142,9 @@ class CompletionRequest(Request):
     )
     logprobs: (
         Annotated[
-            Integer, Field(ge=0, le=5, description="Likeliest tokens to report at each position.")
+            Integer,
+            Range(ge=0, le=5),
+            Field(description="Likeliest tokens to report at each position."),
         ]
         | None
     ) = None

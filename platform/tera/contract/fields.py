@@ -1,13 +1,100 @@
 """Fields that completions and chat share: each type is written once, with its range."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationInfo, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, core_schema
 
-from tera.contract.common import Integer, NonEmpty, Number, Request, invalid, wrong_type
+from tera.contract.common import Integer, NonEmpty, Number, Request, invalid, shown, wrong_type
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
+
+MAX_BIASES = 1024
+"""What vLLM's GPU model runner has room for (`MAX_NUM_LOGIT_BIAS_TOKENS`); one more ends its
+engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """In a field's annotation: the range of its number, which an error names whole."""
+
+    ge: int | None = None
+    gt: int | None = None
+    le: int | None = None
+
+    def __str__(self) -> str:
+        if self.le is None:
+            return f"at least {self.ge}" if self.gt is None else f"above {self.gt}"
+        if self.gt is not None:
+            return f"above {self.gt} and at most {self.le}"
+        return f"at most {self.le}" if self.ge is None else f"from {self.ge} to {self.le}"
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+        )
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        number = validate(value)
+        if number not in self:
+            invalid(f"must be {self}, but {shown(value)} was given")
+        return number
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        bounds = {"minimum": self.ge, "exclusiveMinimum": self.gt, "maximum": self.le}
+        given = {word: bound for word, bound in bounds.items() if bound is not None}
+        return {**handler(schema), **given}
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """In a field's annotation: how long its array may be, looked at before any entry is.
+
+    The first entry that is wrong is the only one told: a long array would have an error for each.
+    """
+
+    least: int
+    most: int
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        array: Any = handler(source)
+        assert array["type"] == "list"
+        array["fail_fast"] = True
+        return core_schema.no_info_before_validator_function(self._checked, array)
+
+    def _checked(self, value: Any) -> Any:
+        if isinstance(value, list) and not self.least <= len(value) <= self.most:
+            bounds = f"from {self.least} to {self.most}" if self.least else f"at most {self.most}"
+            invalid(f"must have {bounds} entries, but has {len(value)}")
+        return value
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        least = {"minItems": self.least} if self.least else {}
+        return {**handler(schema), **least, "maxItems": self.most}
 
 
 def is_number(value: Any) -> bool:
@@ -39,6 +126,8 @@ def _biases(value: Any) -> dict[int, float]:
     """Return `logit_bias` with token ids as numbers."""
     if not isinstance(value, dict):
         wrong_type("an object", value)
+    if len(value) > MAX_BIASES:
+        invalid(f"must have at most {MAX_BIASES} entries, but has {len(value)}")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
@@ -46,7 +135,7 @@ def _biases(value: Any) -> dict[int, float]:
         if not is_number(bias):
             wrong_type("a number", bias, f".{key}")
         if not -100 <= bias <= 100:
-            invalid("must be between -100 and 100", f".{key}")
+            invalid(f"must be from -100 to 100, but {shown(bias)} was given", f".{key}")
         biases[int(key)] = float(bias)
     return biases
 
@@ -60,56 +149,56 @@ ModelId = Annotated[
 ]
 MaxTokens = Annotated[
     Integer,
+    Range(ge=1),
     Field(
-        ge=1,
         description="Most tokens of one completion; with the prompt it must fit the context.",
         examples=[64],
     ),
 ]
 Temperature = Annotated[
-    Number, Field(ge=0, le=2, description="0 always takes the most likely token.")
+    Number, Range(ge=0, le=2), Field(description="0 always takes the most likely token.")
 ]
 TopP = Annotated[
     Number,
+    Range(ge=0, le=1),
     Field(
-        ge=0,
-        le=1,
         description="Sample among the likeliest tokens of this total probability; 0 is the "
         "single likeliest.",
     ),
 ]
 TopK = Annotated[
     Integer,
+    Range(ge=-1, le=2**31 - 1),
     Field(
-        ge=-1,
-        le=2**31 - 1,
         description="Sample among this many likeliest tokens; -1 and 0 are all.",
     ),
 ]
 MinP = Annotated[
     Number,
-    Field(ge=0, le=1, description="Leave out tokens less likely than this share of the likeliest."),
+    Range(ge=0, le=1),
+    Field(description="Leave out tokens less likely than this share of the likeliest."),
 ]
 RepetitionPenalty = Annotated[
     Number,
-    Field(gt=0, le=2, description="Above 1 holds back tokens of the prompt and of the text."),
+    Range(gt=0, le=2),
+    Field(description="Above 1 holds back tokens of the prompt and of the text."),
 ]
 Penalty = Annotated[
-    Number, Field(ge=-2, le=2, description="Above 0 holds back tokens that the text has already.")
+    Number,
+    Range(ge=-2, le=2),
+    Field(description="Above 0 holds back tokens that the text has already."),
 ]
 Choices = Annotated[
     Integer,
+    Range(ge=1, le=MAX_CHOICES),
     Field(
-        ge=1,
-        le=MAX_CHOICES,
         description=f"Completions of each prompt; prompts × n is at most {MAX_CHOICES}.",
     ),
 ]
 Seed = Annotated[
     Integer,
+    Range(ge=-(2**63), le=2**63 - 1),
     Field(
-        ge=-(2**63),
-        le=2**63 - 1,
         description="The same request with the same seed gives the same text.",
     ),
 ]
@@ -139,6 +228,7 @@ LogitBias = Annotated[
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
             "description": "Token ids to what is added to their log-probabilities.",
             "examples": [{"50256": -100}],
         }

@@ -33,14 +33,6 @@ FINISH_REASONS = {
 }
 """Values that the types do not list: they come from the engine, a layer above."""
 
-_BOUNDS = {
-    "ge": "minimum",
-    "gt": "exclusiveMinimum",
-    "le": "maximum",
-    "lt": "exclusiveMaximum",
-}
-"""JSON schema's words for what pydantic leaves in its own behind a validator."""
-
 _NULL: Schema = {"type": "null"}
 
 
@@ -62,14 +54,14 @@ def request_schemas() -> dict[str, Schema]:
 
 
 def _plain(schema: Any) -> Any:
-    """Return a schema without pydantic's titles, with JSON schema's words for bounds."""
+    """Return a schema without pydantic's titles."""
     if isinstance(schema, list):
         return [_plain(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     return {
         # Below `properties` the keys are our fields' names.
-        _BOUNDS.get(key, key): {name: _plain(field) for name, field in value.items()}
+        key: {name: _plain(field) for name, field in value.items()}
         if key == "properties"
         else _plain(value)
         for key, value in schema.items()

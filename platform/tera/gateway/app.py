@@ -12,7 +12,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tera.config.gateway import GatewayConfig
-from tera.contract.common import ModelList, parse_json_object
+from tera.contract.common import ModelList
 from tera.contract.openapi import openapi_json
 from tera.errors import InternalError, MethodNotAllowedError, TeraError, UnknownUrlError
 from tera.gateway import routes
@@ -21,6 +21,7 @@ from tera.gateway.dialects.base import Question
 from tera.gateway.edge import Edge
 from tera.gateway.error_answers import error_response
 from tera.gateway.exchange import Exchange
+from tera.gateway.parsing import RequestParser
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.relay import ClientGoneError, EventStream, Outbox, StreamedAnswer, while_connected
 from tera.gateway.routes import ApiRoute
@@ -104,6 +105,7 @@ class _Endpoints:
         self._config = config
         self._outbox = Outbox()
         self._document = openapi_json()
+        self._parser = RequestParser()
 
     def of(self, route: ApiRoute) -> Callable[[Request], Awaitable[Response]]:
         """Return the function of a route."""
@@ -141,7 +143,7 @@ class _Endpoints:
     ) -> Response:
         caller = self._authenticate(request)
         body = await read_body(request, self._config().requests.max_body_bytes)
-        question = dialect(parse_json_object(body))
+        question = await self._parser.parse(dialect, body)
         exchange = Exchange.of(request)
 
         async def make(answer: StreamedAnswer) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tera.config.model import ModelConfig
-from tera.contract.common import ModelCard, ModelStatus
+from tera.contract.common import ModelCard, ModelStatus, cut
 from tera.errors import ModelNotFoundError
 from tera.gateway.render import TextModel
 from tera.routing.run import Dispatcher
@@ -60,7 +60,7 @@ class Catalog:
         model = self._by_client_name.get(client_name)
         if model is None or not _may_use(caller, model):
             raise ModelNotFoundError(
-                f"The model `{client_name}` does not exist or is not deployed, "
+                f"The model `{cut(client_name)}` does not exist or is not deployed, "
                 "or you do not have access to it.",
                 param="model",
             )

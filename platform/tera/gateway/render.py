@@ -73,7 +73,11 @@ class TextModel(Protocol):
         ...
 
     async def encode(self, text: str) -> list[int]:
-        """Return the token ids of a raw prompt, special tokens as the model wants them."""
+        """Return the token ids of a raw prompt, special tokens as the model wants them.
+
+        Raises:
+            ContextLengthError: the text is so long that it cannot fit; it has not been encoded.
+        """
         ...
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
@@ -82,6 +86,7 @@ class TextModel(Protocol):
         Raises:
             UnsupportedParameterError: the model has no chat template, or no parser for tools.
             InvalidValueError: the template refuses the conversation.
+            ContextLengthError: as rendered, it is so long that it cannot fit.
         """
         ...
 
@@ -167,6 +172,9 @@ async def render_prompts(
 async def _token_ids(text: TextModel, prompt: Prompt, path: str) -> list[int]:
     if isinstance(prompt, str):
         return await text.encode(prompt)
+    # There may be a million: those of a prompt that cannot fit anyway are not looked at.
+    if len(prompt) > text.context_length or 0 <= min(prompt) <= max(prompt) < text.vocab_size:
+        return prompt
     for position, token_id in enumerate(prompt):
         if not 0 <= token_id < text.vocab_size:
             raise InvalidValueError(

@@ -1,5 +1,6 @@
 """Text of models that the simulated engine runs: its own vocabulary of bytes and words."""
 
+import asyncio
 import codecs
 from functools import cache
 
@@ -8,6 +9,7 @@ from pydantic import JsonValue
 from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import UnsupportedParameterError
+from tera.gateway.least_tokens import SHORT_CHARACTERS, ContextBound, LeastTokens
 from tera.gateway.render import RenderedChat, TokenText
 from tera.gateway.request import Conversation
 
@@ -33,10 +35,18 @@ class SimulatedTextModel:
         self._vocabulary = _vocabulary()
         self.context_length = SimulatedArgs.parse(args).profile.context_tokens
         self.vocab_size = self._vocabulary.size
+        self._bound = ContextBound(self.context_length, _least_tokens())
 
     async def encode(self, text: str) -> list[int]:
-        """Return the token ids of a raw prompt."""
-        return self._vocabulary.encode(text)
+        """Return the token ids of a raw prompt; see `TextModel`."""
+        return await self._encoded(text, "prompt")
+
+    async def _encoded(self, text: str, param: str) -> list[int]:
+        await self._bound.check(text, param)
+        if len(text) <= SHORT_CHARACTERS:
+            return self._vocabulary.encode(text)
+        # It is Python, which in a thread gives way to the event loop each 5 ms.
+        return await asyncio.to_thread(self._vocabulary.encode, text)
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
         """Return the conversation, each message after its role in angle brackets."""
@@ -58,7 +68,7 @@ class SimulatedTextModel:
         turns = [
             f"<{turn['role']}> {turn.get('content') or ''}\n" for turn in conversation.messages
         ]
-        return RenderedChat(await self.encode("".join([*turns, "<assistant>"])))
+        return RenderedChat(await self._encoded("".join([*turns, "<assistant>"]), "messages"))
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
         """Return no parser: all is content."""
@@ -81,3 +91,10 @@ class SimulatedTextModel:
 @cache
 def _vocabulary() -> Vocabulary:
     return Vocabulary()
+
+
+@cache
+def _least_tokens() -> LeastTokens:
+    vocabulary = _vocabulary()
+    others = (token_id for token_id in range(vocabulary.size) if token_id != vocabulary.eos_id)
+    return LeastTokens(map(vocabulary.token_bytes, others))

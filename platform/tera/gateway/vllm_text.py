@@ -13,6 +13,7 @@ from tera.config.model import FRONTEND_ARGS, engine_args
 from tera.contract.chat import FunctionCallDelta, ToolCallDelta
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
+from tera.gateway.least_tokens import ContextBound, least_tokens
 from tera.gateway.render import (
     AnswerParser,
     AnswerPiece,
@@ -109,8 +110,10 @@ class VllmTextModel:
         self._online = online
         self._tokenizer = online.renderer.get_tokenizer()
         self._encoder = TextEncoder.of(self._tokenizer)
-        if self._encoder is not None:
-            online.renderer.tokenize_prompts_async = _tokenizing(online.renderer, self._encoder)
+        self._bound = ContextBound(model_config.max_model_len, least_tokens(self._tokenizer))
+        online.renderer.tokenize_prompts_async = _tokenizing(
+            online.renderer, self._encoder, self._bound
+        )
         self._has_tools = online.parser is not None and online.parser.tool_parser_cls is not None
         self._has_reasoning = (
             online.parser is not None and online.parser.reasoning_parser_cls is not None
@@ -150,7 +153,8 @@ class VllmTextModel:
         return cls(model_config, online)
 
     async def encode(self, text: str) -> list[int]:
-        """Return the token ids of a raw prompt."""
+        """Return the token ids of a raw prompt; see `TextModel`."""
+        await self._bound.check(text, "prompt")
         if self._encoder is not None:
             return await self._encoder.encode(text, add_special_tokens=True)
         token_ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, text)
@@ -247,14 +251,20 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _tokenizing(
-    renderer: Any, encoder: TextEncoder
+    renderer: Any, encoder: TextEncoder | None, bound: ContextBound
 ) -> Callable[[Sequence[Any], Any], Awaitable[list[Any]]]:
-    """Return the renderer's own step from texts to ids, by `encoder` where it can do it."""
+    """Return the renderer's own step from texts to ids, by `encoder` where it can do it.
+
+    A conversation is looked at here, rendered, since a template may leave out parts of it.
+    """
     otherwise: Callable[[Sequence[Any], Any], Awaitable[list[Any]]]
     otherwise = renderer.tokenize_prompts_async
 
     async def tokenize(prompts: Sequence[Any], params: Any) -> list[Any]:
-        if not all(set(prompt) == {"prompt"} for prompt in prompts):
+        for prompt in prompts:
+            if "prompt" in prompt:
+                await bound.check(prompt["prompt"], "messages")
+        if encoder is None or not all(set(prompt) == {"prompt"} for prompt in prompts):
             return await otherwise(prompts, params)
         add_special_tokens: bool = params.add_special_tokens
         return [

@@ -1,0 +1,128 @@
+"""What it costs the gateway to refuse the dearest bodies and prompts, each in its own process."""
+
+import asyncio
+import gc
+import multiprocessing
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from rich.table import Table
+
+from benchmarks.hostile_bodies import BODIES
+from tera.contract.common import parse_request
+from tera.contract.json_body import parse_json_object
+from tera.errors import InvalidRequestError
+from tera.gateway.encode import TextEncoder
+from tera.gateway.least_tokens import ContextBound, least_tokens
+from tera.gateway.parsing import INLINE_BYTES
+from tera.local.demo_model import ensure_demo_model
+
+MOST_BYTES = 10 * 1024 * 1024
+"""Of a body, by default."""
+GOALS_S = {INLINE_BYTES: 0.02, MOST_BYTES: 1.0}
+GOAL_MIB = 200
+CONTEXT_TOKENS = 8192
+
+PROMPTS = {
+    "digits": "1234567890",
+    "a word of one letter": "a",
+    "prose": "It is a truth, universally acknowledged: that. ",
+    "Japanese": "日本語",
+    "spaces": " ",
+}
+"""What a prompt repeats."""
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What one body or prompt took, and what was answered."""
+
+    cpu_s: float
+    memory_mib: float
+    """At the most, beside what the process and the request take before."""
+    answer: str
+
+
+def run(quick: bool) -> tuple[Table, dict[str, object]]:
+    """Return the table and the figures behind it."""
+    sizes = [INLINE_BYTES] if quick else list(GOALS_S)
+    cases = [(name, size) for size in sizes for name in BODIES]
+    model_path = ensure_demo_model(
+        "smollm2-135m-instruct", Path(".tera/models"), "bfloat16", lambda *_: None
+    )
+    # A new process each: memory that one body took is not given back.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        bodies = dict(zip(cases, pool.starmap(body_cost, cases, chunksize=1), strict=True))
+        prompts = [(str(model_path), text) for text in PROMPTS.values()]
+        texts = dict(zip(PROMPTS, pool.starmap(prompt_cost, prompts, chunksize=1), strict=True))
+    table = Table(
+        "what",
+        *(column for size in sizes for column in (_size(size), "memory")),
+        "answer",
+        title="hostile: CPU and memory of one request, up to its refusal",
+        caption=", ".join(f"{_size(size)}: {GOALS_S[size]} s" for size in sizes)
+        + f" and {GOAL_MIB} MiB at the most; prompts for a context of {CONTEXT_TOKENS} tokens",
+    )
+    for name in BODIES:
+        found = [bodies[name, size] for size in sizes]
+        table.add_row(name, *(cell for each in found for cell in _cells(each)), found[-1].answer)
+    for name, cost in texts.items():
+        before = [""] * (2 * len(sizes) - 2)
+        table.add_row(f"prompt: {name}", *before, *_cells(cost), cost.answer)
+    figures = {f"{name}, {_size(size)}": cost for (name, size), cost in bodies.items()}
+    return table, {"bodies": msgspec.to_builtins(figures), "prompts": msgspec.to_builtins(texts)}
+
+
+def _size(size: int) -> str:
+    return f"{size // 1024} KiB"
+
+
+def _cells(cost: Cost) -> tuple[str, str]:
+    return f"{cost.cpu_s:.3f} s", f"{cost.memory_mib:.0f} MiB"
+
+
+def body_cost(name: str, size: int) -> Cost:
+    """Read one body in this process."""
+    kind, make = BODIES[name]
+    body = make(size)
+    return _cost(lambda: parse_request(kind, parse_json_object(body)))
+
+
+def prompt_cost(model_path: str, piece: str) -> Cost:
+    """Encode a prompt of ten megabytes in this process, or refuse to."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{model_path}/tokenizer.json")
+    encoder = TextEncoder.of(tokenizer)
+    assert encoder is not None
+    bound = ContextBound(CONTEXT_TOKENS, least_tokens(tokenizer))
+    prompt = piece * (MOST_BYTES // len(piece.encode()))
+
+    async def encode() -> None:
+        await bound.check(prompt, "prompt")
+        await encoder.encode(prompt, add_special_tokens=True)
+
+    return _cost(lambda: asyncio.run(encode()))
+
+
+def _cost(work: Callable[[], object]) -> Cost:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget how much memory there ever was
+    before_mib = _memory_mib()
+    began = time.process_time()
+    answer = "accepted"
+    try:
+        work()
+    except InvalidRequestError as error:
+        answer = f"{error.code}: {error.message}"
+    return Cost(time.process_time() - began, _memory_mib() - before_mib, answer[:200])
+
+
+def _memory_mib() -> float:
+    """Return the most memory that this process has had since it was told to forget."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024

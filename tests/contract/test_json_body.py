@@ -1,0 +1,129 @@
+"""Bodies against a plain parser, and the bounds on what they hold."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tera.contract import json_body
+from tera.contract.json_body import (
+    MAX_JSON_CONTAINERS,
+    MAX_JSON_MEMBERS,
+    MAX_JSON_VALUES,
+    parse_json_object,
+)
+from tera.errors import InvalidJsonError, InvalidRequestError, InvalidValueError
+
+# Whatever could be taken for the structure of the text around it.
+strings = st.text(st.sampled_from('"\\[]{}:,u0a\n é🚀')) | st.text(max_size=20)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | strings,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(strings, inner, max_size=4),
+    max_leaves=12,
+)
+objects = st.dictionaries(strings, values, max_size=4)
+
+
+@given(objects, st.booleans(), st.sampled_from([None, 1]), st.integers(1, 9) | st.just(65_536))
+@settings(max_examples=150)
+def test_every_object_is_read_as_it_was_written(
+    value: dict[str, Any], escaped: bool, indent: int | None, slice_bytes: int
+) -> None:
+    body = json.dumps(value, ensure_ascii=escaped, indent=indent).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        # So small that strings and escapes lie across the ends of slices.
+        patch.setattr(json_body, "_SLICE_BYTES", slice_bytes)
+        assert parse_json_object(body) == value
+
+
+@given(objects, strings, values, values)
+@settings(max_examples=80)
+def test_a_key_twice_is_found_wherever_it_is(
+    around: dict[str, Any], key: str, first: Any, second: Any
+) -> None:
+    members = [f"{json.dumps(key)}: {json.dumps(value)}" for value in (first, second)]
+    inside = json.dumps({**around, "found": ["inside"]})
+    body = inside.replace('"inside"', "{" + ", ".join(members) + "}").encode()
+    with pytest.raises(InvalidJsonError, match="twice in one object"):
+        parse_json_object(body)
+
+
+def test_of_a_large_body_a_key_that_comes_twice_is_not_named() -> None:
+    for padding, named in ((10, "the key 'twice'"), (100_000, "a key")):
+        body = f'{{"padding": "{"x" * padding}", "twice": 1, "twice": 2}}'.encode()
+        with pytest.raises(InvalidJsonError) as refused:
+            parse_json_object(body)
+        assert refused.value.message == f"The request body has {named} twice in one object."
+
+
+@pytest.mark.parametrize(
+    ("number", "accepted"),
+    [
+        pytest.param(str(2**1024 - 1), True, id="largest-integer"),
+        pytest.param(str(2**1024), False, id="one-more"),
+        pytest.param(str(-(2**1024)), False, id="one-less"),
+        pytest.param("1" + "0" * 400 + "e-200", True, id="many-digits-of-a-double"),
+        pytest.param("0." + "1" * 400, True, id="many-digits-of-a-fraction"),
+        pytest.param("1" + "0" * 400 + ".5", False, id="fraction-beyond-a-double"),
+        pytest.param("1" + "0" * 250 + "e99", False, id="short-exponent-beyond-a-double"),
+        pytest.param('"' + "9" * 400 + '"', True, id="digits-in-a-string"),
+    ],
+)
+def test_numbers_are_those_of_a_double(number: str, accepted: bool) -> None:
+    body = f'{{"x": [{{"y": {number}}}]}}'.encode()
+    if accepted:
+        assert parse_json_object(body) == json.loads(body)
+    else:
+        with pytest.raises(InvalidJsonError, match="beyond the range of a double"):
+            parse_json_object(body)
+
+
+def arrays(count: int) -> bytes:
+    """Return an object that holds so many arrays and objects, itself among them."""
+    return b'{"x": [' + b"[]," * (count - 3) + b"[]]}"
+
+
+def members(count: int) -> bytes:
+    """Return an object that has so many members, its own among them."""
+    inner = ",".join(f'"{number}": 0' for number in range(count - 1))
+    return f'{{"x": {{{inner}}}}}'.encode()
+
+
+def entries(count: int) -> bytes:
+    """Return an object that holds so many values: two containers and the entries of one."""
+    return b'{"x": [' + b"0," * (count - 2) + b"0]}"
+
+
+@pytest.mark.parametrize(
+    ("body", "most", "what"),
+    [
+        pytest.param(arrays, MAX_JSON_CONTAINERS, "arrays and objects", id="containers"),
+        pytest.param(members, MAX_JSON_MEMBERS, "members of objects", id="members"),
+        pytest.param(entries, MAX_JSON_VALUES, "values", id="values"),
+    ],
+)
+def test_x1_what_a_body_holds_is_bounded(body: Any, most: int, what: str) -> None:
+    assert parse_json_object(body(most))
+    with pytest.raises(InvalidValueError) as refused:
+        parse_json_object(body(most + 1))
+    assert refused.value.message == f"The request body has more than {most} {what}."
+    assert refused.value.param is None
+
+
+def test_structure_in_strings_is_not_counted() -> None:
+    text = '[{:,"\\' * MAX_JSON_CONTAINERS
+    assert parse_json_object(json.dumps({"x": text}).encode()) == {"x": text}
+
+
+def test_x1_brackets_that_only_open_are_refused_before_they_are_followed() -> None:
+    depth = 10 * sys.getrecursionlimit()
+    for body in (b"[" * depth, b'{"x":' * depth, b"[" * 10_000_000):
+        with pytest.raises(InvalidRequestError):
+            parse_json_object(body)
