@@ -13,7 +13,6 @@ from tests.engine.streams import streamed
 
 from tera.engine.bounds import MAX_LOGIT_BIAS_TOKENS
 from tera.engine.vllm import VllmEngine
-from tera.engine.vllm_args import argument_names
 from tera.engine.vllm_sampling import sampling_params
 from tera.errors import (
     ConfigError,
@@ -22,6 +21,7 @@ from tera.errors import (
     ReplicaLostError,
 )
 from tera.generation import FinishReason, Generation, Sampling, TokenDelta
+from tera.upstream.vllm import argument_names
 
 pytestmark = [*VLLM_MARKS, pytest.mark.asyncio(loop_scope="session")]
 

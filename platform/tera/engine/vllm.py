@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from tera.engine.bounds import check_bounds
 from tera.engine.vllm_args import async_engine_args
-from tera.engine.vllm_figures import StepFigures, metrics_text, stat_logger
+from tera.engine.vllm_figures import StepFigures, metrics_text
 from tera.engine.vllm_run import Run, refusal
 from tera.engine.vllm_sampling import sampling_params
 from tera.engine.vllm_worker import WorkerExtension
@@ -18,10 +18,11 @@ from tera.errors import (
     ConfigError,
     EngineStalledError,
     ReplicaLostError,
+    StartError,
     TeraError,
 )
 from tera.generation import Generation, ReplicaLoad, TokenDelta
-from tera.upstream.vllm import deliver
+from tera.upstream.vllm import check_engine, deliver, engine_processes, stat_logger
 
 # vLLM takes ten seconds to import and is not installed beside every part of Tera, so it is
 # imported where an engine starts and wherever one has started.
@@ -85,7 +86,9 @@ class VllmEngine:
         Raises:
             ConfigError: an argument is unknown, or vLLM refuses its value.
             ReplicaLostError: vLLM's processes failed to start.
+            StartError: this vLLM is not one that Tera works with.
         """
+        check_engine()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         figures = StepFigures(clock)
@@ -98,7 +101,7 @@ class VllmEngine:
                 pipeline_parallel_size=pipeline_parallel,
             )
             # Not in a thread: AsyncLLM binds its sockets and tasks to the running loop.
-            llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[stat_logger(figures)])
+            llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[stat_logger(figures.record)])
         except (ValueError, TypeError) as error:
             raise ConfigError(f"engine.args: vLLM refuses them: {error}") from error
         except RuntimeError as error:
@@ -107,7 +110,7 @@ class VllmEngine:
             await llm.collective_rpc(WorkerExtension.count_resumed_tokens.__name__)
         except Exception as error:  # the workers' own, told by vLLM as text
             llm.shutdown(timeout=_SHUTDOWN_S)
-            raise ReplicaLostError("The engine did not start.") from error
+            raise StartError(f"vLLM's workers are not as Tera needs them: {error}") from error
         return cls(llm, figures, stall_s, clock)
 
     def start(
@@ -228,7 +231,7 @@ class VllmEngine:
 
 
 def _shut_down(llm: "AsyncLLM") -> None:
-    manager = llm.engine_core.resources.engine_manager
+    processes = engine_processes(llm)
     llm.shutdown(timeout=_SHUTDOWN_S)
-    for process in getattr(manager, "processes", []):
+    for process in processes:
         process.join(_SHUTDOWN_S)  # vLLM kills a late one and does not wait for it

@@ -1,16 +1,14 @@
 """A vLLM model's `engine.args`: vLLM's own arguments, but for those that are decided elsewhere."""
 
-import ast
 import difflib
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
 from tera.engine.vllm_worker import WorkerExtension
 from tera.errors import ConfigError
+from tera.upstream.vllm import argument_names
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -74,21 +72,6 @@ def check_args(args: Mapping[str, JsonValue], path: str) -> None:
             faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def argument_names() -> set[str]:
-    """Return the names of vLLM's engine arguments from its source; none if there is no vLLM."""
-    vllm = importlib.util.find_spec("vllm")
-    if vllm is None or not vllm.submodule_search_locations:
-        return set()
-    source = Path(vllm.submodule_search_locations[0]) / "engine" / "arg_utils.py"
-    return {
-        statement.target.id
-        for block in ast.parse(source.read_text(encoding="utf-8")).body
-        if isinstance(block, ast.ClassDef) and block.name in ("EngineArgs", "AsyncEngineArgs")
-        for statement in block.body
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    }
 
 
 def _sleep_args() -> dict[str, Any]:

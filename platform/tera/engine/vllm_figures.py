@@ -1,13 +1,10 @@
 """What vLLM reports of itself: the figures of its latest step, and its metrics."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
-
-if TYPE_CHECKING:
-    from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class StepFigures:
@@ -25,31 +22,6 @@ class StepFigures:
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.kv_usage_ratio = scheduler_stats.kv_cache_usage
-
-
-def stat_logger(figures: StepFigures) -> "type[StatLoggerBase]":
-    """Return the class by which vLLM keeps `figures` current."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class StepLogger(StatLoggerBase):
-        """Keeps the figures of the latest step; vLLM's own loggers stay beside it."""
-
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            del vllm_config, engine_index
-
-        def record(
-            self,
-            scheduler_stats: Any,
-            iteration_stats: Any,
-            mm_cache_stats: Any = None,
-            engine_idx: int = 0,
-        ) -> None:
-            figures.record(scheduler_stats)
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return StepLogger
 
 
 def metrics_text() -> str:

@@ -12,11 +12,96 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from tera.upstream.symbols import Symbol, check
+
 if TYPE_CHECKING:
     import torch
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+_BATCH = "vllm.v1.worker.gpu_input_batch"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu"
+
+NEEDS = (
+    Symbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", "mixes our class in"),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.use_v2_model_runner", "which runner it is"),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.model_runner", "the runner"),
+)
+"""What a worker has to have, whichever its model runner is."""
+
+V1_NEEDS = (
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._sample",
+        "ours takes its place, and has the sampler see what was generated elsewhere",
+        exact="self logits spec_decode_metadata",
+    ),
+    Symbol(_RUNNER, "GPUModelRunner.requests", "requests by their ids"),
+    Symbol(_RUNNER, "GPUModelRunner.input_batch", "the batch of a step"),
+    Symbol(_BATCH, "InputBatch.req_ids", "which request is in which row"),
+    Symbol(_BATCH, "InputBatch.sampling_metadata", "what the sampler is given of the batch"),
+    Symbol(
+        _BATCH,
+        "InputBatch.update_async_output_token_ids",
+        "async scheduling puts -1 where a token is not known yet",
+        call="",
+    ),
+    Symbol(_BATCH, "CachedRequestState.prompt_token_ids", "the resumed tokens are its last"),
+    Symbol(_BATCH, "CachedRequestState.sampling_params", "how many were resumed"),
+    Symbol(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata.output_token_ids",
+        "what penalties count, a list for each row",
+    ),
+    Symbol(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata.no_penalties",
+        "most batches have none, and cost nothing",
+    ),
+)
+
+V2_NEEDS = (
+    Symbol(f"{_V2}.model_runner", "GPUModelRunner.sampler", "None but in the last pipeline stage"),
+    Symbol(f"{_V2}.sample.sampler", "Sampler.penalties_state", "what counts for penalties"),
+    Symbol(
+        f"{_V2}.sample.penalties",
+        "PenaltiesState.add_request",
+        "ours takes its place, and says from where to count",
+        exact="self req_idx sampling_params",
+    ),
+    Symbol(
+        f"{_V2}.sample.penalties",
+        "PenaltiesState.apply_staged_writes",
+        "ours takes its place, and brings that to the GPU",
+        exact="self",
+    ),
+    Symbol(f"{_V2}.sample.penalties", "PenaltiesState.req_states", "where `prompt_len` is read"),
+    Symbol(
+        f"{_V2}.sample.logits_processor.interface",
+        "LogitsProcRequestState.prompt_len",
+        "from there on tokens count as generated",
+    ),
+    Symbol(
+        f"{_V2}.sample.logits_processor.interface",
+        "LogitsProcRequestState.max_num_reqs",
+        "as many requests as there are",
+    ),
+    Symbol(
+        f"{_V2}.buffer_utils",
+        "UvaBackedTensor",
+        "figures that the CPU writes and the GPU reads",
+        call="size dtype",
+    ),
+    Symbol(f"{_V2}.buffer_utils", "UvaBackedTensor.np", "as above"),
+    Symbol(f"{_V2}.buffer_utils", "UvaBackedTensor.copy_to_uva", "as above", call=""),
+    Symbol(
+        f"{_V2}.sample.logit_bias",
+        "MAX_NUM_LOGIT_BIAS_TOKENS",
+        "`tera.engine.bounds` has the same number, over which a request would end the engine",
+    ),
+)
 
 RESUMED: Final = "tera_resumed_tokens"
 """In `SamplingParams.extra_args`: how many of the prompt's last tokens were generated."""
@@ -34,7 +119,11 @@ def count_resumed_in_v1(runner: "GPUModelRunner") -> None:
     """Have a V1 model runner's sampler see resumed tokens before those generated here.
 
     V1 gives the sampler each request's generated tokens as a list, at each step.
+
+    Raises:
+        StartError: this vLLM is not one that Tera works with.
     """
+    check((*NEEDS, *V1_NEEDS))
     sample: Callable[[torch.Tensor | None, Any], Any] = runner._sample
 
     def sample_resumed(logits: "torch.Tensor | None", spec_decode_metadata: Any) -> Any:
@@ -74,7 +163,11 @@ def count_resumed_in_v2(penalties: "PenaltiesState") -> None:
     """Have a V2 model runner's penalties begin to count before the end of the prompt.
 
     V2 counts on the GPU, once when a request enters the batch: from `prompt_len` on.
+
+    Raises:
+        StartError: this vLLM is not one that Tera works with.
     """
+    check((*NEEDS, *V2_NEEDS))
     import torch
     from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 

@@ -1,0 +1,95 @@
+"""Structured outputs that go on where another replica's ended.
+
+vLLM begins a request's grammar at the request's first generated token. A resumed generation has its
+first tokens in the prompt, so here the grammar is led through them before it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tera.upstream.symbols import Symbol, check
+from tera.upstream.vllm_penalties import resumed_tokens
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+_OUTPUT = "vllm.v1.structured_output"
+
+NEEDS = (
+    Symbol(
+        _OUTPUT,
+        "StructuredOutputManager._create_grammar",
+        "ours takes its place, and leads what it returns through the resumed tokens",
+        exact="self request",
+    ),
+    Symbol(
+        _OUTPUT,
+        "StructuredOutputManager._get_reasoner",
+        "a format does not hold for a model's reasoning",
+        call="request",
+    ),
+    Symbol(_OUTPUT, "StructuredOutputManager.enable_in_reasoning", "unless it is to"),
+    Symbol(
+        f"{_OUTPUT}.backend_types",
+        "StructuredOutputGrammar.accept_tokens",
+        "the grammar moves past a token",
+        call="request_id tokens",
+    ),
+    Symbol(
+        "vllm.reasoning.abs_reasoning_parsers",
+        "ReasoningParser.is_reasoning_end",
+        "as above",
+        call="input_ids",
+    ),
+    Symbol("vllm.v1.request", "Request.sampling_params", "how many tokens were resumed"),
+    Symbol("vllm.v1.request", "Request.prompt_token_ids", "which they are"),
+    Symbol("vllm.v1.request", "Request.request_id", "grammars log it"),
+)
+
+
+def lead_grammars() -> None:
+    """Lead grammars through what has been generated; harmless if it is done already.
+
+    Raises:
+        StartError: this vLLM is not one that Tera works with.
+    """
+    check(NEEDS)
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    create: Any = StructuredOutputManager._create_grammar
+    if hasattr(create, "resumes"):
+        return
+
+    def create_resumed(
+        manager: "StructuredOutputManager", request: "Request"
+    ) -> "StructuredOutputGrammar":
+        grammar: StructuredOutputGrammar = create(manager, request)
+        generated = _constrained(manager, request)
+        if generated and not grammar.accept_tokens(request.request_id, generated):
+            raise ValueError("the tokens generated so far do not fit the format asked for")
+        return grammar
+
+    create_resumed.resumes = True  # type: ignore[attr-defined]
+    StructuredOutputManager._create_grammar = create_resumed  # type: ignore[assignment,method-assign]
+
+
+def _constrained(manager: "StructuredOutputManager", request: "Request") -> list[int]:
+    """Return the resumed tokens that the format holds for: those after the model's reasoning."""
+    resumed = resumed_tokens(request.sampling_params)
+    token_ids = request.prompt_token_ids or []
+    if not resumed:
+        return []
+    prompt_tokens = len(token_ids) - resumed
+    reasoner = None if manager.enable_in_reasoning else manager._get_reasoner(request)
+    if reasoner is None:
+        return token_ids[prompt_tokens:]
+    # The shortest beginning that ends the reasoning: once it has ended it stays so.
+    low, high = prompt_tokens, len(token_ids) + 1
+    while low < high:
+        middle = (low + high) // 2
+        if middle > len(token_ids) or reasoner.is_reasoning_end(token_ids[:middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return token_ids[low:]

@@ -1,0 +1,401 @@
+"""vLLM's renderer, detokeniser and parsers, used without an engine.
+
+They are parts of vLLM's own server, which makes no promise of them. All of `vllm` that a gateway
+imports is imported here, when a model with such text is loaded: it costs seconds and 0.7 GB.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import JsonValue
+
+from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
+from tera.upstream.symbols import Symbol, check
+
+_ANSWERS = "vllm.entrypoints.generate.base.protocol"
+_CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
+_DETOKENIZER = "vllm.v1.engine.detokenizer"
+_ONLINE = "vllm.renderers.online_renderer"
+
+CHAT_FIELDS = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "response_format",
+)
+"""What vLLM's renderer and parsers read of a request; a `Conversation` has the same names."""
+
+STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""What an engine can be held to, as vLLM and the records of `Sampling` name it."""
+
+NEEDS = (
+    Symbol(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_model_config",
+        "a model is loaded for its text alone, as an engine with the same arguments would",
+        call="",
+    ),
+    Symbol("vllm.config.vllm", "VllmConfig.model_config", "a renderer is made from it alone"),
+    Symbol("vllm.config.model", "ModelConfig.max_model_len", "the context's length"),
+    Symbol("vllm.config.model", "ModelConfig.get_vocab_size", "which token ids there are", call=""),
+    Symbol(
+        "vllm.renderers.registry",
+        "renderer_from_config",
+        "the renderer that fits the model's tokenizer",
+        call="config",
+    ),
+    Symbol(
+        _ONLINE,
+        "OnlineRenderer",
+        "chat templates, tools and parsers as vLLM's own server puts them together",
+        call="model_config renderer request_logger chat_template chat_template_content_format "
+        "enable_auto_tools tool_parser reasoning_parser",
+    ),
+    Symbol(
+        _ONLINE,
+        "OnlineRenderer.render_chat",
+        "a conversation becomes token ids; refusals are returned instead of a tuple",
+        call="request",
+        awaited=True,
+    ),
+    Symbol(
+        _ONLINE,
+        "OnlineRenderer.effective_chat_template_kwargs",
+        "parsers are given what the template was",
+        call="request",
+    ),
+    Symbol(_ONLINE, "OnlineRenderer.parser", "the class of the model's parsers, or None"),
+    Symbol(_ONLINE, "OnlineRenderer.renderer", "the tokenizer behind it"),
+    Symbol("vllm.renderers.base", "BaseRenderer.get_tokenizer", "raw prompts are encoded", call=""),
+    Symbol(
+        "vllm.renderers.base",
+        "BaseRenderer.tokenize_prompts_async",
+        "ours takes its place, which encodes only what a conversation has new",
+        exact="self prompts params",
+        awaited=True,
+    ),
+    Symbol(
+        "vllm.renderers.params",
+        "TokenizeParams.add_special_tokens",
+        "the same in the tokenizer that takes its place",
+    ),
+    Symbol(
+        "vllm.parser.abstract_parser",
+        "Parser",
+        "a parser for each answer",
+        call="tokenizer tools model_config chat_template_kwargs",
+    ),
+    Symbol("vllm.parser.abstract_parser", "Parser.tool_parser_cls", "whether a model has tools"),
+    Symbol("vllm.parser.abstract_parser", "Parser.reasoning_parser_cls", "whether a model reasons"),
+    Symbol(
+        "vllm.parser.abstract_parser",
+        "Parser.parse_delta",
+        "an answer's text is told apart while it comes",
+        call="delta_text delta_token_ids request prompt_token_ids finished",
+    ),
+    *(
+        Symbol(_ANSWERS, f"{kind}.{field}", "what a parser tells")
+        for kind, fields in {
+            "DeltaMessage": "content reasoning tool_calls",
+            "DeltaToolCall": "index id type function",
+            "DeltaFunctionCall": "name arguments",
+        }.items()
+        for field in fields.split()
+    ),
+    *(
+        Symbol(_CHAT, f"ChatCompletionRequest.{field}", "it would ignore a field it does not know")
+        for field in (*CHAT_FIELDS, "max_completion_tokens")
+    ),
+    Symbol(
+        _CHAT,
+        "ChatCompletionRequest.extract_structured_outputs",
+        "what a response format or a forced tool asks of the engine",
+        call="",
+    ),
+    Symbol(
+        _CHAT,
+        "ChatCompletionRequest.skip_special_tokens",
+        "some parsers need to see special tokens",
+    ),
+    *(
+        Symbol("vllm.sampling_params", f"StructuredOutputsParams.{kind}", "it crosses the wire")
+        for kind in STRUCTURED_KINDS
+    ),
+    Symbol(
+        "vllm.exceptions", "VLLMClientError", "a refusal of the client's request is told as one"
+    ),
+    Symbol(
+        _DETOKENIZER,
+        "IncrementalDetokenizer.from_new_request",
+        "text from tokens, exact across tokens that are parts of a character",
+        call="tokenizer request",
+    ),
+    Symbol(
+        _DETOKENIZER,
+        "BaseIncrementalDetokenizer.update",
+        "it is given each token",
+        call="new_token_ids stop_terminated",
+    ),
+    Symbol(
+        _DETOKENIZER,
+        "BaseIncrementalDetokenizer.get_next_output_text",
+        "it is asked for what each token completes",
+        call="finished delta",
+    ),
+    Symbol(
+        "vllm.tokenizers.detokenizer_utils",
+        "convert_ids_list_to_tokens",
+        "log-probabilities name tokens by their text",
+        call="tokenizer token_ids",
+    ),
+    Symbol(
+        "transformers.convert_slow_tokenizer",
+        "bytes_to_unicode",
+        "log-probabilities give the bytes of tokens that are no whole text",
+        call="",
+    ),
+)
+"""What this file uses. No signature shows that a detokeniser reads no more of a request than
+`_Completion` has."""
+
+
+class Encode(Protocol):
+    """A tokenizer's way from text to token ids."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Awaitable[list[int]]:
+        """Return the ids of a text, with the special tokens of a raw prompt if asked to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What vLLM's detokeniser reads of sampling parameters; stop strings are looked for here."""
+
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool = True
+    stop: None = None
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """What vLLM's detokeniser reads of an engine request."""
+
+    prompt_token_ids: list[int]
+    sampling_params: _Decoding
+    request_id: str = ""
+    prompt_embeds: None = None
+
+
+class VllmDetokenizer:
+    """vLLM's incremental detokeniser for one completion."""
+
+    def __init__(self, tokenizer: Any, prompt_token_ids: list[int], special_tokens: bool) -> None:
+        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+        completion: Any = _Completion(prompt_token_ids, _Decoding(not special_tokens))
+        self._inner: Any = IncrementalDetokenizer.from_new_request(tokenizer, completion)
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes."""
+        self._inner.update([token_id], False)
+        text: str = self._inner.get_next_output_text(finished=False, delta=True)
+        return text
+
+
+class VllmParser:
+    """vLLM's reasoning and tool parsers over one answer."""
+
+    def __init__(self, parser: Any, request: Any, prompt_token_ids: list[int]) -> None:
+        self._parser = parser
+        self._request = request
+        self._prompt_token_ids = prompt_token_ids
+
+    def push(self, text: str, token_ids: list[int], *, finished: bool) -> Any:
+        """Return vLLM's `DeltaMessage` of what the text adds, or None."""
+        return self._parser.parse_delta(
+            delta_text=text,
+            delta_token_ids=token_ids,
+            request=self._request,
+            prompt_token_ids=self._prompt_token_ids,
+            finished=finished,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VllmConversation:
+    """A conversation that vLLM has rendered."""
+
+    token_ids: list[int]
+    structured: dict[str, Any] | None
+    """What the engine is held to, as `Sampling` has it."""
+    special_tokens: bool
+    """Whether its parsers want to see special tokens."""
+    request: Any
+    """vLLM's form of the request, for its parsers."""
+
+
+class VllmText:
+    """A model's tokenizer, chat template and parsers."""
+
+    def __init__(self, model_config: Any, online: Any) -> None:
+        self._model_config = model_config
+        self._online = online
+        self.tokenizer: Any = online.renderer.get_tokenizer()
+        parser = online.parser
+        self.has_tools: bool = parser is not None and parser.tool_parser_cls is not None
+        self.has_reasoning: bool = parser is not None and parser.reasoning_parser_cls is not None
+        self.context_length: int = model_config.max_model_len
+        self.vocab_size: int = max(model_config.get_vocab_size(), len(self.tokenizer))
+
+    @classmethod
+    def load(
+        cls, model_path: str, args: Mapping[str, JsonValue], frontend: Mapping[str, Any]
+    ) -> "VllmText":
+        """Load the text side of the model at `model_path`; takes seconds.
+
+        Args:
+            model_path: directory with the model's files.
+            args: vLLM's engine arguments.
+            frontend: `chat_template` and `tool_call_parser`, each of which may be None.
+
+        Raises:
+            StartError: this vLLM is not one that Tera works with.
+            ConfigError: vLLM refuses the model or its arguments.
+        """
+        check(NEEDS)
+        from vllm.config import VllmConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.renderers import renderer_from_config
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        engine_args: Any = args
+        try:
+            model_config = AsyncEngineArgs(model=model_path, **engine_args).create_model_config()
+            online = OnlineRenderer(
+                model_config=model_config,
+                renderer=renderer_from_config(VllmConfig(model_config=model_config)),
+                request_logger=None,
+                chat_template=frontend["chat_template"],
+                chat_template_content_format="auto",
+                enable_auto_tools=frontend["tool_call_parser"] is not None,
+                tool_parser=frontend["tool_call_parser"],
+                reasoning_parser=engine_args.get("reasoning_parser"),
+            )
+        except (TypeError, ValueError, OSError, KeyError) as error:
+            raise ConfigError(f"vLLM cannot load the text side of the model: {error}") from error
+        return cls(model_config, online)
+
+    def encode_by(self, encode: Encode | None, check: Callable[[str], Awaitable[None]]) -> None:
+        """Have rendered text looked at by `check`, which may refuse it, and encoded by `encode`.
+
+        It is looked at as rendered, since a template may leave out parts of a conversation. What is
+        more than a text, such as one with images, is encoded vLLM's own way, and so is all of it
+        without `encode`.
+        """
+        renderer = self._online.renderer
+        otherwise: Callable[[Sequence[Any], Any], Awaitable[list[Any]]]
+        otherwise = renderer.tokenize_prompts_async
+
+        async def tokenize(prompts: Sequence[Any], params: Any) -> list[Any]:
+            for prompt in prompts:
+                if "prompt" in prompt:
+                    await check(prompt["prompt"])
+            if encode is None or not all(set(prompt) == {"prompt"} for prompt in prompts):
+                return await otherwise(prompts, params)
+            add_special_tokens: bool = params.add_special_tokens
+            return [
+                {
+                    **prompt,
+                    "prompt_token_ids": await encode(
+                        prompt["prompt"], add_special_tokens=add_special_tokens
+                    ),
+                }
+                for prompt in prompts
+            ]
+
+        renderer.tokenize_prompts_async = tokenize
+
+    async def render(self, fields: Mapping[str, Any]) -> VllmConversation:
+        """Return a conversation through the model's chat template.
+
+        Args:
+            fields: of vLLM's `ChatCompletionRequest`.
+
+        Raises:
+            InvalidValueError: vLLM, or the template, refuses it.
+            UnsupportedParameterError: the model has no template.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            request = ChatCompletionRequest.model_validate(fields)
+            rendered = await self._online.render_chat(request)
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise _refused(str(error)) from error
+        if not isinstance(rendered, tuple):
+            raise _refused("")
+        _, (engine_input,) = rendered
+        return VllmConversation(
+            token_ids=list(engine_input["prompt_token_ids"]),
+            structured=_structured(request),
+            special_tokens=not request.skip_special_tokens,
+            request=request,
+        )
+
+    def parser(self, conversation: VllmConversation) -> VllmParser | None:
+        """Return the parser of one new answer, or None if the model has none."""
+        if self._online.parser is None:
+            return None
+        request = conversation.request
+        parser = self._online.parser(
+            self.tokenizer,
+            request.tools,
+            chat_template_kwargs=self._online.effective_chat_template_kwargs(request),
+            model_config=self._model_config,
+        )
+        return VllmParser(parser, request, conversation.token_ids)
+
+    def token_texts(self, token_ids: list[int]) -> list[str]:
+        """Return the text of each token alone."""
+        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+        texts: list[str] = convert_ids_list_to_tokens(self.tokenizer, token_ids)
+        return texts
+
+
+def byte_symbols() -> dict[str, int]:
+    """Return the byte that each symbol of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return {symbol: byte for byte, symbol in symbols.items()}
+
+
+def _structured(request: Any) -> dict[str, Any] | None:
+    """Return vLLM's structured outputs as the record of `Sampling` has them."""
+    outputs = request.extract_structured_outputs()
+    if outputs is None:
+        return None
+    found = {kind: getattr(outputs, kind) for kind in STRUCTURED_KINDS}
+    return {kind: value for kind, value in found.items() if value is not None} or None
+
+
+def _refused(text: str) -> InvalidValueError | UnsupportedParameterError:
+    """Return our error for vLLM's: a missing template is a matter of the model."""
+    if "chat template" in text and ("not" in text or "no longer" in text):
+        return UnsupportedParameterError(
+            "'messages' is not supported: the model has no chat template. "
+            "Use /v1/completions with a prompt.",
+            param="messages",
+        )
+    return InvalidValueError(
+        "The model's chat template refuses this conversation; check the roles and their order.",
+        param="messages",
+    )
