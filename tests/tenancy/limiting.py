@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NOW_US = 1_800_000_000_000_000
 """2027-01-15 08:00 UTC."""
 SECOND_US = 1_000_000
-EVERY_LIMIT = {
+EVERY_LIMIT: dict[str, Any] = {
     "requests_per_minute": 100,
     "tokens_per_minute": 10_000,
     "concurrent_requests": 10,
@@ -64,9 +64,10 @@ async def refused(
 
 
 async def everything(redis: Redis) -> dict[bytes, bytes]:
-    return {key: await redis.dump(key) for key in sorted(await redis.keys("*"))}
+    names: Any = await redis.keys("*")
+    return {name: await redis.dump(name) or b"" for name in sorted(names)}
 
 
 async def ledger(redis: Redis) -> list[tuple[bytes, UsageRecord]]:
-    entries = await redis.xrange("tera:{acme}:usage")
+    entries: Any = await redis.xrange("tera:{acme}:usage")
     return [(fields[b"id"], decode_record(fields[b"r"])) for _, fields in entries]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -98,7 +98,8 @@ def state_machine(url: str) -> type[RuleBasedStateMachine]:
             super().__init__()
             self._runner = asyncio.Runner()
             self._redis = connect(url, timeout_s=5)
-            self._runner.run(self._redis.flushall())
+            flushing: Any = self._redis.flushall()
+            self._runner.run(flushing)
             self._calls = PipelinedRedis(self._redis.connection_pool, PATIENT)
             self._limiter = RedisLimiter(self._calls, lease_s=1e9, now_us=NOW_US)
             self._local = LocalLimiter(lambda: self._limiter.now_us or 0)

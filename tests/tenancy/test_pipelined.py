@@ -72,7 +72,7 @@ async def test_calls_of_one_turn_of_the_loop_are_read_by_redis_at_once(
 
 
 async def test_replies_keep_their_order_when_callers_are_cancelled() -> None:
-    heard = []
+    heard: list[bytes] = []
     async with scripted() as (server, calls):
         replies = [calls.call(name, unheard=heard.append) for name in "ABCD"]
         assert await asked(server, 4) == [b"A", b"B", b"C", b"D"]
@@ -232,7 +232,8 @@ async def test_what_is_called_while_the_connection_opens_is_sent_when_it_is_ther
     async with pipelined(redis_server.url) as calls:
         first = calls.call("INCR", "count")
         opening = asyncio.create_task(calls.open())
-        assert await asyncio.gather(first, calls.call("INCR", "count")) == [1, 2]
+        second = calls.call("INCR", "count")
+        assert [await first, await second] == [1, 2]
         await opening
 
 
@@ -281,7 +282,8 @@ async def test_closing_fails_what_waits_and_leaves_nothing_open() -> None:
 async def test_the_users_name_password_and_database_are_those_of_the_url(
     redis_server: RedisServer, redis: Redis
 ) -> None:
-    await redis.execute_command("ACL", "SETUSER", "tera", "on", ">pass word", "~*", "+@all")
+    everything = ("on", ">pass word", "~*", "+@all")
+    await redis.execute_command("ACL", "SETUSER", "tera", *everything)  # type: ignore[no-untyped-call]
     port = redis_server.port
     async with pipelined(f"redis://tera:pass%20word@127.0.0.1:{port}/3") as calls:
         assert await calls.call("ACL", "WHOAMI") == b"tera"
@@ -300,7 +302,8 @@ def certificate(tmp_path: Path) -> Path:
     path = tmp_path / "redis.pem"
     certificate = tmp_path / "certificate.pem"
     request = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=redis -addext"
-    order = [*request.split(), "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", certificate]
+    files = ("-keyout", str(path), "-out", str(certificate))
+    order = [*request.split(), "subjectAltName=IP:127.0.0.1", *files]
     subprocess.run(order, check=True, capture_output=True)  # noqa: S603  our own arguments
     with path.open("a") as file:
         file.write(certificate.read_text())

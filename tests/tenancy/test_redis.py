@@ -58,7 +58,7 @@ async def test_all_connections_leave_a_server_that_has_become_read_only(
         proxy.server = second_server
         assert await client.ping()  # as before: the connections are there
         with pytest.raises(ResponseError):
-            await client.execute_command(*write)
+            await client.execute_command(*write)  # type: ignore[no-untyped-call]
         await asyncio.gather(*(client.incr("count") for _ in range(8)))
         assert await client.get("count") == b"8"
 

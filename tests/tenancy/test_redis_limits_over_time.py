@@ -78,7 +78,7 @@ async def test_an_opening_record_says_lost_whatever_it_said(
     await limiter.admit("acme", "req_2", [], 1, b"no JSON")
     moved(limiter, 30 * SECOND_US)
     assert await limiter.reclaim("acme") == 2
-    entries = await redis.xrange("tera:{acme}:usage")
+    entries: Any = await redis.xrange("tera:{acme}:usage")
     assert [fields[b"id"] for _, fields in entries] == [b"req_1", b"req_2"]
     assert decode_record(entries[0][1][b"r"]).status == "lost"
     assert entries[1][1][b"r"] == b"no JSON"
@@ -272,7 +272,7 @@ async def test_all_keys_of_a_tenant_lie_in_one_slot_of_a_cluster(
     redis: Redis, limiter: RedisLimiter
 ) -> None:
     await leave_one_of_each_key(limiter)
-    keys = await redis.keys("*")
+    keys: Any = await redis.keys("*")
     assert len(keys) == 6
     assert {key_slot(key) for key in keys} == {key_slot(b"acme")}
 

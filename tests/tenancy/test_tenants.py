@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 @pytest.fixture
 def tenants(redis: Redis) -> TenantStore:
     return TenantStore(redis)
+
+
+def with_model(name: str, known: TenantLimits) -> TenantLimits:
+    models = {**known.models, name: Limits(requests_per_minute=1)}
+    return known.model_copy(update={"models": models})
 
 
 class TestTenantStore:
@@ -55,9 +61,7 @@ class TestTenantStore:
             *(
                 tenants.edit(
                     "acme",
-                    lambda known, model=f"m{number}": known.model_copy(
-                        update={"models": {**known.models, model: Limits(requests_per_minute=1)}}
-                    ),
+                    partial(with_model, f"m{number}"),
                 )
                 for number in range(10)
             )
@@ -163,10 +167,10 @@ class TestTenantStore:
     ],
 )  # fmt: skip
 def test_a_limit_is_from_the_first_place_that_says_it(
-    stored: dict[str, object] | None,
-    from_values: dict[str, object] | None,
-    default: dict[str, object],
-    expected: dict[str, object],
+    stored: dict[str, Any] | None,
+    from_values: dict[str, Any] | None,
+    default: dict[str, Any],
+    expected: dict[str, Any],
 ) -> None:
     layers = [None if it is None else TenantLimits(**it) for it in (default, from_values, stored)]
     assert layers[0] is not None

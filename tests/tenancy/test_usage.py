@@ -52,7 +52,7 @@ async def append(redis: Redis, *records: UsageRecord, at_s: float | None = None)
 
 async def append_raw(redis: Redis, tenant: str, entry: dict[Any, Any], at_s: float) -> str:
     """Write an entry at a time, or right after the last one if that is later, as Redis does."""
-    newest = await redis.xrevrange(stream_of(tenant), count=1)
+    newest: Any = await redis.xrevrange(stream_of(tenant), count=1)
     last_ms, last_number = map(int, newest[0][0].split(b"-")) if newest else (-1, 0)
     at_ms = round(at_s * 1000)
     place = f"{at_ms}-0" if at_ms > last_ms else f"{last_ms}-{last_number + 1}"

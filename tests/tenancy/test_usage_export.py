@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,6 +55,10 @@ async def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.01)
+
+
+def is_in(directory: Path, request_id: str) -> bool:
+    return request_id in ids(directory)
 
 
 class TestFiles:
@@ -248,7 +253,8 @@ class TestTrimming:
         await self.fill(redis, 5, 1.9 * DAY_S, 2.1 * DAY_S, 40 * DAY_S)
         directory = tmp_path if exports else None
         await exporter(redis, directory, retention_days=2).export()
-        left = [json.loads(entry[b"r"]) for _, entry in await redis.xrange(stream_of("acme"))]
+        entries: Any = await redis.xrange(stream_of("acme"))
+        left = [json.loads(entry[b"r"]) for _, entry in entries]
         assert [one["request_id"] for one in left] == [f"age-{1.9 * DAY_S}", "age-5"]
         assert len(ids(tmp_path)) == (4 if exports else 0)
 
@@ -297,7 +303,7 @@ class TestInTheBackground:
         async with exporter(redis, tmp_path, interval_s=0.02):
             for number in range(3):
                 await append(redis, record(f"r{number}"))
-                await eventually(lambda number=number: f"r{number}" in ids(tmp_path))
+                await eventually(partial(is_in, tmp_path, f"r{number}"))
         await append(redis, record("late"))
         assert "late" not in ids(tmp_path)
 

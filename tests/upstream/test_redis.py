@@ -58,12 +58,10 @@ async def test_an_opened_stream_is_logged_in_and_redis_py_knows_nothing_of_it(
 ) -> None:
     client = connect(server.url, timeout_s=5.0)
     pool: Any = client.connection_pool
-    made: list[Any] = []
-    make = pool.make_connection
-    pool.make_connection = lambda: made.append(make()) or made[-1]
+    connection = pool.make_connection()
+    pool.make_connection = lambda: connection
     stream = await redis_py.opened_stream(pool)
     assert isinstance(stream, asyncio.StreamWriter)
-    (connection,) = made
     assert not connection.is_connected
 
     heard: asyncio.Queue[bytes] = asyncio.Queue()
