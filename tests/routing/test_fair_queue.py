@@ -14,7 +14,7 @@ def queue() -> FairQueue[Asked]:
 
 
 def served(waiting: FairQueue[Asked], most: int = 1000) -> list[str]:
-    names = []
+    names: list[str] = []
     while len(names) < most and (asked := waiting.first()) is not None:
         waiting.pop()
         names.append(asked.name)

@@ -337,8 +337,9 @@ class TestSecret:
         nonce_g = await reader.readexactly(wire.NONCE_BYTES)
         opening = FakeReplica.opening(nonce_g, wire.new_nonce(), "replica", SECRET)
         writer.write(opening + wire.pack(encode(StepFrame(ReplicaLoad()))))
-        await FakeReplica("replica", reader, writer).closed()
+        assert await reader.read() == b""
         assert links.find("replica") is None
+        await FakeReplica("replica", reader, writer).close()
 
 
 @pytest.mark.usefixtures("patient")

@@ -162,7 +162,7 @@ async def test_b4_who_loses_its_place_to_another_tenant_hears_of_it(model: FakeM
     assert refused.value.retry_after_s is not None
     assert model.serve.waiting == 2
     await held.answer(2)
-    assert await asyncio.gather(flood[0], guest) == [[1], [1]]
+    assert [await flood[0], await guest] == [[1], [1]]
     assert model.idle
 
 
@@ -182,7 +182,7 @@ async def test_b4_who_is_given_a_replica_as_it_loses_its_place_gives_it_back(
     assert model.serve.running == {"a": 2}
     await attempt.send(1, finish=FinishReason.LENGTH)
     await held.answer(1)
-    assert await asyncio.gather(first, flood[0]) == [[1], [1]]
+    assert [await first, await flood[0]] == [[1], [1]]
     assert model.idle
 
 

@@ -401,6 +401,19 @@ class TestStopping:
         await live(await model.begun(), 1)
         await following.end()
 
+    async def test_s8_hanging_up_stops_the_replica_that_it_has_moved_to(
+        self, model: FakeModel, stage: Stage
+    ) -> None:
+        await model.start("a", "b")
+        going = stage.go()
+        await die_after(await model.begun(), going, 1)
+        second = await model.begun()
+        await second.send(2)
+        await until(lambda: going.sink.token_ids == [1, 2])
+        await going.cancel()
+        await second.aborted.wait()
+        assert model.idle
+
     async def test_s8_hanging_up_between_two_replicas_leaves_nothing_behind(
         self, model: FakeModel, stage: Stage
     ) -> None:
@@ -494,7 +507,7 @@ class TestDeadlines:
         assert model.idle
 
     async def test_b7_time_in_the_queue_counts_for_the_whole(self, model: FakeModel) -> None:
-        ended: list[Going] = []
+        ended: list[asyncio.Task[None]] = []
         stage = Stage(model.fleet, model.links, limits(deadline_s=0.5))
         await model.start("a", room=1)
         seated_at_once = stage.go()
@@ -504,11 +517,11 @@ class TestDeadlines:
         await model.start("a", "b", room=1)
         await (await model.begun()).send(1)
         for going in (seated_at_once, came_before):
-            going.task.add_done_callback(lambda _, going=going: ended.append(going))
+            going.task.add_done_callback(ended.append)
         for going in (seated_at_once, came_before):
             with pytest.raises(BackendFailureError, match="deadline"):
                 await going.end()
-        assert ended == [came_before, seated_at_once]
+        assert ended == [came_before.task, seated_at_once.task]
 
     async def test_b7_the_first_token_is_waited_for_from_when_a_replica_was_asked(
         self, model: FakeModel
@@ -722,6 +735,27 @@ class TestMoving:
             await attempt.send(1, finish=FinishReason.STOP)
         for each in running:
             await each.end()
+        assert model.idle
+
+    async def test_b2_where_all_replicas_were_lost_the_next_takes_all_that_they_ran(
+        self, model: FakeModel, stage: Stage
+    ) -> None:
+        await model.start("a", room=4)
+        running = [stage.go(prompt=[number]) for number in range(4)]
+        for _ in running:
+            await (await model.begun()).send(1)
+        await until(lambda: all(each.sink.token_ids == [1] for each in running))
+        del model.serve.replicas["a"]
+        await model.replicas["a"].lose()
+        await until(lambda: model.serve.waiting == 4)
+        await model.start("b", room=2)
+        attempts = [await model.begun() for _ in running]
+        assert [each.generation.token_ids for each in attempts] == [[n, 1] for n in range(4)]
+        for attempt in attempts:
+            await attempt.send(2, finish=FinishReason.STOP)
+        for each in running:
+            await each.end()
+            assert each.sink.token_ids == [1, 2]
         assert model.idle
 
     async def test_b2_beyond_twice_a_replicas_number_a_moved_one_waits_before_new_ones(

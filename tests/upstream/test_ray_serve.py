@@ -53,6 +53,11 @@ def parameters(of: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(of).parameters if name != "self"]
 
 
+def raised(cause: Exception) -> RayTaskError:
+    """Return what arrives of an error that a replica raised."""
+    return RayTaskError("connect", "traceback", cause)  # type: ignore[no-untyped-call]
+
+
 class TestSymbols:
     """Each name by itself, so that what an upgrade has changed is read from what is red."""
 
@@ -120,7 +125,7 @@ class TestSymbols:
         assert parameters(getattr(RouterMetricsManager, method)) == expected
 
     def test_what_runs_is_counted_at_handles(self) -> None:
-        assert router.RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE
+        assert vars(router)["RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE"]
 
     def test_a_response_is_awaited_and_cancelled(self) -> None:
         assert inspect.isfunction(DeploymentResponse.__await__)
@@ -319,12 +324,12 @@ class TestCounts:
         served.counts.update_deployment_config(autoscaling, 2)
         served.replicas.began("a")
         served.controller.reports.clear()
-        served.counts.push_autoscaling_metrics_to_controller()
+        served.counts.push_autoscaling_metrics_to_controller()  # type: ignore[no-untyped-call]
         (report,) = served.controller.reports
         state = DeploymentAutoscalingState(ENGINES)
         state.record_columnar_metrics_for_handle(decode_handle_flat(report))
         assert busy_replicas(state) == {ReplicaID("a", ENGINES)}
-        await served.counts.shutdown()
+        await served.counts.shutdown()  # type: ignore[no-untyped-call]
 
     @pytest.mark.parametrize(("replicas", "told"), [(0, 1), (1, 0)])
     async def test_with_no_replica_serve_hears_at_once_of_who_waits(
@@ -336,7 +341,7 @@ class TestCounts:
         served.controller.reports.clear()
         with served.replicas.queued():
             assert len(served.controller.reports) == told
-        await served.counts.shutdown()
+        await served.counts.shutdown()  # type: ignore[no-untyped-call]
 
     async def test_the_handle_can_be_told_from_those_of_a_scrape(self, served: Served) -> None:
         handle: Any = served.replicas._handle
@@ -372,7 +377,7 @@ class TestConnect:
         replica = Replica("a")
         served.update(replica)
         cause = ReplicaLostError("The gateway's token channel cannot be reached.")
-        replica.answer = Answer(RayTaskError("connect", "traceback", cause))
+        replica.answer = Answer(raised(cause))
         with pytest.raises(ReplicaLostError) as failed:
             await served.replicas.connect("a", "host", 1)
         assert failed.value is cause
@@ -403,12 +408,12 @@ class TestConnect:
     ("error", "expected"),
     [
         pytest.param(
-            RayTaskError("connect", "traceback", InvalidValueError("no", param="x")),
+            raised(InvalidValueError("no", param="x")),
             InvalidValueError,
             id="of ours, raised by a replica",
         ),
         pytest.param(
-            RayTaskError("connect", "traceback", KeyError("x")),
+            raised(KeyError("x")),
             EngineError,
             id="a defect of a replica",
         ),
