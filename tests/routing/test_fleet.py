@@ -292,6 +292,7 @@ class TestCounts:
         seats["b"].leave()
         assert (await held).replica_id == "b"
         assert +model.serve.running == {"b": 1}
+        assert model.switchboard._replicas["a"].mine == 0
         link.abort()
 
     async def test_leaving_a_seat_stops_what_still_runs_there(self, model: FakeModel) -> None:
