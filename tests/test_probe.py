@@ -130,7 +130,9 @@ class TestTheGateway:
     def test_the_model_is_one_that_can_answer(
         self, gateway: Gateway, statuses: dict[str, ModelStatus], asked: str
     ) -> None:
-        rest: dict[str, ModelStatus] = dict.fromkeys(("dead", "stalled", "defective"), "failed")
+        rest: dict[str, ModelStatus] = dict.fromkeys(
+            ("dead", "stalled", "stuck", "defective"), "failed"
+        )
         gateway.statuses = {**rest, **statuses}
         assert json.loads(tera("--json").stdout)["answer"]["model"] == asked
 
