@@ -66,7 +66,7 @@ def v1_logits(requests: list[tuple[list[int], list[int], int]]) -> Any:
     return seen[0]
 
 
-def test_v1_counts_resumed_tokens_as_generated_ones() -> None:
+def test_the_first_runner_counts_resumed_tokens_as_generated_ones() -> None:
     undisturbed, resumed, other = v1_logits(
         [
             (PROMPT, [*RESUMED_IDS, *GENERATED], 0),
@@ -78,7 +78,9 @@ def test_v1_counts_resumed_tokens_as_generated_ones() -> None:
     assert not other.equal(undisturbed)  # so the difference is seen here
 
 
-def test_v2_counts_resumed_tokens_as_generated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_runner_counts_resumed_tokens_as_generated_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # In a process of its own: Triton's kernels run without a GPU only where its interpreter is
     # chosen before anything of it is imported.
     monkeypatch.setenv("TRITON_INTERPRET", "1")

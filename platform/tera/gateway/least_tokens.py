@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 from tera.errors import ContextLengthError
+from tera.upstream.vllm_text import byte_symbols
 
 SHORT_CHARACTERS = 4096
 """Less text is encoded without a look at its length."""
@@ -174,11 +175,7 @@ def _space(part: dict[str, Any]) -> str:
 
 def _symbols(vocabulary: Iterable[str]) -> Iterator[bytes]:
     """Yield the entries of a vocabulary that has a symbol for each byte."""
-    # It costs seconds to import, and whoever has a tokenizer has paid.
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    byte_of = {ord(symbol): byte for byte, symbol in symbols.items()}
+    byte_of = {ord(symbol): byte for symbol, byte in byte_symbols().items()}
     for piece in vocabulary:
         # What holds other characters is a special token, which is told as such.
         yield piece.translate(byte_of).encode("latin-1", "replace")
