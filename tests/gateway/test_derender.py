@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.gateway.conftest import exchange
 
-from tera.contract.chat import ToolCallDelta
+from tera.contract.chat_answers import ToolCallDelta
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.gateway.derender import Choice, ChoiceText
 from tera.gateway.pieces import Piece, PositionLogprobs

@@ -8,7 +8,7 @@ import pytest
 from tests.gateway.conftest import CALLER, CONTEXT_TOKENS, MODEL, Client, Gateway, exchange
 from tests.routing.conftest import until
 
-from tera.contract.chat import ToolCallDelta
+from tera.contract.chat_answers import ToolCallDelta
 from tera.errors import BackendFailureError, ContextLengthError, ModelNotFoundError
 from tera.gateway.catalog import Catalog
 from tera.gateway.dialects.base import Unblocked

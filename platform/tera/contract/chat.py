@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import (
     BeforeValidator,
     Field,
@@ -17,8 +16,6 @@ from tera.contract.common import (
     Integer,
     NonEmpty,
     Request,
-    StreamUsage,
-    Usage,
     invalid,
     missing,
     shown,
@@ -367,117 +364,3 @@ class ChatRequest(Request):
     def completion_bound(self) -> int | None:
         """The wanted bound on completion tokens; None is what the context leaves."""
         return self.max_completion_tokens or self.max_tokens
-
-
-class TopLogprob(msgspec.Struct, frozen=True):
-    """A token that was likely at one position."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(msgspec.Struct, frozen=True):
-    """The token at one position, and those that were likely."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of a choice's tokens."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class FunctionCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A piece of a function call: the name comes whole, arguments in pieces."""
-
-    name: str | None = None
-    arguments: str | None = None
-
-
-class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A piece of one tool call; `id` and `type` come with the first."""
-
-    index: int
-    id: str | None = None
-    type: str | None = None
-    function: FunctionCallDelta | None = None
-
-
-class AnswerFunction(msgspec.Struct, frozen=True):
-    """A whole function call; `arguments` is JSON as text, as the model wrote it."""
-
-    name: str
-    arguments: str
-
-
-class AnswerToolCall(msgspec.Struct, frozen=True):
-    """A whole tool call."""
-
-    id: str
-    function: AnswerFunction
-    type: Literal["function"] = "function"
-
-
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """What the assistant says."""
-
-    content: str | None
-    tool_calls: list[AnswerToolCall] | msgspec.UnsetType = msgspec.UNSET
-    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
-    refusal: None = None
-    role: Literal["assistant"] = "assistant"
-
-
-class ChatChoice(msgspec.Struct, frozen=True):
-    """One answer."""
-
-    index: int
-    message: AnswerMessage
-    finish_reason: str
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatCompletion(msgspec.Struct, frozen=True):
-    """The answer without `stream`."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
-
-
-class MessageDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a message gains."""
-
-    role: str | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
-
-
-class ChatChunkChoice(msgspec.Struct, frozen=True):
-    """A choice's part of one event."""
-
-    index: int
-    delta: MessageDelta
-    finish_reason: str | None = None
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatChunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is there only with `include_usage`."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: StreamUsage = msgspec.UNSET
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

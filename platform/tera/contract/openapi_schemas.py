@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from pydantic.json_schema import models_json_schema
 
-from tera.contract import chat, common, completions
+from tera.contract import chat, chat_answers, common, completions
 
 Schema = dict[str, Any]
 
@@ -17,8 +17,8 @@ REQUESTS = (completions.CompletionRequest, chat.ChatRequest)
 ANSWERS = (
     completions.Completion,
     completions.CompletionChunk,
-    chat.ChatCompletion,
-    chat.ChatChunk,
+    chat_answers.ChatCompletion,
+    chat_answers.ChatChunk,
     common.ModelCard,
     common.ModelList,
     common.ErrorEnvelope,
@@ -101,7 +101,11 @@ def _nullable(schema: Schema) -> Schema:
 def answer_schemas() -> dict[str, Schema]:
     """Return the schemas of answers, events and errors, by name."""
     _, schemas = msgspec.json.schema_components(ANSWERS, ref_template=REF + "{name}")
-    kinds = {kind.__name__: kind for module in (chat, common, completions) for kind in _in(module)}
+    kinds = {
+        kind.__name__: kind
+        for module in (chat, chat_answers, common, completions)
+        for kind in _in(module)
+    }
     answers = {name: _sent(kinds[name], schema) for name, schema in schemas.items()}
     _set_finish_reasons(answers)
     # Promised to have these members and no others; all other answers may gain some.

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from tera.contract.chat import ToolCallDelta
+from tera.contract.chat_answers import ToolCallDelta
 from tera.gateway.render import TokenText
 from tera.generation import FinishReason
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from tera.contract.chat import ToolCallDelta
+from tera.contract.chat_answers import ToolCallDelta
 from tera.contract.completions import Prompt
 from tera.errors import InvalidValueError
 from tera.gateway.request import Conversation, Prompts

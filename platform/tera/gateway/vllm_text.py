@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import JsonValue
 
 from tera.config.model import FRONTEND_ARGS, engine_args
-from tera.contract.chat import FunctionCallDelta, ToolCallDelta
+from tera.contract.chat_answers import FunctionCallDelta, ToolCallDelta
 from tera.errors import UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
 from tera.gateway.least_tokens import ContextBound, least_tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.gateway.conftest import Client, exchange
 
-from tera.contract.chat import FunctionCallDelta, ToolCallDelta
+from tera.contract.chat_answers import FunctionCallDelta, ToolCallDelta
 from tera.gateway.dialects import openai
 from tera.gateway.dialects.base import Question
 from tera.gateway.pieces import Piece, PositionLogprobs

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tests.gateway.dialects.answering import drawn_pieces, streamed, whole
 
-from tera.contract.chat import FunctionCallDelta, ToolCallDelta
+from tera.contract.chat_answers import FunctionCallDelta, ToolCallDelta
 from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.pieces import Piece
 from tera.gateway.request import Conversation

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from tera.contract.chat import (
+from tera.contract.chat import ChatRequest, NamedToolChoice
+from tera.contract.chat_answers import (
     AnswerFunction,
     AnswerMessage,
     AnswerToolCall,
@@ -15,9 +16,7 @@ from tera.contract.chat import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatRequest,
     MessageDelta,
-    NamedToolChoice,
     TokenLogprob,
     ToolCallDelta,
     TopLogprob,
