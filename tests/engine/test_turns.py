@@ -1,6 +1,8 @@
 """Engines that share a GPU."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -31,6 +33,15 @@ class Gpu:
         self.clock = Clock()
         self.awake: set[object] = set()
         self.wakes = 0
+        self.slept: list[float] = []
+        """What those who waited for a turn have slept, in seconds."""
+
+    def turn(self) -> Turn:
+        return Turn(self.directory, poll_s=0.002, sleep=self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(min(seconds, 0.01))
 
     @asynccontextmanager
     async def engine(
@@ -54,7 +65,7 @@ class Gpu:
             self.takes(engine)
             return engine
 
-        turn = Turn(self.directory)
+        turn = self.turn()
         await turn.take()
         engine = TurnTakingEngine(await start(), turn, turn_s, self.clock)
         try:
@@ -66,12 +77,6 @@ class Gpu:
         assert not self.awake, "another engine has the GPU's memory"
         self.awake.add(engine)
         self.wakes += 1
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "POLL_S", 0.002)
-    monkeypatch.setattr(turns, "AFTERMATH_S", 0.01)
 
 
 @pytest.fixture
@@ -155,7 +160,7 @@ async def test_an_engine_that_does_not_start_leaves_its_turn(gpu: Gpu) -> None:
         return await SimulatedEngine.launch({"faults": {"failStart": True}}, stall_s=5)
 
     with pytest.raises(ConfigError):
-        await TurnTakingEngine.launch(fails, Turn(gpu.directory), 10)
+        await TurnTakingEngine.launch(fails, gpu.turn(), 10)
     async with gpu.engine() as asker:
         assert await asker.tokens(PROMPT, SHORT)
 
@@ -177,7 +182,7 @@ async def test_an_engine_closes_once(gpu: Gpu) -> None:
 
 
 async def test_whoever_stops_waiting_blocks_nobody(gpu: Gpu) -> None:
-    holder, leaves, stays = (Turn(gpu.directory) for _ in range(3))
+    holder, leaves, stays = (gpu.turn() for _ in range(3))
     await holder.take()
     assert not holder.is_wanted()
     waiting = asyncio.create_task(leaves.take())
@@ -194,43 +199,41 @@ async def test_whoever_stops_waiting_blocks_nobody(gpu: Gpu) -> None:
 
 
 HOLDS = """
-import asyncio, pathlib, sys, time
+import asyncio, os, pathlib, sys, time
 from tera.engine.turns import Turn
-asyncio.run(Turn(pathlib.Path(sys.argv[1])).take())
-print("taken", flush=True)
+turn = Turn(pathlib.Path(sys.argv[1]))
+asyncio.run(turn.take())
+child = os.fork()
+if child:
+    print(child, flush=True)
+os.close(1)
 time.sleep(600)
 """
 
 
-async def test_a_dead_replica_leaves_its_turn_after_its_processes_had_time_to_end(
-    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[float] = []
-    sleep = asyncio.sleep
-
-    async def noted(seconds: float) -> None:
-        waited.append(seconds)
-        await sleep(seconds)
-
-    monkeypatch.setattr(turns.asyncio, "sleep", noted)
+async def test_a_dead_replica_leaves_its_turn_after_its_processes_had_time_to_end(gpu: Gpu) -> None:
     command = [sys.executable, "-c", HOLDS, str(gpu.directory)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    child = int(await process.stdout.readline())
+    turn = gpu.turn()
+    waiting = asyncio.create_task(turn.take())
     try:
-        assert process.stdout is not None
-        assert await process.stdout.readline() == b"taken\n"
-        turn = Turn(gpu.directory)
-        waiting = asyncio.create_task(turn.take())
-        done, _ = await asyncio.wait([waiting], timeout=0.1)
-        assert not done
-    finally:
+        await until(lambda: len(gpu.slept) > 10)
+        assert not waiting.done()
         process.kill()
-    await process.wait()
-    await waiting
-    assert turns.AFTERMATH_S in waited
-    waited.clear()
+        await process.wait()
+        async with asyncio.timeout(30):
+            await waiting  # although what the replica has forked still runs
+    finally:
+        os.kill(child, signal.SIGKILL)
+        if process.returncode is None:
+            process.kill()
+    assert turns.AFTERMATH_S in gpu.slept
+    gpu.slept.clear()
     turn.leave()
     await turn.take()
-    assert turns.AFTERMATH_S not in waited
+    assert gpu.slept == []
     turn.close()
 
 
@@ -239,7 +242,7 @@ async def test_an_engine_that_does_not_wake_is_unhealthy(gpu: Gpu) -> None:
         async def wake(self) -> None:
             raise ReplicaLostError("no memory")
 
-    turn = Turn(gpu.directory)
+    turn = gpu.turn()
     engine = await TurnTakingEngine.launch(lambda: Broken.launch({}, stall_s=5), turn, 10)
     async with gpu.engine():
         await until(lambda: engine.load().asleep)

@@ -1,8 +1,6 @@
 """Engines that share a GPU: one is awake, the others sleep, and with work they take turns."""
 
 import asyncio
-import fcntl
-import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from tera.engine.base import TextEngine
 from tera.errors import ReplicaLostError, TeraError
@@ -37,54 +36,72 @@ class Turn:
     """The right to a GPU's memory, which one replica of a node has at a time.
 
     Made of two file locks, which the kernel takes from a process that dies: one is the turn, and
-    whoever is next in line holds the other, by which the one whose turn it is knows of it.
+    whoever is next in line holds the other, by which the one whose turn it is knows of it. A file
+    beside them tells a turn that was left from one that its holder died with.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is the GPU's, the same for all replicas on its node; made if need be."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        poll_s: float = POLL_S,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Make a turn that somebody may wait for.
+
+        Args:
+            directory: the GPU's, the same for all replicas on its node; made if need be.
+            poll_s: how often a lock is looked at.
+            sleep: waits for so many seconds.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        self._turn = _open(directory / "turn")
-        self._next = _open(directory / "next")
+        self.poll_s = poll_s
+        self._sleep = sleep
+        self._turn = _lock(directory / "turn")
+        self._next = _lock(directory / "next")
+        self._mark = directory / "taken"
         self._taken = False
-        self._closed = False
 
     async def take(self) -> None:
         """Wait in line, then for whoever has the turn to leave it."""
         try:
-            await _locked(self._next)
-            await _locked(self._turn)
-            if os.pread(self._turn, 1, 0):  # left there by one that died with the turn
-                await asyncio.sleep(AFTERMATH_S)
-            os.pwrite(self._turn, b"taken", 0)
+            await self._locked(self._next)
+            await self._locked(self._turn)
+            if self._mark.exists():  # left there by one that died with the turn
+                await self._sleep(AFTERMATH_S)
+            self._mark.touch()
             self._taken = True
         finally:
             if not self._taken:
-                _unlock(self._turn)
-            _unlock(self._next)
+                self._turn.release()
+            self._next.release()
 
     def is_wanted(self) -> bool:
         """Return whether somebody waits for the turn to be left."""
         if not _try_lock(self._next):
             return True
-        _unlock(self._next)
+        self._next.release()
         return False
 
     def leave(self) -> None:
         """Give the turn to whoever is next; harmless without having it."""
-        if self._taken and not self._closed:
+        if self._taken:
             self._taken = False
-            os.ftruncate(self._turn, 0)
-            _unlock(self._turn)
+            self._mark.unlink(missing_ok=True)
+            self._turn.release()
 
     def close(self) -> None:
-        """Close the files; calling it twice is harmless.
+        """Let go of the locks; calling it twice is harmless.
 
         A turn that was not left before is lost as by a death: whoever is next waits for its end.
         """
-        if not self._closed:
-            self._closed = True
-            os.close(self._turn)
-            os.close(self._next)
+        self._taken = False
+        self._turn.release()
+        self._next.release()
+
+    async def _locked(self, lock: FileLock) -> None:
+        while not _try_lock(lock):
+            await self._sleep(self.poll_s)
 
 
 class TurnTakingEngine:
@@ -203,25 +220,18 @@ class TurnTakingEngine:
             is_mine = self._open and self._clock() < over_at
             if not is_mine and self._turn.is_wanted():
                 return
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(self._turn.poll_s)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _lock(path: Path) -> FileLock:
+    # Never by a file's mere existence, which outlives a process: where the kernel has no locks,
+    # taking one fails.
+    return FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
 
 
-async def _locked(file: int) -> None:
-    while not _try_lock(file):  # noqa: ASYNC110  no event comes from another process
-        await asyncio.sleep(POLL_S)
-
-
-def _try_lock(file: int) -> bool:
+def _try_lock(lock: FileLock) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(blocking=False)
+    except Timeout:
         return False
     return True
-
-
-def _unlock(file: int) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)
