@@ -330,7 +330,7 @@ class TestDraining:
         (second,) = await begun(engine, two, 1)
         draining = asyncio.create_task(runs.drain(60))
         await asyncio.sleep(0)
-        one.order(begin(2))
+        one.order(begin(2, most_ongoing=9))
         assert await one.news() == StepFrame(ReplicaLoad(), refused=[2])
         first.emit(1, finish=FinishReason.STOP)
         assert (await one.news()).deltas == [TokenDelta(1, [1], FinishReason.STOP)]

@@ -568,6 +568,22 @@ class TestBudget:
         assert attempts <= 100 + FIRST_BALANCE + 100 * RETRIES_PER_GENERATION
         assert model.idle
 
+    async def test_b1_generations_earn_what_a_retry_costs(
+        self, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(retry_budget, "FIRST_BALANCE", 0)
+        await model.start("a")
+        stage = Stage(model.fleet, model.links)
+        for _ in range(int(1 / RETRIES_PER_GENERATION)):
+            going = stage.go()
+            await live(await model.begun(), 1)
+            await going.end()
+        going = stage.go()
+        await (await model.begun()).fail()
+        await live(await model.begun(), 1)
+        await going.end()
+        assert going.run.replica_switches == 1
+
     async def test_b2_a_death_moves_whatever_ran_there_even_without_budget(
         self, model: FakeModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:

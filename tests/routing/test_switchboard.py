@@ -228,6 +228,15 @@ async def test_what_was_sent_over_a_lost_connection_counts_until_it_is_given_up(
     assert [switchboard.take_now(route()) for _ in range(3)] == ["a", "a", None]
 
 
+async def test_what_an_old_connection_said_of_a_replica_is_forgotten() -> None:
+    switchboard = board(a=8)
+    switchboard.report("a", ReplicaLoad(running=8, waiting=4, kv_usage_ratio=1.0))
+    assert switchboard.take_now(route()) is None
+    switchboard.lost("a")
+    switchboard.connected("a")
+    assert switchboard.take_now(route()) == "a"
+
+
 async def test_a_dropped_replica_stays_away_while_serve_still_names_it() -> None:
     switchboard = board(a=8)
     switchboard.drop("a")
