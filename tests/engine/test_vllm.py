@@ -114,7 +114,7 @@ async def test_a_resumption_names_no_token_in_a_bias(bias: dict[int, float] | No
         max_tokens=20, logit_bias=bias, presence_penalty=2.0, frequency_penalty=-2.0
     )
     token_ids = [*range(4000)]
-    generation = Generation(1, "a", token_ids, sampling, ("127.0.0.1", 1), resumed_tokens=3990)
+    generation = Generation(1, "a", token_ids, sampling, resumed_tokens=3990)
     assert sampling_params(generation).logit_bias == bias
 
 
