@@ -64,7 +64,9 @@ def check(needs: Iterable[Need]) -> None:
     Raises:
         StartError: they do not; the message names each and the page that says what to do.
     """
-    if faults := list(missing(needs)):
+    faults = list(missing(needs))
+    _tree.cache_clear()  # a module's tree takes megabytes
+    if faults:
         raise StartError(
             "\n".join([*faults, f"This version is not one that Tera works with; see {PAGE}."])
         )
