@@ -213,8 +213,17 @@ def _node_address() -> str:
 class StatusWatcher:
     """Knows from Serve which models have running replicas; an async context manager."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        interval_s: float = STATUS_INTERVAL_S,
+        steady_interval_s: float = STEADY_STATUS_INTERVAL_S,
+    ) -> None:
+        """The longer interval is that of looks while every model is ready."""
         self._catalog = catalog
+        self._interval_s = interval_s
+        self._steady_interval_s = steady_interval_s
         self._statuses: dict[str, ModelStatus] = {}
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
@@ -256,10 +265,10 @@ class StatusWatcher:
                 self.any_answered |= any(
                     status in ("ready", "scaled_to_zero") for status in self._statuses.values()
                 )
-            await asyncio.sleep(max(0.0, STATUS_INTERVAL_S - (time.monotonic() - began)))
+            await asyncio.sleep(max(0.0, self._interval_s - (time.monotonic() - began)))
             if self._statuses and all(status == "ready" for status in self._statuses.values()):
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(STEADY_STATUS_INTERVAL_S - STATUS_INTERVAL_S):
+                    async with asyncio.timeout(self._steady_interval_s - self._interval_s):
                         await self._look.wait()
 
 
