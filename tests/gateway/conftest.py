@@ -26,7 +26,7 @@ from tera.gateway.pipeline import Authenticator, Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.generation import ReplicaLoad
-from tera.observability import Metrics
+from tera.observability import Metrics, merge_expositions
 from tera.routing.run import Dispatcher, DispatchLimits
 from tera.tenancy.keys import ApiKey
 
@@ -39,7 +39,7 @@ def pytest_asyncio_loop_factories(
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     # Serve's replicas run uvloop, and what is sent is sent by hand: see `relay.Events`.
     loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-    sends = item.path.stem in ("test_relay", "test_hang_up")
+    sends = item.path.stem in ("test_relay", "test_hang_up", "test_sockets")
     return loops if sends else {"asyncio": loops["asyncio"]}
 
 
@@ -159,7 +159,7 @@ class Gateway:
         return self.metrics.exposition()
 
     async def exposition(self) -> str:
-        return self.metrics.exposition()
+        return merge_expositions([("replica-1", self.own_exposition())])
 
 
 class Client:

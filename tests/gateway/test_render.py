@@ -4,7 +4,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tera.gateway.render import StopStrings
+from tera.errors import InvalidValueError
+from tera.gateway.render import StopStrings, render_prompts
+from tera.gateway.request import Prompts
+from tera.gateway.simulated_text import SimulatedTextModel
 
 # Few characters, so that texts hold stop strings and beginnings of them.
 LETTERS = "ab🚀"
@@ -82,3 +85,27 @@ def test_s4_pieces_leave_as_soon_as_they_may(
         if stopped:
             break
     assert found == shown
+
+
+TEXT = SimulatedTextModel({})
+
+
+async def test_c3_prompts_are_text_or_ids_and_each_stays_what_it_is() -> None:
+    content = Prompts(["One", [72, 105], "日本"], ["prompt[0]", "prompt[1]", "prompt[2]"])
+    token_ids, echoes = await render_prompts(TEXT, content)
+    assert token_ids == [await TEXT.encode("One"), [72, 105], await TEXT.encode("日本")]
+    assert echoes == [None, None, None]
+
+
+async def test_c3_an_echo_is_the_prompt_as_text() -> None:
+    content = Prompts(["One", [72, 105], [*"🚀".encode()]], ["a", "b", "c"], echo=True)
+    assert (await render_prompts(TEXT, content))[1] == ["One", "Hi", "🚀"]
+
+
+@pytest.mark.parametrize("token_id", [-1, TEXT.vocab_size, 10**9])
+async def test_c3_an_id_that_no_token_has_is_named_by_its_place(token_id: int) -> None:
+    content = Prompts([[1], [2, token_id]], ["prompt[0]", "prompt[1]"])
+    with pytest.raises(InvalidValueError) as refused:
+        await render_prompts(TEXT, content)
+    assert refused.value.param == "prompt[1][1]"
+    assert str(token_id) in refused.value.message

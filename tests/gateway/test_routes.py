@@ -110,6 +110,18 @@ async def test_l3_what_generates_nothing_costs_nothing(gateway: Gateway, route: 
     assert gateway.admitter.settled == []
 
 
+async def test_metrics_are_this_replicas_unless_all_are_asked_for(gateway: Gateway) -> None:
+    told = {}
+    for route in (routes.METRICS, routes.ALL_METRICS):
+        client = Client()
+        await gateway.request(client, "GET", route.path)
+        [head] = [message for message in client.sent if "headers" in message]
+        assert dict(head["headers"])[b"content-type"].startswith(b"text/plain")
+        told[route] = client.body
+    assert b"\ntera_usage_given_up 0.0\n" in told[routes.METRICS]
+    assert b'\ntera_usage_given_up{replica="replica-1"} 0.0\n' in told[routes.ALL_METRICS]
+
+
 def test_the_openapi_document_describes_these_routes_and_no_other() -> None:
     described = {
         (method.upper(), path): operation
