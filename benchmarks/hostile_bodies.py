@@ -96,6 +96,7 @@ BODIES: Mapping[str, tuple[type[Request], Body]] = {
     ),
     "escaped quotes": (CompletionRequest, _filled(_COMPLETION + b'"a","x":"', b'\\"', b'"}')),
     "open brackets": (CompletionRequest, _filled(_COMPLETION, b"[", b"")),
+    "closing brackets": (CompletionRequest, _filled(b"", b"]", b"")),
     "as many messages as may be": (
         ChatRequest,
         _filled(_CHAT, b'{"role":"tool","tool_call_id":"a","content":""},', b"]}", MAX_MESSAGES),
@@ -104,7 +105,7 @@ BODIES: Mapping[str, tuple[type[Request], Body]] = {
         ChatRequest,
         _filled(
             _CHAT,
-            b'{"role":"assistant","content":null,"tool_calls":[' + _CALL * 2 + _CALL[:-1] + b"]},",
+            b'{"role":"assistant","content":null,"tool_calls":[' + _CALL + _CALL[:-1] + b"]},",
             b"]}",
             MAX_MESSAGES,
         ),
@@ -113,7 +114,7 @@ BODIES: Mapping[str, tuple[type[Request], Body]] = {
         ChatRequest,
         _filled(
             _CHAT,
-            b'{"role":"user","content":[' + _PART * 9 + _PART[:-1] + b"]},",
+            b'{"role":"user","content":[' + _PART * 3 + _PART[:-1] + b"]},",
             b"]}",
             MAX_MESSAGES,
         ),

@@ -30,6 +30,8 @@ def with_member(gateway: Gateway, path: str, member: bytes) -> bytes:
         pytest.param(b"   ", id="blank"),
         pytest.param(b"{", id="cut-off"),
         pytest.param(b"{} {}", id="two-values"),
+        pytest.param(b"{}}", id="closed-twice"),
+        pytest.param(b'{"a": [1}]', id="closed-crosswise"),
         pytest.param(b"{'model': 1}", id="single-quotes"),
         pytest.param(b'{"a": 1,}', id="trailing-comma"),
         pytest.param(b'{"a": /* why */ 1}', id="comment"),

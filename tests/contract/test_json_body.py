@@ -1,7 +1,6 @@
 """Bodies against a plain parser, and the bounds on what they hold."""
 
 import json
-import sys
 from typing import Any
 
 import pytest
@@ -11,11 +10,12 @@ from hypothesis import strategies as st
 from tera.contract import json_body
 from tera.contract.json_body import (
     MAX_JSON_CONTAINERS,
+    MAX_JSON_DEPTH,
     MAX_JSON_MEMBERS,
     MAX_JSON_VALUES,
     parse_json_object,
 )
-from tera.errors import InvalidJsonError, InvalidRequestError, InvalidValueError
+from tera.errors import InvalidJsonError, InvalidValueError
 
 # Whatever could be taken for the structure of the text around it.
 strings = st.text(st.sampled_from('"\\[]{}:,u0a\n é🚀')) | st.text(max_size=20)
@@ -122,8 +122,17 @@ def test_structure_in_strings_is_not_counted() -> None:
     assert parse_json_object(json.dumps({"x": text}).encode()) == {"x": text}
 
 
-def test_x1_brackets_that_only_open_are_refused_before_they_are_followed() -> None:
-    depth = 10 * sys.getrecursionlimit()
-    for body in (b"[" * depth, b'{"x":' * depth, b"[" * 10_000_000):
-        with pytest.raises(InvalidRequestError):
+@pytest.mark.parametrize("slice_bytes", [1, 7, 65_536])
+def test_what_nests_too_deep_is_found_before_it_is_followed(
+    monkeypatch: pytest.MonkeyPatch, slice_bytes: int
+) -> None:
+    monkeypatch.setattr(json_body, "_SLICE_BYTES", slice_bytes)
+    deepest = b"[" * (MAX_JSON_DEPTH - 1) + b"]" * (MAX_JSON_DEPTH - 1)
+    assert parse_json_object(b'{"x": ' + deepest + b"}")
+    for body in (b'{"x": [' + deepest + b"]}", b"[" * 100_000, b'{"x":' * 100_000):
+        with pytest.raises(InvalidJsonError, match="nests deeper than 64 levels"):
             parse_json_object(body)
+
+
+def test_brackets_in_strings_do_not_nest() -> None:
+    assert parse_json_object(b'{"x": "' + b"[" * 1000 + b'\\"{"}') == {"x": "[" * 1000 + '"{'}
