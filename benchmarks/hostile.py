@@ -2,8 +2,9 @@
 
 import asyncio
 import gc
-import multiprocessing
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,11 +53,8 @@ def run(quick: bool) -> tuple[Table, dict[str, object]]:
     model_path = ensure_demo_model(
         "smollm2-135m-instruct", Path(".tera/models"), "bfloat16", lambda *_: None
     )
-    # A new process each: memory that one body took is not given back.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        bodies = dict(zip(cases, pool.starmap(body_cost, cases, chunksize=1), strict=True))
-        prompts = [(str(model_path), text) for text in PROMPTS.values()]
-        texts = dict(zip(PROMPTS, pool.starmap(prompt_cost, prompts, chunksize=1), strict=True))
+    bodies = {(name, size): _measured("body", name, str(size)) for name, size in cases}
+    texts = {name: _measured("prompt", name, str(model_path)) for name in PROMPTS}
     table = Table(
         "what",
         *(column for size in sizes for column in (_size(size), "memory")),
@@ -83,6 +81,13 @@ def _cells(cost: Cost) -> tuple[str, str]:
     return f"{cost.cpu_s:.3f} s", f"{cost.memory_mib:.0f} MiB"
 
 
+def _measured(*arguments: str) -> Cost:
+    """Measure in a new process: the memory that one body took is not given back."""
+    command = [sys.executable, "-m", "benchmarks.hostile", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603  of ourselves
+    return msgspec.json.decode(done.stdout, type=Cost)
+
+
 def body_cost(name: str, size: int) -> Cost:
     """Read one body in this process."""
     kind, make = BODIES[name]
@@ -90,7 +95,7 @@ def body_cost(name: str, size: int) -> Cost:
     return _cost(lambda: parse_request(kind, parse_json_object(body)))
 
 
-def prompt_cost(model_path: str, piece: str) -> Cost:
+def prompt_cost(name: str, model_path: str) -> Cost:
     """Encode a prompt of ten megabytes in this process, or refuse to."""
     from transformers import PreTrainedTokenizerFast
 
@@ -98,6 +103,7 @@ def prompt_cost(model_path: str, piece: str) -> Cost:
     encoder = TextEncoder.of(tokenizer)
     assert encoder is not None
     bound = ContextBound(CONTEXT_TOKENS, least_tokens(tokenizer))
+    piece = PROMPTS[name]
     prompt = piece * (MOST_BYTES // len(piece.encode()))
 
     async def encode() -> None:
@@ -126,3 +132,13 @@ def _memory_mib() -> float:
     found = re.search(r"VmHWM:\s*(\d+) kB", status)
     assert found is not None
     return int(found[1]) / 1024
+
+
+def main(what: str, name: str, argument: str) -> None:
+    """Print the cost of one body or prompt as JSON."""
+    cost = body_cost(name, int(argument)) if what == "body" else prompt_cost(name, argument)
+    print(msgspec.json.encode(cost).decode())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
