@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import hypothesis
 import pytest
 from tests.serve.conftest import DEMO_MODELS, SIMULATED_VALUES, VLLM_VALUES, Platform
+
+# How long an example takes says more of the machine's other work than of the code.
+hypothesis.settings.register_profile("tera", deadline=None)
+hypothesis.settings.load_profile("tera")
 
 
 @pytest.fixture(scope="session")

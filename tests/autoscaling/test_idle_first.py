@@ -1,4 +1,4 @@
-"""Which replicas go, of Serve's own scheduler and by Serve's own record of what handles report."""
+"""Which replicas go, of Serve's own scheduler and by Serve's own record of what replicas report."""
 
 import logging
 import time
@@ -18,6 +18,7 @@ from ray.serve._private.common import (
     DeploymentID,
     HandleMetricReport,
     ReplicaID,
+    ReplicaMetricReport,
     TimeStampedValue,
 )
 from ray.serve._private.config import DeploymentConfig, ReplicaConfig
@@ -34,7 +35,6 @@ from tera.config.platform import PlatformConfig
 from tera.manifest import serve_config
 from tera.upstream import ray_controller
 from tera.upstream.ray_controller import busy_replicas, choose_by
-from tera.upstream.ray_serve import GENERATIONS
 
 ENGINES = DeploymentID("Engine", "model-demo")
 OTHERS = DeploymentID("Engine", "model-other")
@@ -139,7 +139,7 @@ def test_serves_choice_stays_where_serve_is_not_as_expected(
     kind: type[DeploymentScheduler], complaints: list[str]
 ) -> None:
     def broken(_: DeploymentID) -> set[ReplicaID]:
-        raise AttributeError("_handle_store")
+        raise AttributeError("raw_metrics")
 
     choose_by(idle_first, kind, broken)
     found = scheduler(kind, head="abcd")
@@ -154,40 +154,42 @@ def series(counts: Sequence[float], until_s: float) -> list[TimeStampedValue]:
     ]
 
 
-def report(handle: str, now: float, queued: Sequence[float] = (0,), **counts: Any) -> Any:
-    """Return what a handle reports of its counts at replicas, oldest first."""
-    running = {replica(name).to_full_id_str(): series(each, now) for name, each in counts.items()}
-    return HandleMetricReport(
+def told(
+    state: DeploymentAutoscalingState, now: float, queued: float = 0, **counts: Sequence[float]
+) -> None:
+    """Report to a deployment's state what waits at a gateway and what each replica ran, and runs.
+
+    A gateway counts what it calls by Serve too, which is nothing that Serve should scale by.
+    """
+    for name, running in counts.items():
+        points = {RUNNING_REQUESTS_KEY: series(running, now)} if running else {}
+        state.record_request_metrics_for_replica(ReplicaMetricReport(replica(name), points, now))
+    report = HandleMetricReport(
         deployment_id=ENGINES,
-        handle_id=handle,
+        handle_id="gateway",
         actor_id="gateway",
         handle_source=DeploymentHandleSource.REPLICA,
-        queued_requests=series(queued, now),
-        metrics={RUNNING_REQUESTS_KEY: running},
+        queued_requests=series([queued], now),
+        metrics={RUNNING_REQUESTS_KEY: {replica("a").to_full_id_str(): series([1], now)}},
         timestamp=now,
     )
+    state.record_columnar_metrics_for_handle(decode_handle_flat(encode(report)))
 
 
-def told_columns(state: DeploymentAutoscalingState, said: HandleMetricReport) -> None:
-    state.record_columnar_metrics_for_handle(decode_handle_flat(encode(said)))
+def busy(state: DeploymentAutoscalingState) -> str:
+    found = busy_replicas(state.get_autoscaling_context(0))
+    return "".join(sorted(each.unique_id for each in found))
 
 
-def told_objects(state: DeploymentAutoscalingState, said: HandleMetricReport) -> None:
-    state.record_request_metrics_for_handle(said)
-
-
-@pytest.mark.parametrize("told", [told_columns, told_objects])
-def test_busy_is_what_any_gateway_last_counted(told: Any) -> None:
-    state = DeploymentAutoscalingState(ENGINES)
+def test_busy_is_what_ran_something_at_its_last_report() -> None:
+    state = autoscaled(ours=True)
+    state.update_running_replica_ids([replica(name) for name in "abcde"])
     now = time.time()
-    assert busy_replicas(state) == set()
-    told(state, report(f"{GENERATIONS}1", now, a=[0, 1], b=[3, 0], c=[0, 0], d=[]))
-    told(state, report(f"{GENERATIONS}2", now, b=[0, 2], c=[1, 0]))
-    # As each scrape of the metrics does, and leaves behind.
-    told(state, report("scrape", now, a=[1], b=[1], c=[1], d=[1]))
-    assert busy_replicas(state) == {replica("a"), replica("b")}
-    told(state, report(f"{GENERATIONS}1", now + 1, a=[1, 0], b=[0, 0], c=[0, 4]))
-    assert busy_replicas(state) == {replica("b"), replica("c")}
+    assert busy(state) == ""
+    told(state, now, a=[0, 1], b=[3, 0], c=[0, 0], d=[])
+    assert busy(state) == "a"
+    told(state, now + 1, a=[1, 0], b=[0, 0], c=[0, 4])
+    assert busy(state) == "c"
 
 
 def autoscaled(*, ours: bool) -> DeploymentAutoscalingState:
@@ -220,10 +222,10 @@ def autoscaled(*, ours: bool) -> DeploymentAutoscalingState:
 def _serves_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Serve's own scheduler as no policy has changed it, also afterwards."""
     own = DeploymentScheduler._get_replicas_to_stop
-    ray_controller._watched.cache_clear()
+    ray_controller._contexts.cache_clear()
     monkeypatch.setattr(DeploymentScheduler, "_get_replicas_to_stop", own)
     yield
-    ray_controller._watched.cache_clear()
+    ray_controller._contexts.cache_clear()
 
 
 # Replicas that run, what they run and what waits; long enough apart for each delay to pass or not.
@@ -250,10 +252,10 @@ def test_it_scales_as_serves_own_policy_does(monkeypatch: pytest.MonkeyPatch) ->
     for names, counts, queued, passed_s in COURSE:
         now += passed_s
         monkeypatch.setattr(time, "time", lambda now=now: now)
-        running = dict(zip(names, ([count] for count in counts), strict=True))
+        running = {name: [count] for name, count in zip(names, counts, strict=True)}
         for number, state in enumerate(states):
             state.update_running_replica_ids([replica(name) for name in names])
-            told_columns(state, report(f"{GENERATIONS}1", now, [queued], **running))
+            told(state, now, queued, **running)
             targets[number] = state.get_decision_num_replicas(targets[number])
         seen.append(tuple(targets))
     assert all(ours == serves for ours, serves in seen)
@@ -268,13 +270,10 @@ def test_naming_the_policy_is_all_that_a_controller_needs(complaints: list[str])
     state = autoscaled(ours=True)
     found = scheduler(DeploymentScheduler, head="abcd")
     state.update_running_replica_ids([replica(name) for name in "abcd"])
-    told_columns(state, report(f"{GENERATIONS}1", time.time(), a=[0], b=[0], c=[1], d=[2]))
+    told(state, time.time(), a=[0], b=[0], c=[1], d=[2])
     assert stopped(found, 1) == "d"
     state.get_decision_num_replicas(4)
     assert [stopped(found, count) for count in (1, 2, 3)] == ["b", "ab", "abd"]
-    # A deployment that is gone is forgotten, and its name means nothing to the next one.
-    del state
-    assert stopped(found, 1) == "d"
     assert complaints == []
 
 
@@ -284,6 +283,8 @@ def test_a_context_that_is_not_as_expected_scales_all_the_same(
 ) -> None:
     state = autoscaled(ours=True)
     state.update_running_replica_ids([replica("a")])
-    monkeypatch.setattr(state, "get_total_num_requests", 2.0)
+    found = scheduler(DeploymentScheduler, head="ab")
+    monkeypatch.setattr(state, "_get_raw_custom_metrics", lambda: {RUNNING_REQUESTS_KEY: None})
     assert [state.get_decision_num_replicas(1) for _ in range(2)] == [1, 1]
+    assert [stopped(found, 1), stopped(found, 1)] == ["b", "b"]
     assert len(complaints) == 1

@@ -29,9 +29,9 @@ from tera.generation import (
     decode_order,
     encode,
 )
-from tera.routing.fleet import Changed, Fleet
+from tera.routing.fleet import Changed, Fleet, Seat
 from tera.routing.link import ReplicaLinks
-from tera.routing.switchboard import Switchboard
+from tera.routing.switchboard import Route, Switchboard
 
 SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
 HOST = "127.0.0.1"
@@ -224,7 +224,7 @@ class RecordingWorker:
 
 
 class FakeServe:
-    """Ray Serve as a `Fleet` sees it: calls replicas, and counts what waits and what runs."""
+    """Ray Serve as a `Fleet` sees it: calls replicas, and counts what waits."""
 
     def __init__(self) -> None:
         self.replicas: dict[str, Callable[[Address], Awaitable[None]]] = {}
@@ -234,6 +234,7 @@ class FakeServe:
         self.waiting = 0
         self.most_waiting = 0
         self.running: Counter[str] = Counter()
+        """The seats that are taken at each replica, of which Serve hears from the replica."""
 
     async def connect(self, replica: str, host: str, port: int) -> None:
         self.asked.append(replica)
@@ -250,16 +251,39 @@ class FakeServe:
         finally:
             self.waiting -= 1
 
-    def began(self, replica: str) -> None:
+    def seated(self, replica: str) -> None:
         self.running[replica] += 1
 
-    def ended(self, replica: str) -> None:
+    def left(self, replica: str) -> None:
         self.running[replica] -= 1
 
     @property
     def idle(self) -> bool:
         """Whether every generation that was counted is counted no more."""
         return self.waiting == 0 and not any(self.running.values())
+
+
+class CountedFleet(Fleet):
+    """Has the seats counted that it gives."""
+
+    def __init__(
+        self, links: ReplicaLinks, switchboard: Switchboard, serve: Callable[[Changed], FakeServe]
+    ) -> None:
+        super().__init__(links, switchboard, lambda changed: self._attached(serve(changed)))
+
+    def _attached(self, serve: FakeServe) -> FakeServe:
+        self._counts = serve
+        return serve
+
+    def _seat(self, replica_id: str, route: Route) -> Seat | None:
+        seat = super()._seat(replica_id, route)
+        if seat is not None:
+            self._counts.seated(replica_id)
+        return seat
+
+    def left(self, replica_id: str, refused_at: int | None) -> None:
+        self._counts.left(replica_id)
+        super().left(replica_id, refused_at)
 
 
 class Attempt:
@@ -304,7 +328,7 @@ class FakeModel:
         self.links = links
         self.serve = FakeServe()
         self.switchboard = Switchboard()
-        self.fleet = Fleet(links, self.switchboard, lambda _: self.serve)
+        self.fleet = CountedFleet(links, self.switchboard, lambda _: self.serve)
         self.replicas: dict[str, FakeReplica] = {}
         """Those that have connected, the latest of each name."""
         self._begun: asyncio.Queue[Attempt] = asyncio.Queue()
@@ -444,7 +468,7 @@ class EngineFleet:
     def __init__(self, engine: TextEngine, deaths: Sequence[int] | None = None) -> None:
         self.links = ReplicaLinks(HOST, SECRET)
         self.serve = OneAfterAnother()
-        self.fleet = Fleet(self.links, Switchboard(), self.serve.attached)
+        self.fleet = CountedFleet(self.links, Switchboard(), self.serve.attached)
         self._engines = [MortalEngine(engine, lives_for) for lives_for in [*(deaths or ()), None]]
         self._replicas: list[EngineReplica] = []
         for number, mortal in enumerate(self._engines):
@@ -491,14 +515,14 @@ class OneAfterAnother(FakeServe):
         self._unused = list(replicas)
         self._tell()
 
-    def began(self, replica: str) -> None:
-        super().began(replica)
+    def seated(self, replica: str) -> None:
+        super().seated(replica)
         if replica == self._unused[0] and len(self._unused) > 1:
             del self._unused[0]
             self._tell()
 
-    def ended(self, replica: str) -> None:
-        super().ended(replica)
+    def left(self, replica: str) -> None:
+        super().left(replica)
         self._tell()
 
     def _tell(self) -> None:

@@ -244,7 +244,7 @@ class TestRoom:
 
 
 class TestCounts:
-    async def test_serve_counts_who_waits_and_who_has_a_seat(self, model: FakeModel) -> None:
+    async def test_who_waits_is_counted_until_it_has_a_seat(self, model: FakeModel) -> None:
         await model.start("a", room=1)
         first = taken(model)
         held = waiting(model)

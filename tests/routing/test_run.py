@@ -176,9 +176,7 @@ async def test_deltas_arrive_as_the_replica_sends_them(model: FakeModel, stage: 
     assert not attempt.aborted.is_set()
 
 
-async def test_serve_counts_a_generation_as_running_until_its_end(
-    model: FakeModel, stage: Stage
-) -> None:
+async def test_a_generation_has_a_seat_until_its_end(model: FakeModel, stage: Stage) -> None:
     await model.start("a")
     going = stage.go()
     attempt = await model.begun()

@@ -22,8 +22,6 @@ from ray.exceptions import (
 )
 from ray.serve import handle as handle_module
 from ray.serve._private import default_impl, router
-from ray.serve._private.autoscaling_metrics_codec import decode_handle_flat
-from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
 from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
@@ -32,6 +30,8 @@ from ray.serve._private.common import (
 )
 from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.handle_options import InitHandleOptions
+from ray.serve._private.metrics_utils import InMemoryMetricsStore
+from ray.serve._private.replica import ReplicaMetricsManager, UserCallableWrapper
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.router import AsyncioRouter, CurrentLoopRouter, RouterMetricsManager
 from ray.serve.config import AutoscalingConfig
@@ -40,10 +40,10 @@ from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, Depl
 from ray.serve.request_router import RequestRouter, RunningReplica
 from tests.routing.conftest import until
 
+from tera.engine.deployment import EngineReplica
 from tera.errors import ConfigError, EngineError, InvalidValueError, ReplicaLostError, TeraError
 from tera.upstream import ray_serve
-from tera.upstream.ray_controller import busy_replicas
-from tera.upstream.ray_serve import GENERATIONS, ServedReplicas, ask_all, translated
+from tera.upstream.ray_serve import ServedReplicas, ask_all, ongoing, translated
 
 ENGINES = DeploymentID("Engine", "model-demo")
 
@@ -113,19 +113,13 @@ class TestSymbols:
         replica = ReplicaID("a", ENGINES)
         assert (replica.unique_id, replica.deployment_id) == ("a", ENGINES)
 
-    @pytest.mark.parametrize(
-        ("method", "expected"),
-        [
-            ("wrap_queued_request", ["is_retry", "num_curr_replicas"]),
-            ("inc_num_running_requests_for_replica", ["replica_id"]),
-            ("dec_num_running_requests_for_replica", ["replica_id"]),
-        ],
-    )
-    def test_the_counts_are_changed_by(self, method: str, expected: list[str]) -> None:
-        assert parameters(getattr(RouterMetricsManager, method)) == expected
+    def test_what_waits_is_counted_by(self) -> None:
+        expected = ["is_retry", "num_curr_replicas"]
+        assert parameters(RouterMetricsManager.wrap_queued_request) == expected
 
-    def test_what_runs_is_counted_at_handles(self) -> None:
-        assert vars(router)["RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE"]
+    def test_a_replica_is_asked_for_figures_of_its_own(self) -> None:
+        source = inspect.getsource(UserCallableWrapper)
+        assert f'"{EngineReplica.record_autoscaling_stats.__name__}"' in source
 
     def test_a_response_is_awaited_and_cancelled(self) -> None:
         assert inspect.isfunction(DeploymentResponse.__await__)
@@ -238,11 +232,6 @@ class Served:
     def counts(self) -> RouterMetricsManager:
         return self.replicas._counts
 
-    @property
-    def running(self) -> dict[str, int]:
-        counts = self.counts.num_requests_sent_to_replicas
-        return {replica.unique_id: count for replica, count in counts.items() if count}
-
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,38 +287,33 @@ class TestReplicas:
 
 
 class TestCounts:
-    async def test_what_waits_and_runs_is_counted_as_serves_own_calls_are(
-        self, served: Served
-    ) -> None:
+    async def test_what_waits_is_counted_as_serves_own_calls_are(self, served: Served) -> None:
         with served.replicas.queued(), served.replicas.queued():
             assert served.counts.num_queued_requests == 2
         assert served.counts.num_queued_requests == 0
-        served.replicas.began("a")
-        served.replicas.began("a")
-        served.replicas.began("b")
-        served.replicas.ended("a")
-        assert served.running == {"a": 1, "b": 1}
-        served.replicas.ended("a")
-        served.replicas.ended("b")
-        assert served.running == {}
 
     async def test_who_leaves_is_counted_no_more(self, served: Served) -> None:
         with pytest.raises(asyncio.CancelledError), served.replicas.queued():
             raise asyncio.CancelledError
         assert served.counts.num_queued_requests == 0
 
-    async def test_scale_downs_read_what_is_counted_here(self, served: Served) -> None:
-        served.update(Replica("a"), Replica("b"))
-        autoscaling = DeploymentConfig(autoscaling_config=AutoscalingConfig())
-        served.counts.update_deployment_config(autoscaling, 2)
-        served.replicas.began("a")
-        served.controller.reports.clear()
-        served.counts.push_autoscaling_metrics_to_controller()  # type: ignore[no-untyped-call]
-        (report,) = served.controller.reports
-        state = DeploymentAutoscalingState(ENGINES)
-        state.record_columnar_metrics_for_handle(decode_handle_flat(report))
-        assert busy_replicas(state) == {ReplicaID("a", ENGINES)}
-        await served.counts.shutdown()  # type: ignore[no-untyped-call]
+    async def test_what_a_replica_runs_takes_the_place_of_serves_own_count(self) -> None:
+        manager = ReplicaMetricsManager.__new__(ReplicaMetricsManager)
+        manager._metrics_store = InMemoryMetricsStore()
+        manager._num_ongoing_requests = 0
+        manager._autoscaling_config = AutoscalingConfig()
+        manager._ingress = True
+        manager._checked_custom_metrics = False
+        manager.user_autoscaling_stats_latency_tracker = SimpleNamespace(observe=lambda _: None)
+
+        async def running() -> dict[str, float]:
+            return ongoing(3)
+
+        manager._custom_metrics_enabled = True
+        manager._record_autoscaling_stats_fn = running
+        await manager._add_autoscaling_metrics_point_async()
+        (points,) = manager._metrics_store.data.values()
+        assert [point.value for point in points] == [3]
 
     @pytest.mark.parametrize(("replicas", "told"), [(0, 1), (1, 0)])
     async def test_with_no_replica_serve_hears_at_once_of_who_waits(
@@ -343,11 +327,6 @@ class TestCounts:
             assert len(served.controller.reports) == told
         await served.counts.shutdown()  # type: ignore[no-untyped-call]
 
-    async def test_the_handle_can_be_told_from_those_of_a_scrape(self, served: Served) -> None:
-        handle: Any = served.replicas._handle
-        assert handle.handle_id.startswith(GENERATIONS)
-        assert handle.connect.handle_id == handle.handle_id
-
 
 class TestConnect:
     async def test_the_replica_that_is_meant_is_called(self, served: Served) -> None:
@@ -355,7 +334,7 @@ class TestConnect:
         served.update(*replicas)
         await served.replicas.connect("b", "host", 7)
         assert [each.calls for each in replicas] == [[], [("connect", ["host", 7])], []]
-        await until(lambda: served.running == {})
+        await until(lambda: not any(served.counts.num_requests_sent_to_replicas.values()))
         assert served.counts.num_queued_requests == 0
 
     async def test_calls_at_the_same_time_go_where_each_is_meant_to(self, served: Served) -> None:

@@ -14,6 +14,7 @@ from tera.engine.link import GatewayLinks
 from tera.engine.runs import Runs
 from tera.errors import TeraError
 from tera.observability import load_exposition, log_json_lines
+from tera.upstream.ray_serve import ongoing
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class EngineReplica:
         """Return this replica's id and its metrics, the engine's own beside them, as text."""
         load = load_exposition(self._model, self._engine.load())
         return self._replica_id, load + self._engine.metrics_text()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how much runs here, by which it scales; it asks twice a second."""
+        return ongoing(self._runs.ongoing)
 
     async def check_health(self) -> None:
         """Tell Serve whether to keep this replica; an error gets it replaced."""

@@ -36,14 +36,6 @@ class Serve(Protocol):
         """Have one more generation counted as waiting while the block runs."""
         ...
 
-    def began(self, replica: str) -> None:
-        """Have one more generation counted as running at a replica."""
-        ...
-
-    def ended(self, replica: str) -> None:
-        """Have one less counted."""
-        ...
-
 
 class Seat:
     """Room for one generation at one replica; whoever has it leaves it, whatever happens."""
@@ -109,8 +101,8 @@ class Fleet:
     async def seat(self, route: Route, *, again: bool) -> Seat:
         """Return room for a generation at the best replica, waiting for some.
 
-        Serve counts what waits here as queued, and what has a seat as running: by these counts it
-        scales, also from zero.
+        Serve counts what waits here as queued, and replicas tell it what runs there: by these
+        counts it scales, also from zero.
 
         Args:
             route: of the generation.
@@ -130,7 +122,6 @@ class Fleet:
         if link is None:
             self.switchboard.release(replica_id)
             return None
-        self._serve.began(replica_id)
         capacity = self.switchboard.capacity(replica_id)
         return Seat(self, replica_id, link, int(MOVED_ROOM * capacity) if route.moved else capacity)
 
@@ -141,7 +132,6 @@ class Fleet:
             replica_id: whose it was.
             refused_at: how many generations the replica runs, if it refused this one.
         """
-        self._serve.ended(replica_id)
         if refused_at is not None:
             self.switchboard.refused(replica_id, refused_at)
         self.switchboard.release(replica_id)

@@ -1,8 +1,8 @@
 """What Tera uses of Ray Serve's controller that is private there: who goes in a scale-down.
 
 Serve's scheduler takes the newest replicas of the emptiest nodes, whatever they do, and has no
-setting for it. What each replica runs is known in the same process, Serve's controller: the
-gateways' handles report it once a second, for autoscaling. Here one is led by the other.
+setting for it. What each replica runs is known in the same process, Serve's controller: replicas
+report it once a second, for autoscaling. Here one is led by the other.
 
 Where Serve is not as expected its own choice stays, and that is logged once: the controller's loop
 must not fail for it. `tests/upstream` says so before, for the installed Ray: see
@@ -13,15 +13,11 @@ import logging
 from collections.abc import Callable, Set
 from functools import cache, wraps
 from typing import Any
-from weakref import WeakValueDictionary
 
-from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
 from ray.serve._private.common import RUNNING_REQUESTS_KEY, DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_LOGGER_NAME
 from ray.serve._private.deployment_scheduler import DeploymentScheduler
 from ray.serve.config import AutoscalingContext
-
-from tera.upstream.ray_serve import GENERATIONS
 
 log = logging.getLogger(SERVE_LOGGER_NAME)  # whose lines are in the controller's file
 
@@ -36,27 +32,15 @@ Choice = Callable[
 def watch(context: AutoscalingContext, choice: Choice) -> None:
     """Have a deployment's replicas taken by a choice, from now on, in this process."""
     try:
-        total: Any = context._total_num_requests_value  # a method of the state that has the reports
-        _watched(choice)[context.deployment_id] = total.__self__
+        _contexts(choice)[context.deployment_id] = context
     except Exception:  # noqa: BLE001  whatever it is, the controller's loop goes on
         _complain()
 
 
-def busy_replicas(state: DeploymentAutoscalingState) -> set[ReplicaID]:
-    """Return the replicas that had a generation when a gateway replica last counted."""
-    counts: list[tuple[str, float]] = []
-    for handle_id, columns in state._handle_store.columnar.items():
-        if handle_id.startswith(GENERATIONS):
-            counts += (
-                (replica, columns.running.source(number).values[-1])
-                for number, replica in enumerate(columns.running_keys)
-            )
-    for handle_id, report in state._handle_store.objects.items():
-        if handle_id.startswith(GENERATIONS):
-            running = report.metrics.get(RUNNING_REQUESTS_KEY, {})
-            counts += ((replica, points[-1].value) for replica, points in running.items() if points)
-    busy = {replica for replica, count in counts if count > 0}
-    return {ReplicaID.from_full_id_str(replica) for replica in busy}
+def busy_replicas(context: AutoscalingContext) -> set[ReplicaID]:
+    """Return the replicas that ran a generation when they last reported."""
+    running = (context.raw_metrics or {}).get(RUNNING_REQUESTS_KEY, {})
+    return {replica for replica, points in running.items() if points and points[-1].value > 0}
 
 
 def choose_by(choice: Choice, scheduler: type[DeploymentScheduler], busy: BusyReplicas) -> None:
@@ -86,16 +70,21 @@ def choose_by(choice: Choice, scheduler: type[DeploymentScheduler], busy: BusyRe
 
 
 @cache
-def _watched(choice: Choice) -> WeakValueDictionary[DeploymentID, DeploymentAutoscalingState]:
-    """Return what is watched in this process, whose scheduler has heard of it by then."""
-    states: WeakValueDictionary[DeploymentID, DeploymentAutoscalingState] = WeakValueDictionary()
+def _contexts(choice: Choice) -> dict[DeploymentID, AutoscalingContext]:
+    """Return the latest context of each deployment, by which the scheduler chooses from now on.
+
+    A policy is called ten times a second, and the scheduler acts just after it. Reports are read
+    when some have to go, and not at each call: that takes 10 ms for 1,000 replicas. A deployment
+    that is gone leaves its last context, and the replicas in it are none that another one has.
+    """
+    contexts: dict[DeploymentID, AutoscalingContext] = {}
 
     def busy(deployment_id: DeploymentID) -> set[ReplicaID]:
-        state = states.get(deployment_id)
-        return set() if state is None else busy_replicas(state)
+        context = contexts.get(deployment_id)
+        return set() if context is None else busy_replicas(context)
 
     choose_by(choice, DeploymentScheduler, busy)
-    return states
+    return contexts
 
 
 @cache

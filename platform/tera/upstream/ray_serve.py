@@ -3,7 +3,7 @@
 Serve has no way to give an application's only deployment a router of its own while HAProxy is in
 front, and none to count work that it does not carry. So a handle is made here with a router of
 ours, from which three things are taken: which replicas run, a way to call one of them, and the
-counts by which Serve scales.
+count of what waits. What runs is counted by each replica; see `ongoing`.
 
 Each name is checked where it is used first, and `tests/upstream` holds it against the installed
 Ray: see docs/upgrading-ray-and-vllm.md.
@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from uuid import uuid4
 
 from ray import serve
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve._private import default_impl
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve._private.common import (
+    RUNNING_REQUESTS_KEY,
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+)
 from ray.serve._private.router import CurrentLoopRouter, RouterMetricsManager
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -29,10 +33,6 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from tera.errors import ConfigError, EngineError, ReplicaLostError, TeraError
 
 log = logging.getLogger(__name__)
-
-GENERATIONS = "generations-"
-"""Begins the ids of handles that carry generations, and no one else's. A scrape of the metrics
-calls all replicas by handles of its own, and for those calls no replica counts as busy."""
 
 REFUSED_PAUSE_S = 0.05
 """Before a replica is asked again that had no room for a call; calls are rare and short."""
@@ -45,7 +45,7 @@ _target: ContextVar[str] = ContextVar("target")
 
 
 class ServedReplicas:
-    """The replicas of one model's deployment that Serve runs, and what it counts at each.
+    """The replicas of one model's deployment that Serve runs, and its count of what waits for one.
 
     Replicas go by the unique part of their Serve id.
     """
@@ -80,7 +80,6 @@ class ServedReplicas:
             deployment,
             application,
             _create_router=create_router,
-            _handle_id=f"{GENERATIONS}{uuid4().hex}",
         )
         self._connect = self._handle.connect  # makes the router
 
@@ -116,17 +115,6 @@ class ServedReplicas:
         running = len(self._router.curr_replicas)
         with self._counts.wrap_queued_request(is_retry=False, num_curr_replicas=running):
             yield
-
-    def began(self, replica: str) -> None:
-        """Have one more generation counted as running at a replica."""
-        self._counts.inc_num_running_requests_for_replica(self._id(replica))
-
-    def ended(self, replica: str) -> None:
-        """Have one less counted; each `began` has one of these."""
-        self._counts.dec_num_running_requests_for_replica(self._id(replica))
-
-    def _id(self, replica: str) -> ReplicaID:
-        return ReplicaID(replica, self._handle.deployment_id)
 
 
 class _Router(RequestRouter):
@@ -178,6 +166,16 @@ class _Router(RequestRouter):
         self._changed(
             {name: replica.max_ongoing_requests for name, replica in self._by_name.items()}
         )
+
+
+def ongoing(count: int) -> dict[str, float]:
+    """Return what a replica's `record_autoscaling_stats` tells Serve of the work that it runs.
+
+    A replica of an application's only deployment reports how many calls of Serve run there, beside
+    figures of its own. No call carries a generation, so that is 0, and the figure of the same name
+    takes its place: Serve's autoscaling then counts generations, those of all gateways.
+    """
+    return {RUNNING_REQUESTS_KEY: count}
 
 
 def translated(error: Exception) -> TeraError:
