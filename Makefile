@@ -24,7 +24,7 @@ define stage
 @printf '%-44s ' '$(1)'; start=$$SECONDS; $(2); printf '%4d s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help install serve test slow check lint types layers schema overlays docs bench clean
+.PHONY: help install serve test slow platforms engines check lint types layers schema overlays docs bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
@@ -49,11 +49,18 @@ serve: install ## Serve on this machine until Ctrl-C (TERA_HOST, TERA_PORT, ARGS
 
 test: check slow ## Run all tests: the checks, then the tests that start Ray and vLLM
 
-slow: install ## Run the tests that start Ray and vLLM (ARGS: which)
-	$(BIN)/pytest -m slow $(ARGS)
+slow: platforms engines ## Run the tests that start Ray and vLLM
+
+# Each a process of its own, so that what one keeps up for all of its tests takes nothing from the
+# other's.
+platforms: install ## Run the tests that start Ray, with simulated engines (ARGS: which)
+	$(BIN)/pytest -m 'slow and not vllm' --durations 20 $(ARGS)
+
+engines: install ## Run the tests that start vLLM (ARGS: which)
+	$(BIN)/pytest -m vllm --durations 20 $(ARGS)
 
 check: lint types layers ## Run the fast lane: style, types, layers and quick tests
-	$(BIN)/pytest -m 'not slow' $(ARGS)
+	$(BIN)/pytest -m 'not slow' --durations 10 $(ARGS)
 
 lint: install ## Check style and formatting
 	$(BIN)/ruff check .

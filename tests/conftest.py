@@ -12,6 +12,19 @@ hypothesis.settings.register_profile("tera", deadline=None)
 hypothesis.settings.load_profile("tera")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let tests that share a platform come last: nothing else is started beside it then."""
+    items.sort(key=_shares_a_platform)
+
+
+def _shares_a_platform(item: pytest.Item) -> bool:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    callspec = getattr(item, "callspec", None)
+    if callspec is not None:
+        fixtures.update(value for value in callspec.params.values() if isinstance(value, str))
+    return not fixtures.isdisjoint(("simulated", "behind_haproxy", "vllm", "_real"))
+
+
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """Two simulated models: `sim/small` on two replicas, and `sim/slow`."""

@@ -40,7 +40,7 @@ def _real(vllm: Platform) -> Iterator[PlatformGateway]:
 
 _IN_PROCESS = pytest.param("in_process", id="in-process")
 _HAPROXY = pytest.param("behind_haproxy", id="haproxy", marks=pytest.mark.slow)
-_VLLM = pytest.param("_real", id="vllm", marks=pytest.mark.slow)
+_VLLM = pytest.param("_real", id="vllm", marks=[pytest.mark.slow, pytest.mark.vllm])
 
 
 @pytest.fixture(params=[_IN_PROCESS, _HAPROXY])
@@ -55,9 +55,3 @@ def text_gateway(request: pytest.FixtureRequest) -> Gateway:
     """Gateways of simulated engines and of a real one, for what depends on text."""
     found: Gateway = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture
-def real(_real: PlatformGateway) -> PlatformGateway:
-    """A platform with real vLLM."""
-    return _real

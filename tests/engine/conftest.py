@@ -28,6 +28,7 @@ VLLM_ARGS: dict[str, JsonValue] = {
 
 VLLM_MARKS = [
     pytest.mark.slow,
+    pytest.mark.vllm,
     # What vLLM's imports warn of is not ours to mend.
     pytest.mark.filterwarnings("ignore::Warning"),
 ]

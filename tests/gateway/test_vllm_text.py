@@ -15,7 +15,11 @@ from tera.gateway.vllm_text import VllmTextModel
 from tera.local.demo_model import ensure_demo_model
 
 # What vLLM and torch warn themselves of, and leave unclosed, is not ours.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::Warning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::Warning"),
+]
 
 MODELS = Path(__file__).parents[2] / ".tera/models"
 WEATHER = {

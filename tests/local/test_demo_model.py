@@ -99,6 +99,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_the_model_loads_speaks_and_is_made_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from tests.serve.conftest import VLLM_VALUES, Platform, until
 from tests.serve.load import apply, serving
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = ["The capital of France is", "日本の首都は", "def fib(n):", "Write of 🚀 and 😀:"]

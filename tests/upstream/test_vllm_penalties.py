@@ -13,7 +13,11 @@ import pytest
 from tera.upstream.vllm_penalties import RESUMED, count_resumed_in_v1
 
 # What vLLM and torch warn themselves of is not ours to mend.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::Warning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::Warning"),
+]
 
 VOCAB_SIZE = 5000
 PROMPT = [*range(100), 7, 7]
