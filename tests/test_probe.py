@@ -160,7 +160,7 @@ class TestTheGateway:
     ) -> None:
         monkeypatch.setenv("TERA_API_KEY", key := generate_key())
         said = failure()
-        assert said.startswith("The key is refused: ")
+        assert said.startswith("The key was refused: ")
         assert key not in said
 
     def test_a_key_without_models_has_no_answer(
@@ -304,7 +304,7 @@ class Impostor:
             id="no model",
         ),
         pytest.param(
-            {"/readyz": READY, "/v1/models": (401, {}, b"")}, "The key is refused", id="bare 401"
+            {"/readyz": READY, "/v1/models": (401, {}, b"")}, "The key was refused", id="bare 401"
         ),
         pytest.param(
             {

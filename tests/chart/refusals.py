@@ -37,26 +37,26 @@ def spot(joins: str = "l4", **values: Any) -> dict[str, Any]:
 CROSS_FIELD = [
     pytest.param(models(pool="a100"), "models.one.pool: there is no pool 'a100'; the pools are: l4", id="no pool"),
     pytest.param(
-        models(parallelism={"tensor": 3}), "models.one.parallelism.tensor: 3 is over the 2 GPU(s)", id="tensor"
+        models(parallelism={"tensor": 3}), "models.one.parallelism.tensor: 3 exceeds the 2 GPU(s)", id="tensor"
     ),
     pytest.param(
         models(replicas={"max": 5}, parallelism={"tensor": 2}),
-        "gpuPools.l4.maxWorkers: its models may ask for 10 GPUs and its workers have 8",
+        "gpuPools.l4.maxWorkers: its models may need 10 GPUs but its workers have 8",
         id="too many replicas",
     ),
     pytest.param(
         models(replicas={"max": 3}, parallelism={"tensor": 2, "pipeline": 2}),
-        "gpuPools.l4.maxWorkers: its models may ask for 12 GPUs and its workers have 8",
+        "gpuPools.l4.maxWorkers: its models may need 12 GPUs but its workers have 8",
         id="too many pipeline stages",
     ),
     pytest.param(
         models(replicas={"max": 25}, gpuSharing={"replicasPerGpu": 3}),
-        "gpuPools.l4.maxWorkers: its models may ask for 9 GPUs and its workers have 8",
+        "gpuPools.l4.maxWorkers: its models may need 9 GPUs but its workers have 8",
         id="too many on shared GPUs",
     ),
     pytest.param(
         models(parallelism={"tensor": 2}, gpuSharing={"replicasPerGpu": 2}),
-        "models.one: gpuSharing.replicasPerGpu: a replica over 2 GPUs shares none of them",
+        "models.one: gpuSharing.replicasPerGpu: a replica on 2 GPUs cannot share them",
         id="shares several GPUs",
     ),
     pytest.param(
@@ -69,11 +69,11 @@ CROSS_FIELD = [
     ),
     pytest.param(
         cluster(gpuPools={"l4": {"order": 1}, "t4": {"order": 1}}),
-        "gpuPools.t4.order: 1 is gpuPools.l4's; 2 is free",
+        "gpuPools.t4.order: 1 is taken by gpuPools.l4; 2 is free",
         id="one order",
     ),
     pytest.param(
-        cluster(gpuPools={"l4": {"order": 1}, "cpu": {"order": 2}}), "gpuPools.cpu: is the group without", id="cpu"
+        cluster(gpuPools={"l4": {"order": 1}, "cpu": {"order": 2}}), "gpuPools.cpu: is the group of the CPU pods", id="cpu"
     ),
     pytest.param(
         spot("a100"), "gpuPools.spot.joins: there is no pool 'a100'; the pools are: l4", id="joins no pool"
@@ -88,7 +88,7 @@ CROSS_FIELD = [
     ),
     pytest.param(
         spot(models={"one": model(pool="spot")}),
-        "models.one.pool: 'spot' joins the pool 'l4'; name that one, and both hold the model",
+        "models.one.pool: 'spot' joins the pool 'l4'; name that one, and both run the model",
         id="pool that joins",
     ),
     pytest.param(
@@ -101,17 +101,17 @@ CROSS_FIELD = [
             models={"one": model(parallelism={"tensor": 2})},
             gpuPools={"l4": {"order": 1, "gpusPerWorker": 2}, "spot": {"order": 2, "joins": "l4"}},
         ),
-        "models.one.parallelism.tensor: 2 is over the 1 GPU(s) of a worker; lower it, or raise gpuPools.spot.gpusPerWorker",
+        "models.one.parallelism.tensor: 2 exceeds the 1 GPU(s) of a worker; lower it, or raise gpuPools.spot.gpusPerWorker",
         id="tensor over a pool that joins",
     ),
     pytest.param(
         spot(models={"one": model(replicas={"max": 13})}),
-        "gpuPools.l4.maxWorkers: its models may ask for 13 GPUs and its workers have 12",
+        "gpuPools.l4.maxWorkers: its models may need 13 GPUs but its workers have 12",
         id="too many replicas of both pools",
     ),
     pytest.param(
         cluster(huggingface={"offline": True}),
-        "huggingface.offline: gateways and workers then read the model cache alone; set modelCache.enabled: true",
+        "huggingface.offline: gateways and workers then read only the model cache; set modelCache.enabled: true",
         id="offline without a cache",
     ),
     pytest.param(
@@ -120,7 +120,7 @@ CROSS_FIELD = [
             modelCache={"enabled": True, "accessMode": "ReadWriteOnce"},
             huggingface={"offline": True},
         ),
-        "huggingface.offline: gateways and workers then read the model cache alone",
+        "huggingface.offline: gateways and workers then read only the model cache",
         id="offline with a cache that gateways do not mount",
     ),
     pytest.param(
@@ -128,17 +128,17 @@ CROSS_FIELD = [
         "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have 4",
         id="cache of one worker",
     ),
-    pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is over max (2)", id="min over max"),
+    pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is greater than max (2)", id="min over max"),
     pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
     pytest.param(
         cluster(observability={"dashboards": True}), "observability: dashboards and tracing", id="not there yet"
     ),
     pytest.param(
-        cluster(observability={"rules": True}), "observability: rules alert on metrics", id="rules without metrics"
+        cluster(observability={"rules": True}), "observability: rules need metrics that are not scraped", id="rules without metrics"
     ),
     pytest.param(models(source=""), "models.one: source is missing", id="no source"),
     pytest.param(
-        cluster(gateway={"replicas": {"min": 9, "max": 8}}), "gateway.replicas: min (9) is over max (8)", id="gateways"
+        cluster(gateway={"replicas": {"min": 9, "max": 8}}), "gateway.replicas: min (9) is greater than max (8)", id="gateways"
     ),
     pytest.param(cluster(image={"tag": "latest"}), 'image: tag "latest"', id="latest"),
     pytest.param(cluster(ingress={"enabled": True}), "ingress: host is missing", id="ingress without host"),

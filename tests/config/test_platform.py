@@ -122,7 +122,7 @@ class TestModelDefaults:
 
     def test_merged_bounds_are_checked_and_named(self) -> None:
         values = {"modelDefaults": {"replicas": {"max": 3}}, **platform(replicas={"min": 4})}
-        assert refused(values)[0].startswith("models.demo.replicas: min (4) is over max (3)")
+        assert refused(values)[0].startswith("models.demo.replicas: min (4) is greater than max (3)")
 
     def test_a_fault_of_the_defaults_names_the_defaults(self) -> None:
         lines = refused({"modelDefaults": {"parallelism": {"tensor": 0}}, **platform()})

@@ -3,7 +3,7 @@
 {{- define "tera.validate" -}}
 {{- $faults := list -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$" .Release.Name) -}}
-{{- $faults = append $faults (printf "release name: %q must be a DNS label of 40 characters at the most that begins with a letter" .Release.Name) -}}
+{{- $faults = append $faults (printf "release name: %q must be a DNS label of 40 characters at most that begins with a letter" .Release.Name) -}}
 {{- end -}}
 {{- $values := .Values -}}
 {{- $pools := include "tera.pools" . | fromJson -}}
@@ -38,7 +38,7 @@
   {{- end -}}
   {{- $ranks := mul (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
   {{- if and (gt (int $model.gpuSharing.replicasPerGpu) 1) (gt $ranks 1) -}}
-    {{- $faults = append $faults (printf "models.%s: gpuSharing.replicasPerGpu: a replica over %d GPUs shares none of them; set it to 1, or parallelism.tensor and .pipeline" $name $ranks) -}}
+    {{- $faults = append $faults (printf "models.%s: gpuSharing.replicasPerGpu: a replica on %d GPUs cannot share them; set it to 1, or parallelism.tensor and .pipeline" $name $ranks) -}}
   {{- end -}}
   {{- $deployed := and $model.enabled (gt (int $model.replicas.max) 0) -}}
   {{- if and $deployed (hasPrefix "demo://" $model.source) -}}
@@ -51,12 +51,12 @@
   {{- else if not (hasKey $pools $model.pool) -}}
     {{- $faults = append $faults (printf "models.%s.pool: there is no pool '%s'; the pools are: %s" $name $model.pool $there) -}}
   {{- else if (get $pools $model.pool).joins -}}
-    {{- $faults = append $faults (printf "models.%s.pool: '%s' joins the pool '%s'; name that one, and both hold the model" $name $model.pool (get $pools $model.pool).joins) -}}
+    {{- $faults = append $faults (printf "models.%s.pool: '%s' joins the pool '%s'; name that one, and both run the model" $name $model.pool (get $pools $model.pool).joins) -}}
   {{- else -}}
     {{- range $each := get $holding $model.pool -}}
       {{- $gpusPerWorker := int (get $pools $each).gpusPerWorker -}}
       {{- if gt (int $model.parallelism.tensor) $gpusPerWorker -}}
-        {{- $faults = append $faults (printf "models.%s.parallelism.tensor: %d is over the %d GPU(s) of a worker; lower it, or raise gpuPools.%s.gpusPerWorker" $name (int $model.parallelism.tensor) $gpusPerWorker $each) -}}
+        {{- $faults = append $faults (printf "models.%s.parallelism.tensor: %d exceeds the %d GPU(s) of a worker; lower it, or raise gpuPools.%s.gpusPerWorker" $name (int $model.parallelism.tensor) $gpusPerWorker $each) -}}
       {{- end -}}
     {{- end -}}
     {{- if $model.enabled -}}
@@ -76,11 +76,11 @@
 {{- end -}}
 {{- range $name, $pool := $pools -}}
   {{- if eq $name "cpu" -}}
-    {{- $faults = append $faults "gpuPools.cpu: is the group without GPUs; give the pool another name" -}}
+    {{- $faults = append $faults "gpuPools.cpu: is the group of the CPU pods; give the pool another name" -}}
   {{- end -}}
   {{- $order := printf "%d" (int $pool.order) -}}
   {{- if hasKey $orders $order -}}
-    {{- $faults = append $faults (printf "gpuPools.%s.order: %s is gpuPools.%s's; %d is free" $name $order (get $orders $order) (add1 $last)) -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.order: %s is taken by gpuPools.%s; %d is free" $name $order (get $orders $order) (add1 $last)) -}}
   {{- end -}}
   {{- $_ := set $orders $order $name -}}
   {{- if $pool.joins -}}
@@ -96,13 +96,13 @@
     {{- $there = add $there (mul (int (get $pools $each).maxWorkers) (int (get $pools $each).gpusPerWorker)) -}}
   {{- end -}}
   {{- if gt (int $wanted) (int $there) -}}
-    {{- $faults = append $faults (printf "gpuPools.%s.maxWorkers: its models may ask for %d GPUs and its workers have %d; raise maxWorkers, or lower a replicas.max" $name (int $wanted) (int $there)) -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.maxWorkers: its models may need %d GPUs but its workers have %d; raise maxWorkers, or lower a replicas.max" $name (int $wanted) (int $there)) -}}
   {{- end -}}
 {{- end -}}
 
 {{- $faults = concat $faults (include "tera.boundsFault" (list "gateway.replicas" $values.gateway.replicas) | fromJsonArray) -}}
 {{- if eq $values.image.tag "latest" -}}
-  {{- $faults = append $faults "image: tag \"latest\" changes under a running cluster; give a version" -}}
+  {{- $faults = append $faults "image: tag \"latest\" can change under a running cluster; give a version" -}}
 {{- end -}}
 {{- if and $values.redis.embedded $values.redis.external.address -}}
   {{- $faults = append $faults "redis: external.address is set; set embedded: false to use it" -}}
@@ -117,22 +117,22 @@
   {{- $faults = append $faults "upgrade: gatewayClassName is missing; an incremental upgrade needs one" -}}
 {{- end -}}
 {{- if and $values.ingress.enabled (not $values.ingress.host) -}}
-  {{- $faults = append $faults "ingress: host is missing; give the name that clients call" -}}
+  {{- $faults = append $faults "ingress: host is missing; give the host name that clients use" -}}
 {{- end -}}
 {{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
-  {{- $faults = append $faults "httpRoute: parentRefs is empty; name the Gateway that the route belongs to" -}}
+  {{- $faults = append $faults "httpRoute: parentRefs is empty; name the Gateway that the route attaches to" -}}
 {{- end -}}
 {{- if and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteOnce") (gt (int $workers) 1) -}}
   {{- $faults = append $faults (printf "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have %d; use ReadWriteMany" (int $workers)) -}}
 {{- end -}}
 {{- if and $values.huggingface.offline (not (and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteMany"))) -}}
-  {{- $faults = append $faults "huggingface.offline: gateways and workers then read the model cache alone; set modelCache.enabled: true, with accessMode: ReadWriteMany" -}}
+  {{- $faults = append $faults "huggingface.offline: gateways and workers then read only the model cache; set modelCache.enabled: true, with accessMode: ReadWriteMany" -}}
 {{- end -}}
 {{- with $values.observability -}}
 {{- if or .dashboards .tracing.otlpEndpoint -}}
-  {{- $faults = append $faults "observability: dashboards and tracing are not there yet; leave them out" -}}
+  {{- $faults = append $faults "observability: dashboards and tracing are not implemented yet; leave them out" -}}
 {{- else if and .rules (not .podMonitor) -}}
-  {{- $faults = append $faults "observability: rules alert on metrics that nobody reads; set podMonitor: true" -}}
+  {{- $faults = append $faults "observability: rules need metrics that are not scraped; set podMonitor: true" -}}
 {{- end -}}
 {{- end -}}
 {{- if $faults -}}
@@ -145,7 +145,7 @@
 {{- $low := int (last .).min -}}
 {{- $high := int (last .).max -}}
 {{- if and $high (gt $low $high) -}}
-{{- toJson (list (printf "%s: min (%d) is over max (%d); lower min or raise max" (first .) $low $high)) -}}
+{{- toJson (list (printf "%s: min (%d) is greater than max (%d); lower min or raise max" (first .) $low $high)) -}}
 {{- else -}}
 []
 {{- end -}}

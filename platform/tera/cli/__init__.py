@@ -1,7 +1,8 @@
 """The `tera` command.
 
-Exit codes: 0 done; 2 wrong usage or configuration, so that the same command fails again; 1 anything
-else that went wrong, such as a port in use, an engine that does not start, or Redis that is away.
+Exit codes: 0 for success; 2 for wrong usage or configuration, where running the same command again
+fails again; 1 for anything else, such as a port in use, an engine that does not start, or a Redis
+that cannot be reached.
 """
 
 import typer

@@ -1,4 +1,4 @@
-"""`tera config`: a values file, checked and rendered."""
+"""`tera config`: check and render a values file."""
 
 import sys
 
@@ -15,18 +15,18 @@ group = typer.Typer(no_args_is_help=True, help="Check and render a values file."
 
 @group.command()
 def check(file: ValuesFiles) -> None:
-    """Say whether a values file is right, and where it is not."""
+    """Check a values file and report every fault in it."""
     with reported():
         platform = load_platform(*file)
     names = ", ".join(map(str, file))
-    out.print(f"{names}: fine; {len(platform.deployed_models())} model(s) to deploy")
+    out.print(f"{names}: valid; {len(platform.deployed_models())} model(s) to deploy")
 
 
 @group.command()
 def render(file: ValuesFiles) -> None:
-    """Print the Ray Serve config that a cluster gets, over the chart's defaults.
+    """Print the Ray Serve config that a cluster gets from a values file and the chart's defaults.
 
-    One machine has neither those nor pools: `tera serve` leaves both out.
+    `tera serve` uses neither the chart's defaults nor GPU pools, so its config differs.
     """
     with reported():
         config = cluster_serve_config(load_cluster_platform(*file))
@@ -46,7 +46,7 @@ def docs() -> None:
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """YAML without anchors: equal bundles are written out."""
+    """YAML without anchors: equal bundles are written out each time, for people to read."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""What all commands share: how they print, fail and read a length of time."""
+"""What all commands share: printing, reporting errors and parsing durations."""
 
 import json
 import re
@@ -19,7 +19,7 @@ err = Console(stderr=True, soft_wrap=True)
 
 ValuesFiles = Annotated[
     list[Path],
-    typer.Option("-f", "--file", help="A values.yaml; a later one goes over those before it."),
+    typer.Option("-f", "--file", help="A values.yaml. Repeat it to merge several; later ones win."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -29,7 +29,7 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Say an error of ours in its own words, and set the exit code."""
+    """Print a `TeraError` without a traceback, and exit with the code that fits it."""
     try:
         yield
     except TeraError as error:
@@ -40,10 +40,10 @@ def reported() -> Iterator[None]:
 
 
 def seconds(option: str, length: str) -> float:
-    """Return a length of time such as 30d, 12h, 15m or 60s.
+    """Return the seconds of a duration such as 30d, 12h, 15m or 60s.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `length` is not such a duration.
     """
     match = _LENGTH.fullmatch(length)
     if match is None:
@@ -52,10 +52,10 @@ def seconds(option: str, length: str) -> float:
 
 
 def date(at_s: float | None) -> str:
-    """Return a moment for people, in their own time zone."""
+    """Return a Unix time as people read it, in the local time zone; a dash for None."""
     return "–" if at_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
 
 
 def print_json(value: object) -> None:
-    """Print for programs."""
+    """Print a value as indented JSON, past Rich, which would wrap and colour it."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

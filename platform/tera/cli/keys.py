@@ -1,4 +1,4 @@
-"""`tera keys`: API keys, made, listed, rotated and revoked."""
+"""`tera keys`: create, list, rotate and revoke API keys."""
 
 import sys
 from typing import Annotated, Any
@@ -21,28 +21,29 @@ from tera.config.limits import Limits
 from tera.errors import ConfigError
 from tera.tenancy.keys import ApiKey
 
-group = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke API keys.")
+group = typer.Typer(no_args_is_help=True, help="Create, list, rotate and revoke API keys.")
 
 Lifetime = Annotated[
-    str | None, typer.Option("--expires", help="Time to live, such as 30d, 12h or 15m.")
+    str | None,
+    typer.Option("--expires", help="Lifetime, such as 30d, 12h or 15m; default: unlimited."),
 ]
 
 
 @group.command()
 def create(
-    tenant: Annotated[str, typer.Option(help="Who the key belongs to.")],
+    tenant: Annotated[str, typer.Option(help="The tenant the key belongs to.")],
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     concurrent_requests: ConcurrentRequests = None,
     token_budget: TokenBudget = None,
     budget_period: BudgetPeriod = None,
     models: Annotated[
-        str | None, typer.Option(help="Model ids that it may use, with commas; all without.")
+        str | None, typer.Option(help="Comma-separated model ids the key may use; default: all.")
     ] = None,
     expires: Lifetime = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key; it is shown this once. Its limits hold beside its tenant's."""
+    """Create a key and print it, once. Its limits apply in addition to its tenant's."""
     with reported():
         if budget_period is not None and token_budget is None:
             raise ConfigError("--budget-period: give --token-budget as well")
@@ -62,15 +63,15 @@ def create(
         print_json({"key": made.key, "key_id": made.record.key_id, "tenant": tenant})
         return
     out.print(made.key, highlight=False)
-    err.print(f"{made.record.key_id} of tenant {tenant}; the key is not shown again")
+    err.print(f"{made.record.key_id} of tenant {tenant}; the key will not be shown again")
 
 
 @group.command("list")
 def list_keys(
-    tenant: Annotated[str | None, typer.Option(help="Only this one's.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's keys.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the keys, without the keys themselves."""
+    """List the keys: everything but the secret keys themselves."""
     with reported():
         records = with_keys(lambda store: store.list())
     records = [record for record in records if tenant in (None, record.tenant)]
@@ -78,7 +79,7 @@ def list_keys(
         print_json([_row(record) for record in records])
         return
     table = Table(
-        Column("key id", min_width=28),  # a narrow terminal must not cut what is to be copied
+        Column("key id", min_width=28),  # ids are copied: never cut them
         *("tenant", "key", "models", "limits", "created", "expires", "last used"),
     )
     for record in records:
@@ -96,9 +97,9 @@ def list_keys(
 @group.command()
 def revoke(
     key_id: str,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Revoke a key; it stops within seconds."""
+    """Revoke a key. It stops working within seconds."""
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Revoke {key_id}? It cannot be undone.", abort=True)
     with reported():
@@ -109,15 +110,15 @@ def revoke(
 @group.command()
 def rotate(
     key_id: str,
-    grace: Annotated[str, typer.Option(help="How long the old key still works; 0s ends it.")] = (
-        "24h"
-    ),
+    grace: Annotated[
+        str, typer.Option(help="How long the old key keeps working; 0s: not at all.")
+    ] = ("24h"),
     expires: Annotated[
-        str | None, typer.Option(help="The new key's time to live; the old one's end without.")
+        str | None, typer.Option(help="The new key's lifetime; default: the old key's expiry.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key in the place of another; it is shown this once."""
+    """Create a key that replaces another, and print it, once."""
     with reported():
         grace_s = seconds("--grace", "0s" if grace == "0" else grace)
         lifetime_s = None if expires is None else seconds("--expires", expires)
@@ -138,7 +139,7 @@ def rotate(
         return
     out.print(new.key, highlight=False)
     end = f"works until {date(rotation.old_expires_s)}" if grace_s else "is revoked"
-    err.print(f"{new.record.key_id} replaces {key_id}, which {end}; the key is not shown again")
+    err.print(f"{new.record.key_id} replaces {key_id}, which {end}; it is not shown again")
 
 
 def _row(record: ApiKey) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Limits on the command line: as options, and in words."""
+"""Limits on the command line: as options, and as text."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
@@ -8,34 +8,39 @@ import typer
 from tera.config.limits import LARGEST_BUDGET, LARGEST_LIMIT, Limits
 from tera.errors import ConfigError
 
-RequestsPerMinute = Annotated[int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks.")]
+RequestsPerMinute = Annotated[
+    int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks all requests.")
+]
 TokensPerMinute = Annotated[
     int | None,
-    typer.Option(min=0, max=LARGEST_LIMIT, help="Prompt and completion together; 0 blocks."),
+    typer.Option(min=0, max=LARGEST_LIMIT, help="Prompt plus completion tokens; 0 blocks."),
 ]
-ConcurrentRequests = Annotated[int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks.")]
+ConcurrentRequests = Annotated[
+    int | None, typer.Option(min=0, max=LARGEST_LIMIT, help="0 blocks all requests.")
+]
 TokenBudget = Annotated[
-    int | None, typer.Option(min=0, max=LARGEST_BUDGET, help="Of a day or month; 0 blocks.")
+    int | None, typer.Option(min=0, max=LARGEST_BUDGET, help="Tokens per day or month; 0 blocks.")
 ]
 BudgetPeriod = Annotated[
-    Literal["day", "month"] | None, typer.Option(help="In UTC; a month without.")
+    Literal["day", "month"] | None,
+    typer.Option(help="A UTC calendar day or month; default: month."),
 ]
 
-Changed = Annotated[str | None, typer.Option(metavar="N|none", help="0 blocks.")]
+Changed = Annotated[str | None, typer.Option(metavar="N|none", help="0 blocks all.")]
 ChangedPeriod = Annotated[Literal["day", "month", "none"] | None, typer.Option(help="In UTC.")]
 
 NONE: Final = "none"
-"""Given for an option, it removes the limit."""
+"""As the value of an option, it removes that limit."""
 
 _LIMITS: Final = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "token_budget")
 HEADINGS: Final = ("requests/min", "tokens/min", "concurrent", "budget")
 
 
 def changes(given: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return the limits that options set, None for those that they remove.
+    """Return the limits that the options set; a limit that an option removes is None.
 
     Raises:
-        ConfigError: one is neither a number nor `none`, or there is none at all.
+        ConfigError: an option is neither a number nor `none`, or no option is given.
     """
     found: dict[str, Any] = {}
     for name, text in given.items():
@@ -49,14 +54,14 @@ def changes(given: Mapping[str, str | None]) -> dict[str, Any]:
             found[name] = int(text)
         else:
             option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} {text!r}: give a number from 0, or {NONE}")
+            raise ConfigError(f"{option} {text!r}: give a number, 0 or more, or {NONE}")
     if not found:
         raise ConfigError("Give at least one limit to set, such as --requests-per-minute 60.")
     return found
 
 
 def cells(limits: Limits) -> list[str]:
-    """Return a table's cells under `HEADINGS`."""
+    """Return the cells of a table row, in the order of `HEADINGS`."""
     return [_cell(limits, name) for name in _LIMITS]
 
 
@@ -70,7 +75,7 @@ def _cell(limits: Limits, name: str) -> str:
 
 
 def words(limits: Limits | None) -> str:
-    """Return limits in one line."""
+    """Return limits as one line of text."""
     if limits is None:
         return "–"
     return ", ".join(
@@ -81,7 +86,7 @@ def words(limits: Limits | None) -> str:
 
 
 def file_form(limits: Limits | None) -> Any:
-    """Return limits as a values file has them."""
+    """Return limits as a values file writes them."""
     if limits is None:
         return None
     return limits.file_form(exclude_defaults=True)

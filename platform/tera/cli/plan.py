@@ -1,4 +1,4 @@
-"""`tera plan` and `tera apply`: an edit of the values, foretold and made."""
+"""`tera plan` and `tera apply`: show what an edit of the values restarts, and apply it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ from tera.plan import plan as planned
 
 _WORDS: Final[dict[Effect, str]] = {
     "in_place": "applied in place",
-    "reloads": "loads again, alone",
+    "reloads": "this model alone reloads",
     "application_added": "an application is added",
     "application_removed": "its application is removed",
     "group_appended": "a worker group is appended",
     "cluster_replaced": "a new cluster takes over",
-    "redis_restarts": "Redis restarts; limits go on as in an outage",
+    "redis_restarts": "Redis restarts; until it is back, limits work as in an outage",
     "objects": "other Kubernetes objects change",
-    "not_taken": "not taken by what runs",
+    "not_taken": "not applied",
     "nothing": "nothing",
 }
 
 Against = Annotated[
     list[Path] | None,
-    typer.Option(help="The values before the edit; those of the platform that runs here without."),
+    typer.Option(help="The values before the edit; default: those of the platform here."),
 ]
 
 
@@ -48,7 +48,7 @@ def plan(file: ValuesFiles, against: Against = None, as_json: Json = False) -> N
 
 
 def apply(file: ValuesFiles) -> None:
-    """Give the platform that runs on this machine other values, and wait until it has them."""
+    """Apply edited values to the platform on this machine, and wait until they are in force."""
     from tera.local.apply import apply as run
     from tera.local.apply import check_plan
     from tera.local.console import StageConsole
@@ -68,12 +68,14 @@ def _against_running(files: Sequence[Path]) -> Plan:
     try:
         old = LocalState.read(Runtime.from_environment().home).platform
     except ConfigError as error:
-        raise ConfigError(f"{error.message} Or name the values before with --against.") from error
+        raise ConfigError(
+            f"{error.message} Or give the values before the edit with --against."
+        ) from error
     return planned(old, new, on_cluster=False)
 
 
 def _against_files(files: Sequence[Path], against: Sequence[Path]) -> Plan:
-    """Return the plan for where the old values run: a cluster, unless they are not for one."""
+    """Plan for a cluster, or for one machine if the old values are not valid on a cluster."""
     try:
         old = load_cluster_platform(*against)
     except ConfigError as error:

@@ -21,11 +21,11 @@ def serve(
         typer.Option(
             "-f",
             "--file",
-            help="A values.yaml, a later one over those before it; the demo platform without.",
+            help="A values.yaml; later ones win. Default: the demo platform.",
         ),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="8000, or TERA_PORT.")] = None,
-    host: Annotated[str | None, typer.Option(help="127.0.0.1, or TERA_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: TERA_PORT, or else 8000.")] = None,
+    host: Annotated[str | None, typer.Option(help="Default: TERA_HOST, or else 127.0.0.1.")] = None,
 ) -> None:
     """Run a platform on this machine, in the foreground."""
     from tera.local.cluster import end_if_abandoned
@@ -50,7 +50,7 @@ def serve(
 
 
 def status(as_json: Json = False) -> None:
-    """Show the models, their replicas and what they are doing."""
+    """Show the models, their replicas and their current load."""
     from tera.local.status import read_status
 
     with reported():
@@ -83,5 +83,5 @@ def _state(replica: dict[str, Any]) -> str:
     if replica["draining"]:
         return "draining"
     if replica["running"] is None:
-        return "silent"  # starting, or it does not answer
+        return "silent"  # still starting, or not answering
     return "asleep" if replica["asleep"] else "awake"

@@ -1,4 +1,4 @@
-"""`tera probe`: whether a Tera answers, asked as its clients ask."""
+"""`tera probe`: check a platform from outside, the way its clients use it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 def probe(
     base_url: Annotated[
         str | None,
-        typer.Option(help="Without /v1; TERA_BASE_URL, or else the platform that runs here."),
+        typer.Option(help="Without /v1; default: TERA_BASE_URL, or else the platform here."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Its id; one that is ready without.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model id; default: a ready one.")] = None,
     timeout: Annotated[
-        str, typer.Option(help="How long all may take; a cold start takes minutes.")
+        str, typer.Option(help="Time limit of the whole probe; a cold start takes minutes.")
     ] = "60s",
     ready_only: Annotated[
-        bool, typer.Option("--ready-only", help="Ask no model; that needs no key.")
+        bool, typer.Option("--ready-only", help="Only check readiness; needs no key.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a platform whether it is ready, for its models, and for one short completion.
+    """Check that a platform is ready, lists its models and completes one short prompt.
 
-    The key is TERA_API_KEY.
+    The API key is read from TERA_API_KEY.
     """
-    # Here and not above: an HTTP client is nothing that other commands should wait for.
+    # Imported here: other commands should not wait for an HTTP client to load.
     from tera.cli.remote import RemotePlatform, preferred
 
     with reported():
@@ -66,7 +66,7 @@ def probe(
 
 
 def _show(models: "Sequence[RemoteModel]") -> None:
-    # A narrow terminal must not cut what is to be copied.
+    # Ids and addresses are copied: a narrow terminal must not cut them.
     table = Table(Column("model", overflow="fold"), "status")
     for model in models:
         table.add_row(escape(model.id), escape(model.status))

@@ -1,4 +1,4 @@
-"""`docs/configuration.md`: the configuration for people, out of its schema."""
+"""Writes `docs/configuration.md` from the schema of the configuration."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from tera.manifest import values_schema
 _HEAD = """\
 # Configuration
 
-Every value of `values.yaml`, its default and its meaning. Made by `make schema`; the meanings are
-those of `tera.config.platform.PlatformConfig`. `tera config check -f FILE` says what is wrong with
-a file.
+Every value of `values.yaml`, its default and its meaning. `make schema` generates this page from
+the docstrings of `tera.config.platform.PlatformConfig`. `tera config check -f FILE` reports what is
+wrong with a file.
 
-A default is the chart's; where that of one machine (`tera serve`) is another, it stands beside it.
-One machine reads past what only a cluster has. `<name>` is a name of yours.
+Defaults are the chart's; where `tera serve` on one machine has a different one, both are given.
+On one machine, values that only a cluster uses are ignored. `<name>` is a name you choose.
 """
 
 
@@ -43,7 +43,7 @@ def configuration_page() -> str:
 
 
 class _Reference:
-    """Rows of the page; a section that several places share is described at the first."""
+    """Rows of the page; a section used in several places is described where it first appears."""
 
     def __init__(self, sections: dict[str, Any]) -> None:
         self._sections = sections
@@ -56,7 +56,7 @@ class _Reference:
         return reference.rpartition("/")[2] if reference else None
 
     def meaning(self, schema: dict[str, Any]) -> str:
-        """Return a field's description, or that of the section which it holds."""
+        """Return a field's description, or else the description of the section it holds."""
         text = schema.get("description")
         if text is None and (section := self.section(schema)):
             text = self._sections[section].get("description", "")
@@ -68,7 +68,7 @@ class _Reference:
             yield from self.rows(f"{path}.{key}", each)
 
     def rows(self, path: str, schema: dict[str, Any]) -> Iterator[str]:
-        """Yield the row of a value, and those of all that is in it."""
+        """Yield the row of a value, then the rows of everything inside it."""
         below, entry = self._entries(path, schema)
         section = self.section(entry)
         if section is None:
@@ -82,7 +82,7 @@ class _Reference:
             yield from self.fields(below, section)
 
     def _entries(self, path: str, schema: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return what a map or list is made of and its path, or the value itself."""
+        """Return the path and schema of a map's or list's entries, or the value's own."""
         if "patternProperties" in schema:
             (entry,) = schema["patternProperties"].values()
             return f"{path}.<name>", entry
@@ -119,7 +119,7 @@ class _Reference:
         try:
             cluster, machine = _at(self._cluster, path), _at(self._machine, path)
         except KeyError:
-            # Below a name, where there is nothing until it is given.
+            # An entry of a map: nothing exists there until the user adds one.
             empty = {} if schema.get("type") == "object" else _MISSING
             default = schema.get("default", empty)
             return "–" if default is _MISSING else _written(default)
@@ -144,7 +144,7 @@ def _written(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """Return a value as one writes it, without what is absent or empty in a map."""
+    """Return a value as it would be written in YAML, without a map's empty entries."""
     if isinstance(value, dict):
         given = {key: each for key, each in value.items() if each not in (None, "")}
         return "{" + ", ".join(f"{key}: {_yaml(each)}" for key, each in given.items()) + "}"
@@ -153,5 +153,5 @@ def _yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value)
-    # A text that YAML reads as something else, such as "6", wants quotes.
+    # Text that YAML would read as another type, such as "6", needs quotes.
     return json.dumps(text) if isinstance(value, str) and yaml.safe_load(text) != text else text

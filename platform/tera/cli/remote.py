@@ -1,4 +1,4 @@
-"""A platform over HTTP, asked as its clients ask."""
+"""A platform over HTTP, used the way its clients use it."""
 
 import ssl
 import time
@@ -20,14 +20,14 @@ _MAX_TOKENS: Final = 8
 _MAX_ERROR_BYTES: Final = 65536
 
 _PREFERENCE: Final = ("ready", "starting", "scaled_to_zero")
-"""Statuses in the order in which models are asked; any other comes last."""
+"""Model statuses, the one to probe first leading; any other status comes last."""
 
 
 class ProbeError(ServerError):
-    """The platform does not answer as it should."""
+    """The platform did not answer as it should."""
 
 
-# Only what is read of an answer, so that a gateway of another version is understood too.
+# Only the fields that are read, so that gateways of other versions are understood too.
 
 
 class _Readiness(msgspec.Struct):
@@ -81,10 +81,10 @@ class Answer(msgspec.Struct):
 
 
 def preferred(models: Sequence[RemoteModel]) -> RemoteModel:
-    """Return the first ready model, or else the one that is likeliest to become ready.
+    """Return the first ready model, or else the one most likely to become ready.
 
     Raises:
-        ProbeError: there is none.
+        ProbeError: there is no model.
     """
     if not models:
         raise ProbeError("There is no model that this key may use.")
@@ -93,16 +93,16 @@ def preferred(models: Sequence[RemoteModel]) -> RemoteModel:
 
 
 class RemotePlatform:
-    """A platform whose address may be any; all that is asked of it shares one deadline.
+    """A platform at any address; all calls share one deadline.
 
     Use it as `with RemotePlatform(client, timeout_s) as platform`.
     """
 
     def __init__(self, client: ClientOptions, timeout_s: float) -> None:
-        """Connect to nothing yet.
+        """Prepare the client; nothing is connected yet.
 
         Raises:
-            ConfigError: the address is none.
+            ConfigError: the address is not a valid one.
         """
         self._client = client
         self._timeout_s = timeout_s
@@ -110,15 +110,15 @@ class RemotePlatform:
         try:
             self._http = httpx.Client(
                 base_url=client.base_url,
-                # Compressed, a stream would be held back until it fills a block.
+                # A compressed stream would be held back until it fills a block.
                 headers={"user-agent": "tera-probe", "accept-encoding": "identity"},
-                # The machine's certificates and not those of a package: a company adds its own.
+                # Trust the machine's certificates, not a package's: companies add their own there.
                 verify=ssl.create_default_context(),
-                # Followed, a redirect would take the key to another host.
+                # Following a redirect would send the key to another host.
                 follow_redirects=False,
             )
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{client.base_url!r} is no address: {error}") from error
+            raise ConfigError(f"{client.base_url!r} is not a valid address: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -127,12 +127,12 @@ class RemotePlatform:
         self._http.close()
 
     def check_ready(self) -> None:
-        """Return if the gateway can serve.
+        """Return once the gateway has said that it can serve.
 
         Raises:
-            ProbeError: it cannot, or is not there.
+            ProbeError: it cannot serve, or cannot be reached.
         """
-        # A gateway that is not ready says so with 500 and the same body.
+        # A gateway that is not ready answers 500 with the same body.
         with self._answer("/readyz", also=500) as response:
             found = _decoded("/readyz", response.read(), _Readiness)
         if found.status != "ready":
@@ -152,10 +152,10 @@ class RemotePlatform:
             return _decoded(path, response.read(), RemoteModel)
 
     def complete(self, model: RemoteModel) -> Answer:
-        """Return how one streamed completion went.
+        """Stream one completion and return how it went.
 
         Raises:
-            ProbeError: it failed, broke off, or has no text.
+            ProbeError: it failed, broke off, or had no text.
         """
         chat = "chat" in model.capabilities and "completions" not in model.capabilities
         path = "/v1/chat/completions" if chat else "/v1/completions"
@@ -177,7 +177,7 @@ class RemotePlatform:
 
     def _texts(self, path: str, response: httpx.Response) -> Iterator[str]:
         for line in _lines(response):
-            # Comments keep a stream alive, so a timeout of reading would wait for ever.
+            # Keep-alive comments arrive all the time, so no read timeout would ever fire.
             self._left_s()
             name, _, value = line.strip().partition(b":")
             if name != b"data":
@@ -194,7 +194,7 @@ class RemotePlatform:
 
     @contextmanager
     def _answer(self, path: str, body: Any = None, *, also: int = 200) -> Iterator[httpx.Response]:
-        """Yield an answer of status 200 or `also`, and say what goes wrong until it is read."""
+        """Yield a response of status 200 or `also`; failures while reading are `ProbeError`s."""
         headers = {}
         if self._client.api_key and path.startswith("/v1/"):
             headers["authorization"] = f"Bearer {self._client.api_key}"
@@ -221,22 +221,22 @@ class RemotePlatform:
     def _too_late(self) -> ProbeError:
         return ProbeError(
             f"{self._client.base_url} did not answer within {self._timeout_s:g} seconds; "
-            "--timeout gives it longer."
+            "--timeout allows more."
         )
 
     def _refusal(self, path: str, response: httpx.Response) -> ProbeError:
         said = _said(response)
         if response.status_code == httpx.codes.UNAUTHORIZED:
-            return ProbeError(f"The key is refused{said}")
+            return ProbeError(f"The key was refused{said}")
         if location := response.headers.get("location"):
-            said = f": it is at {location}"
+            said = f": it has moved to {location}"
         return ProbeError(
             f"{self._client.base_url} answered {response.status_code} to {path}{said}"
         )
 
 
 def _said(response: httpx.Response) -> str:
-    """Return the message of a refusal, ready to be appended; "" where there is none of a Tera."""
+    """Return a refusal's message, ready to append; "" if it is not from a Tera gateway."""
     text = b""
     try:
         for piece in response.iter_bytes():
@@ -245,11 +245,14 @@ def _said(response: httpx.Response) -> str:
                 return ""
         return f": {msgspec.json.decode(text, type=_ErrorBody).error.message}"
     except (httpx.RequestError, msgspec.DecodeError):
-        return ""  # half an answer, or another server's page: its status is told, and says enough
+        return ""  # cut off, or another server's page: the status alone says enough
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Yield the lines of a stream; `iter_lines` would end some within the texts of a model."""
+    """Yield the lines of a stream, split at LF only.
+
+    `iter_lines` also splits at characters such as U+2028, which a model's text may contain.
+    """
     rest = b""
     for piece in response.iter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

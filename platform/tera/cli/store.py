@@ -1,4 +1,4 @@
-"""How commands reach the Redis of a platform."""
+"""Connects commands to a platform's Redis."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ _TIMEOUT_S = 5.0
 
 
 def with_keys(work: Callable[[KeyStore], Awaitable[T]]) -> T:
-    """Run `work` on the keys of the platform here; see `runtime_here`."""
+    """Run `work` on the API keys of the platform that `runtime_here` finds."""
 
     async def run() -> T:
         runtime = runtime_here()
@@ -31,12 +31,12 @@ def with_keys(work: Callable[[KeyStore], Awaitable[T]]) -> T:
 
 
 def with_tenants(work: Callable[[TenantStore], Awaitable[T]]) -> T:
-    """Run `work` on the tenants of the platform here; see `runtime_here`."""
+    """Run `work` on the tenants of the platform that `runtime_here` finds."""
     return with_redis(lambda redis: work(TenantStore(redis)))
 
 
 def with_redis(work: Callable[[Redis], Awaitable[T]]) -> T:
-    """Run `work` on the Redis of the platform here; see `runtime_here`."""
+    """Run `work` on the Redis of the platform that `runtime_here` finds."""
 
     async def run() -> T:
         async with _connected(runtime_here()) as redis:
@@ -46,10 +46,10 @@ def with_redis(work: Callable[[Redis], Awaitable[T]]) -> T:
 
 
 def runtime_here() -> Runtime:
-    """Return what the environment says, or else the platform that runs in this directory.
+    """Return the platform that the environment names, or else the one running in this directory.
 
     Raises:
-        ConfigError: the environment has no secrets, and no platform runs here.
+        ConfigError: the environment names none (it has no secrets), and none runs here.
     """
     runtime = Runtime.from_environment()
     return runtime if runtime.key_pepper else runtime_of(runtime.home)

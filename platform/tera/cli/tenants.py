@@ -1,4 +1,4 @@
-"""`tera tenants`: limits of tenants, over those of the values file."""
+"""`tera tenants`: tenants' limits, which take precedence over those of the values file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from tera.local.state import LocalState
 from tera.tenancy.keys import require_tenant
 from tera.tenancy.tenants import effective_limits
 
-group = typer.Typer(no_args_is_help=True, help="Set, show and remove limits of tenants.")
+group = typer.Typer(no_args_is_help=True, help="Set, show and remove tenants' limits.")
 
 
 @group.command("set")
@@ -30,14 +30,14 @@ def set_limits(
     budget_period: ChangedPeriod = None,
     weight: Annotated[
         str | None,
-        typer.Option(metavar="N|none", help="Share while requests wait for replicas, 1 to 100."),
+        typer.Option(metavar="N|none", help="Share of replicas while requests queue, 1 to 100."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model's short name: limits of its requests alone.")
+        str | None, typer.Option(help="A model's short name, to limit that model alone.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Set limits; those not given stay, `none` leaves one to the values file again."""
+    """Set limits. Those not given stay; `none` returns one to the values file's limit."""
     with reported():
         changed = changes(
             {
@@ -54,7 +54,9 @@ def set_limits(
             if model is None:
                 return known.model_copy(update=changed)
             if "weight" in changed:
-                raise ConfigError("--weight is a tenant's, for all models; leave --model out.")
+                raise ConfigError(
+                    "--weight applies to all of a tenant's models; leave --model out."
+                )
             limits = known.models.get(model, Limits()).model_copy(update=changed)
             models = {**known.models, model: limits}
             kept = {name: one for name, one in models.items() if one != Limits()}
@@ -69,7 +71,7 @@ def set_limits(
 
 @group.command("list")
 def list_tenants(as_json: Json = False) -> None:
-    """List the tenants whose limits were set here, with these limits."""
+    """List the tenants with limits set by `tera tenants set`, and those limits."""
     with reported():
         stored = with_tenants(lambda store: store.list())
     if as_json:
@@ -88,9 +90,9 @@ def show(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a tenant's limits: set here, in the values, and which ones hold.
+    """Show a tenant's limits: set by command, from the values, and those in force.
 
-    The values are those of the file, or of the platform that runs here.
+    The values are those of --file, or of the platform that runs here.
     """
     with reported():
         require_tenant(tenant)
@@ -116,15 +118,17 @@ def show(
         _table({name: limits for name, limits in rows.items() if limits is not None}, first="where")
     )
     if values is None:
-        err.print("The values are not known here; name them with -f to see what is in force.")
+        err.print(
+            "The platform's values are not known here; give them with -f to see what is in force."
+        )
 
 
 @group.command()
 def remove(tenant: str) -> None:
-    """Forget the limits that were set here; the values decide again."""
+    """Remove the limits set by `tera tenants set`; those of the values apply again."""
     with reported():
         with_tenants(lambda store: store.remove(tenant))
-    out.print(f"limits of tenant {tenant} are removed")
+    out.print(f"removed the limits of tenant {tenant}")
 
 
 def _values(file: Path | None) -> LimitsConfig | None:
@@ -132,11 +136,11 @@ def _values(file: Path | None) -> LimitsConfig | None:
         return load_platform(file).gateway.limits
     runtime = Runtime.from_environment()
     if runtime.key_pepper:
-        return None  # The environment names a platform, which need not be the one that runs here.
+        return None  # the environment names a platform that may not be the one running here
     try:
         return LocalState.read(runtime.home).platform.gateway.limits
     except ConfigError:
-        return None  # none runs here; whoever shows the limits says that values are not known
+        return None  # none runs here; `show` then says that the values are not known
 
 
 def _table(rows: dict[str, TenantLimits], first: str = "tenant") -> Table:

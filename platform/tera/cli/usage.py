@@ -1,4 +1,4 @@
-"""`tera usage`: the ledger, summed and exported."""
+"""`tera usage`: sum and export the usage ledger."""
 
 import csv
 import sys
@@ -17,13 +17,13 @@ from tera.errors import ConfigError, ServerError
 from tera.tenancy.usage import UsageLedger, UsageRow, total_of
 from tera.tenancy.usage_export import UsageExporter
 
-group = typer.Typer(help="Sum and export the ledger of requests.")
+group = typer.Typer(help="Sum and export the usage ledger.")
 
 
 @group.callback(invoke_without_command=True)
 def usage(
     context: typer.Context,
-    tenant: Annotated[str | None, typer.Option(help="Only this one's.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's usage.")] = None,
     since: Annotated[str, typer.Option(help="How far back, such as 30d, 12h or 15m.")] = "24h",
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -33,7 +33,7 @@ def usage(
         return
     with reported():
         if as_json and as_csv:
-            raise ConfigError("--json and --csv: give one of both")
+            raise ConfigError("give --json or --csv, not both")
         since_s = time.time() - seconds("--since", since)
         rows = with_redis(lambda redis: UsageLedger(redis).summary(tenant, since_s=since_s))
     if as_json:
@@ -48,19 +48,19 @@ def usage(
 
 @group.command()
 def export(
-    directory: Annotated[Path, typer.Option(help="Where the hours' files are.")],
+    directory: Annotated[Path, typer.Option(help="Where to write the files, one per hour.")],
     retention_days: Annotated[
-        int, typer.Option(min=1, help="What is exported and older leaves Redis.")
+        int, typer.Option(min=1, help="Exported records older than this leave Redis.")
     ] = 35,
 ) -> None:
-    """Copy what is not exported yet to files, once."""
+    """Export once: write the records that are not exported yet to files."""
     config = UsageConfig(export_directory=str(directory.absolute()), retention_days=retention_days)
     with reported():
         try:
             written = with_redis(lambda redis: UsageExporter(redis, lambda: config).export())
         except OSError as error:
             raise ServerError(f"{directory}: cannot be written: {error}") from error
-    out.print(f"{written} entries written to {directory}")
+    out.print(f"{written} record(s) written to {directory}")
 
 
 def _table(rows: list[UsageRow]) -> Table:

@@ -1,4 +1,4 @@
-"""The part of the configuration that only a cluster has; one machine reads past it."""
+"""The part of the configuration that only a cluster uses; `tera serve` ignores it."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,38 +10,38 @@ from tera.config.section import Section
 Quantity = Annotated[
     str, StringConstraints(pattern=quantity.PATTERN), AfterValidator(quantity.canonical)
 ]
-"""A Kubernetes quantity, written as text: "6", "500m", 24Gi; kept in canonical form, so that
-writing the same amount in another way is no edit."""
+"""A Kubernetes quantity as text: "6", "500m", 24Gi. Kept in canonical form, so that writing the
+same amount differently does not count as an edit."""
 
 
 class ImageConfig(Section):
-    """The image of every Ray pod; editing it makes a new cluster, which takes over when ready."""
+    """The image of every Ray pod. Editing it starts a new cluster, which takes over when ready."""
 
     repository: str = "ghcr.io/tera/tera"
-    """Without tag and digest."""
+    """The image's name, without tag and digest."""
     tag: str = ""
-    """The chart's appVersion when empty; "latest" is refused."""
+    """The image's tag; empty means the chart's appVersion. "latest" is refused."""
     digest: Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
-    """sha256:…; goes before the tag."""
+    """sha256:…; takes precedence over the tag."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """As in a pod."""
+    """As `imagePullPolicy` of a container."""
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
         if self.tag == "latest":
-            raise ValueError('tag "latest" changes under a running cluster; give a version')
+            raise ValueError('tag "latest" can change under a running cluster; give a version')
         return self
 
 
 class NamedReference(Section):
-    """A Kubernetes object by its name."""
+    """A reference to a Kubernetes object."""
 
     name: str = Field(min_length=1)
-    """Its name, in the release's namespace."""
+    """The object's name, in the release's namespace."""
 
 
 class Resources(Section):
-    """What a pod asks for and is limited to."""
+    """A pod's requests and limits, which are the same."""
 
     cpu: Quantity = "2"
     """Cores."""
@@ -50,107 +50,109 @@ class Resources(Section):
 
 
 class HeadResources(Resources):
-    """What the Ray head asks for and is limited to."""
+    """The Ray head's requests and limits, which are the same."""
 
     memory: Quantity = "8Gi"
-    """Ray's own state; 8Gi at the least."""
+    """Memory, for Ray's own state; at least 8Gi."""
 
 
 class PoolResources(Resources):
-    """What a GPU worker asks for and is limited to, GPUs apart."""
+    """A GPU worker's requests and limits, which are the same; GPUs are set by `gpusPerWorker`."""
 
     cpu: Quantity = "6"
     """Cores."""
     memory: Quantity = "24Gi"
-    """Bytes; the shared memory is a part of them."""
+    """Bytes, including the shared memory."""
 
 
 class Toleration(Section):
-    """A taint that a pool's pods are placed in spite of."""
+    """A taint that a pool's pods tolerate."""
 
     key: str = ""
-    """Of the taint; empty is every one."""
+    """The taint's key; empty matches every key."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """`Exists` asks for no value."""
+    """`Exists` matches any value."""
     value: str = ""
-    """Of the taint, with `Equal`."""
+    """The taint's value, with `Equal`."""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    """Of the taint; empty is every one."""
+    """The taint's effect; empty matches every effect."""
     toleration_seconds: int | None = Field(default=None, ge=0)
-    """With `NoExecute`, how long the pod stays; absent is for ever."""
+    """With `NoExecute`, how long the pod stays; absent means for ever."""
 
 
 class PoolDefaults(Section):
-    """What every pool inherits where it says nothing itself."""
+    """Defaults for every pool; a pool's own settings take precedence."""
 
     gpus_per_worker: int = Field(default=1, ge=1)
-    """GPUs of one pod; `parallelism.tensor` is at the most as many."""
+    """GPUs per pod; a model's `parallelism.tensor` cannot exceed it."""
     max_workers: int = Field(default=32, ge=1)
-    """Most pods of a pool; a live cluster keeps the number that it was made with."""
+    """Largest number of pods in a pool; a running cluster keeps the number it was created with."""
     gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
-    """What a worker asks Kubernetes for; with MIG such as nvidia.com/mig-1g.10gb."""
+    """The Kubernetes resource a worker requests; with MIG for example nvidia.com/mig-1g.10gb."""
     resources: PoolResources = PoolResources()
     shm_size: Quantity = "8Gi"
-    """Shared memory, over which the GPUs of one worker exchange; counts as memory."""
+    """Shared memory, through which the GPUs of a worker exchange data; counts towards memory."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels that a pool's nodes have."""
+    """Labels that a node must have to run a pool's workers."""
     tolerations: tuple[Toleration, ...] = Field(
         default=(Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule"),),
         strict=False,
     )
-    """Taints that a pool's pods are placed in spite of."""
+    """Taints that a pool's pods tolerate."""
     runtime_class_name: str = ""
-    """Such as nvidia, where it is not the nodes' default."""
+    """The pods' runtime class, such as nvidia where it is not the nodes' default."""
     idle_timeout_seconds: int = Field(default=120, ge=1)
-    """How long a worker without a replica is kept."""
+    """How long a worker without replicas is kept."""
 
 
 class PoolConfig(PoolDefaults):
-    """Workers of one kind of GPU: one Ray worker group."""
+    """Workers with one kind of GPU: one Ray worker group."""
 
     order: int = Field(ge=1)
-    """Its place among the groups, for ever; a new pool takes the next number."""
+    """The pool's position among the worker groups. It never changes; a new pool takes the next
+    number."""
     joins: str = ""
-    """Pool whose models its workers hold too, such as spot workers those of an on-demand pool. A
-    model names the pool that is joined."""
+    """Another pool, whose models this pool's workers run too: a spot pool can join an on-demand
+    pool. Models name the pool that is joined."""
     priority: int = 0
-    """Of two pools that hold a model, with workers of one size, the one with the higher number is
-    asked first."""
+    """Where two pools with workers of the same size can run a model, the one with the higher
+    priority is scaled up first."""
 
 
 class HeadConfig(Section):
-    """The Ray head: schedules, and answers no request."""
+    """The Ray head, which schedules and serves no requests."""
 
     resources: HeadResources = HeadResources()
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels of the node that it runs on."""
+    """Labels that a node must have to run the head."""
 
 
 class AuthConfig(Section):
-    """The secrets that keys are checked with."""
+    """The secrets that API keys are checked with."""
 
     existing_secret: str = ""
-    """A Secret with `keys.yaml`, `key-pepper` and `cluster-secret`; made once when empty."""
+    """A Secret with `keys.yaml`, `key-pepper` and `cluster-secret`; if empty, one is created at
+    install."""
     bootstrap_keys: bool = True
-    """Whether a Secret that is made holds a first API key, of the tenant `admin`."""
+    """Whether a Secret created at install holds a first API key, of the tenant `admin`."""
 
 
 class SecretReference(Section):
-    """A value in a Secret that exists already."""
+    """A value in an existing Secret."""
 
     existing_secret: str = ""
-    """The Secret's name; empty is none."""
+    """The Secret's name; empty means none."""
     secret_key: str = Field(default="password", min_length=1)
-    """The value's key in it."""
+    """The key of the value in the Secret."""
 
 
 class GcsFaultToleranceConfig(SecretReference):
-    """Lets the Ray head be replaced without a restart of the workers."""
+    """Keeps the workers running while the Ray head is replaced."""
 
     enabled: bool = False
     """Whether Ray's state is kept in a Redis."""
     address: str = ""
-    """host:port of a Redis with durable storage, and not the one that limits live in."""
+    """host:port of a Redis with durable storage; not the one that holds limits."""
 
     @model_validator(mode="after")
     def _has_address(self) -> Self:
@@ -160,40 +162,41 @@ class GcsFaultToleranceConfig(SecretReference):
 
 
 class HuggingFaceConfig(Section):
-    """The token that weights are fetched with."""
+    """Access to the Hugging Face hub."""
 
     existing_secret: str = ""
-    """The Secret's name; empty fetches without a token."""
+    """The Secret that holds the token; empty downloads without a token."""
     secret_key: str = Field(default="token", min_length=1)
-    """The token's key in it."""
+    """The key of the token in the Secret."""
     offline: bool = False
-    """Whether gateways and workers read `modelCache` alone; the prefetch Job still asks the hub."""
+    """Whether gateways and workers read only from `modelCache`; the prefetch Job still downloads
+    from the hub."""
 
 
 class ModelCacheConfig(Section):
-    """A volume that all workers keep weights on."""
+    """A volume that holds weights for all workers."""
 
     enabled: bool = False
-    """Whether workers mount one; else each fetches weights into its own pod."""
+    """Whether workers mount the volume; otherwise each pod downloads weights for itself."""
     existing_claim: str = ""
-    """A claim is made when empty."""
+    """Name of an existing PersistentVolumeClaim; if empty, one is created."""
     size: Quantity = "200Gi"
-    """Of the claim that is made."""
+    """Size of the claim that is created."""
     storage_class_name: str = ""
-    """Of the claim that is made; empty is the cluster's default."""
+    """Storage class of the claim that is created; empty means the cluster's default."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = "ReadWriteMany"
-    """ReadWriteOnce is for one worker."""
+    """Access mode of the claim that is created; ReadWriteOnce suits a single worker only."""
     prefetch: bool = False
-    """Whether a Job fetches the weights of hf:// sources after an install or upgrade."""
+    """Whether a Job downloads the weights of hf:// sources after an install or upgrade."""
 
 
 class UpgradeConfig(Section):
     """How a new cluster takes over from the old one."""
 
     strategy: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"] = "NewCluster"
-    """None replaces nothing: for a fleet without GPUs for two clusters."""
+    """`None` never replaces the cluster: for fleets without enough GPUs for two clusters."""
     gateway_class_name: str = ""
-    """Of the Gateway API; an incremental upgrade needs it."""
+    """GatewayClass of the Gateway API; needed for an incremental upgrade."""
 
     @model_validator(mode="after")
     def _has_class(self) -> Self:
@@ -206,99 +209,100 @@ class IngressTls(Section):
     """TLS of the Ingress."""
 
     secret_name: str = ""
-    """The certificate's Secret; empty is plain HTTP."""
+    """The certificate's Secret; empty means plain HTTP."""
 
 
 class IngressConfig(Section):
-    """Reaches the gateway from outside, through an ingress controller."""
+    """Exposes the gateway through an ingress controller."""
 
     enabled: bool = False
-    """Whether there is an Ingress."""
+    """Whether an Ingress is created."""
     class_name: str = ""
-    """Of the ingress controller; empty is the cluster's default."""
+    """The ingress controller's class; empty means the cluster's default."""
     host: str = ""
-    """The name that clients call."""
+    """The host name that clients use."""
     tls: IngressTls = IngressTls()
     annotations: dict[str, str] = Field(default_factory=dict)
-    """For the ingress controller."""
+    """Annotations for the ingress controller."""
 
     @model_validator(mode="after")
     def _has_host(self) -> Self:
         if self.enabled and not self.host:
-            raise ValueError("host is missing; give the name that clients call")
+            raise ValueError("host is missing; give the host name that clients use")
         return self
 
 
 class HttpRouteConfig(Section):
-    """Reaches the gateway from outside, through a Gateway of the Gateway API."""
+    """Exposes the gateway through a Gateway of the Gateway API."""
 
     enabled: bool = False
-    """Whether there is an HTTPRoute."""
+    """Whether an HTTPRoute is created."""
     parent_refs: tuple[dict[str, JsonValue], ...] = Field(default=(), strict=False)
-    """As HTTPRoute has them, such as {name: public, namespace: gateways}."""
+    """The Gateways the route attaches to, such as {name: public, namespace: gateways}."""
     hostnames: tuple[str, ...] = Field(default=(), strict=False)
-    """Names that clients call; none is every one of the Gateway's."""
+    """Host names that clients use; an empty list means all of the Gateway's."""
 
     @model_validator(mode="after")
     def _has_parent(self) -> Self:
         if self.enabled and not self.parent_refs:
-            raise ValueError("parentRefs is empty; name the Gateway that the route belongs to")
+            raise ValueError("parentRefs is empty; name the Gateway that the route attaches to")
         return self
 
 
 class TracingConfig(Section):
-    """Where traces go."""
+    """Where traces are sent."""
 
     otlp_endpoint: str = ""
-    """Such as http://collector:4317; empty switches tracing off."""
+    """OTLP endpoint, such as http://collector:4317; empty turns tracing off."""
 
 
 class ObservabilityConfig(Section):
-    """Objects of the Prometheus operator and Grafana, whose CRDs must be there."""
+    """Objects for the Prometheus operator and Grafana, whose CRDs must be installed."""
 
     pod_monitor: bool = False
-    """Whether Prometheus reads each pod's metrics."""
+    """Whether Prometheus scrapes each pod's metrics."""
     rules: bool = False
-    """Whether Prometheus raises alerts; of the metrics that `podMonitor` has it read."""
+    """Whether Prometheus raises alerts; they need the metrics of `podMonitor`."""
     dashboards: bool = False
-    """Not there yet."""
+    """Not implemented yet."""
     tracing: TracingConfig = TracingConfig()
     labels: dict[str, str] = Field(default_factory=dict)
-    """By which the operator selects these objects, such as {release: prometheus}."""
+    """Labels by which the operator selects these objects, such as {release: prometheus}."""
 
     @model_validator(mode="after")
     def _there(self) -> Self:
         if self.dashboards or self.tracing.otlp_endpoint:
-            raise ValueError("dashboards and tracing are not there yet; leave them out")
+            raise ValueError("dashboards and tracing are not implemented yet; leave them out")
         if self.rules and not self.pod_monitor:
-            raise ValueError("rules alert on metrics that nobody reads; set podMonitor: true")
+            raise ValueError("rules need metrics that are not scraped; set podMonitor: true")
         return self
 
 
 class NetworkPolicyConfig(Section):
-    """Who reaches which pod."""
+    """Who may connect to which pod."""
 
     enabled: bool = True
-    """Whether nobody but those named here reaches a pod of the release."""
+    """Whether only what is named here may connect to the release's pods."""
     operator_namespace: str = Field(default="kuberay-system", min_length=1)
-    """Where KubeRay runs; it submits applications to the head."""
+    """Namespace of KubeRay, which submits applications to the head."""
     ingress_namespace: str = "ingress-nginx"
-    """From which the gateway's port is reached, besides this namespace; empty is everywhere."""
+    """Namespace that may connect to the gateway, besides the release's own; empty allows all."""
     monitoring_namespace: str = "monitoring"
-    """From which metrics are read when `observability.podMonitor` is set."""
+    """Namespace that may scrape metrics when `observability.podMonitor` is set."""
 
 
 class PdbConfig(Section):
-    """How many gateways, and workers of each pool, a node drain leaves."""
+    """How many gateways, and workers of each pool, keep running while nodes are drained."""
 
     enabled: bool = True
-    """Whether there are PodDisruptionBudgets."""
+    """Whether PodDisruptionBudgets are created."""
     min_available: int = Field(default=1, ge=0)
-    """Pods of each group that stay; a number, since Kubernetes takes no percentage here."""
+    """Pods of each group that keep running; a number, since Kubernetes allows no percentage
+    here."""
 
 
 class RayAuthConfig(Section):
     """Ray's own token authentication between its processes."""
 
     enabled: bool = True
-    """Whether KubeRay makes a token that each process of the cluster has to show."""
+    """Whether KubeRay creates a token that every process of the cluster must present."""

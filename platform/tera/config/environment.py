@@ -1,4 +1,4 @@
-"""What a process learns from its environment. Nothing else reads it."""
+"""Settings from environment variables. No other module reads the environment."""
 
 import os
 import re
@@ -16,21 +16,21 @@ from tera.errors import ConfigError
 
 
 def set_environment(variables: Mapping[str, str], *, keep_existing: bool = False) -> None:
-    """Set variables for this process and those that it starts."""
+    """Set variables for this process and its child processes."""
     for name, value in variables.items():
         if not keep_existing or name not in os.environ:
             os.environ[name] = value
 
 
 class EnvironmentSettings(BaseSettings):
-    """Base of what variables say: `redis_url` is the variable TERA_REDIS_URL.
+    """Base of settings from the environment: `redis_url` is the variable TERA_REDIS_URL.
 
-    A field that is not given to the constructor is read from the environment.
+    A field not passed to the constructor is read from the environment.
     """
 
     model_config = SettingsConfigDict(
         frozen=True,
-        # The environment and `local.env` have variables for others too.
+        # The environment and `local.env` hold variables for other programs too.
         extra="ignore",
         case_sensitive=True,
         alias_generator=lambda name: f"TERA_{name.upper()}",
@@ -44,7 +44,7 @@ class EnvironmentSettings(BaseSettings):
         """Return the settings of this process.
 
         Raises:
-            ConfigError: one line for each fault, each beginning with the name of the variable.
+            ConfigError: one line per fault, each beginning with the name of the variable.
         """
         return cls._read()
 
@@ -72,7 +72,7 @@ class ServeOptions(EnvironmentSettings):
 
 
 def _is_sendable(text: str) -> bool:
-    """Return whether `http.client` takes a text, whose own words would repeat it."""
+    """Return whether a text can be sent over HTTP; `http.client`'s own error would repeat it."""
     return text.isascii() and not re.search(r"[\x00-\x20\x7f]", text)
 
 
@@ -86,36 +86,36 @@ def _address(text: str) -> str:
 def _key(text: str) -> str:
     key = text.strip()
     if not _is_sendable(key):
-        raise ValueError("is no key")
+        raise ValueError("is not a valid key")
     return key
 
 
 class ClientOptions(EnvironmentSettings):
     """Which platform a command asks as a client, and with which key."""
 
-    # A variable that is set to nothing leaves the choice to the platform that runs here.
+    # An empty variable counts as unset: the platform that runs here is used.
     model_config = SettingsConfigDict(env_ignore_empty=True)
 
     base_url: Annotated[str, AfterValidator(_address)] = ""
-    """Without /v1."""
+    """The platform's address, without /v1."""
     api_key: Annotated[str, AfterValidator(_key)] = Field(default="", repr=False)
-    """Empty without one."""
+    """Empty means none."""
 
     @classmethod
     def from_environment(cls, base_url: str | None = None) -> Self:
-        """Return `base_url` or else TERA_BASE_URL, with TERA_API_KEY.
+        """Return the options for `base_url`, or else TERA_BASE_URL, with the key TERA_API_KEY.
 
-        Without an address they are those of the platform that runs in TERA_HOME; its key is never
-        for another address.
+        Without an address, return those of the platform that runs in TERA_HOME. That
+        platform's key is never sent to another address.
 
         Raises:
-            ConfigError: there is no address, or one of both cannot be sent over HTTP.
+            ConfigError: there is no address, or the address or key cannot be sent over HTTP.
         """
         if base_url:
             return cls._read(base_url=base_url)
         options = cls._read()
         if not options.base_url:
-            with suppress(OSError):  # whoever may not read the file has no platform here
+            with suppress(OSError):  # a user who may not read the file has no platform here
                 options = cls._read(_env_file=Runtime.from_environment().home / "local.env")
         if not options.base_url:
             raise ConfigError("TERA_BASE_URL is not set, and no platform runs here.")
@@ -123,20 +123,20 @@ class ClientOptions(EnvironmentSettings):
 
 
 class Runtime(EnvironmentSettings):
-    """The addresses and secrets of a process that is part of a platform, or talks to one.
+    """The addresses and secrets of a process that belongs to a platform or talks to one.
 
-    `tera serve` sets these variables for one machine, the chart sets them from Secrets.
+    On one machine `tera serve` sets these variables; on a cluster they come from Secrets.
     """
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     key_pepper: str = Field(default="", repr=False)
-    """Server-side part of every key's hash; without it a stolen Redis dump is no use."""
+    """Server-side part of every key's hash; without it a stolen Redis dump is useless."""
     cluster_secret: str = Field(default="", repr=False)
-    """Shared by gateway and engine replicas; authenticates the token channel."""
+    """Shared by gateway and engine replicas; it authenticates the token channel."""
     channel_host: str = ""
-    """Address that engine replicas reach this process at; empty is the node's own."""
+    """Address at which engine replicas reach this process; empty means the node's own."""
     keys_file: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = None
-    """API keys that are made elsewhere; gateway replicas follow its changes; see `KeyEntry`."""
+    """File with externally managed API keys (see `KeyEntry`); gateways pick up its changes."""
     home: Annotated[Path, AfterValidator(Path.absolute)] = Path(".tera")
     """State of one machine: models, embedded Redis, logs, secrets."""
 

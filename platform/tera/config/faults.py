@@ -1,4 +1,4 @@
-"""How a fault that pydantic finds is told: the path of the value, then what is wrong with it."""
+"""Formats the faults that pydantic finds: the path of the value, then what is wrong with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ from pydantic import ValidationError
 def faults(
     error: ValidationError, *, below: tuple[str, ...] = (), show_values: bool = True
 ) -> list[str]:
-    """Return one line for each fault, each beginning with the path of the value.
+    """Return one line per fault, each beginning with the path of the value.
 
-    A check of the whole tells its faults itself, several lines at once, each with its path.
+    A validator of the whole tree raises several lines at once; these contain their paths already.
 
     Args:
         error: what pydantic raised.
-        below: where the checked values are themselves, such as `("engine", "args")`.
-        show_values: whether to quote what was given; not where it may be a secret.
+        below: the path of the checked values themselves, such as `("engine", "args")`.
+        show_values: whether to quote the given values; False where they may be secrets.
     """
     return [
         _fault((*below, *detail["loc"]), detail, show_values)
@@ -28,7 +28,7 @@ def _fault(location: tuple[int | str, ...], detail: Mapping[str, Any], show_valu
     kind = detail["type"]
     if not location and kind == "value_error":
         return str(detail["ctx"]["error"])
-    # pydantic marks the name of an entry, where that is at fault, by a part of the path.
+    # Where a map's key is at fault, and not its value, pydantic adds a part to the path.
     path = ".".join(str(part) for part in location if part != "[key]") or "values"
     if kind == "extra_forbidden":
         return f"{path}: unknown key"

@@ -1,4 +1,4 @@
-"""The gateway: its replicas, and what holds for every request."""
+"""The gateway: its replicas, and the rules for every request."""
 
 from pydantic import Field
 
@@ -9,51 +9,53 @@ from tera.config.section import Section
 
 
 class RequestLimits(Section):
-    """Bounds on one request, whoever sends it."""
+    """Bounds on each request, of any tenant."""
 
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
-    """A longer request is refused with 413."""
+    """Largest request body; a larger one is refused with status 413."""
     deadline_seconds: float = Field(default=600, gt=0)
-    """From a request's arrival at the gateway to its last token, time in queues included."""
+    """Time from a request's arrival at the gateway to its last token, including queueing."""
     first_token_deadline_seconds: float = Field(default=120, gt=0)
-    """From when a replica has taken a request to its first token. Time in the queue before, a cold
-    start among it, is not counted."""
+    """Time from when a replica accepts a request to its first token. Queueing before that,
+    including for a cold start, is not counted."""
     retries: int = Field(default=2, ge=0)
-    """Further replicas tried after one has failed."""
+    """How many more replicas are tried after one has failed."""
     keep_alive_seconds: float = Field(default=15, gt=0, le=15)
-    """Longest silence on a stream before a comment line is sent."""
+    """After this long without an event, a comment line is sent to keep the stream open."""
     drain_seconds: float = Field(default=30, gt=0)
-    """How long a gateway or engine replica that is taken away goes on with the requests it has.
-    Then Ray Serve ends it."""
+    """How long a gateway or engine replica that is being removed may finish its requests. Then
+    Ray Serve ends it."""
 
 
 class CorsConfig(Section):
     """Which web pages may call the API from a browser."""
 
     origins: tuple[str, ...] = Field(default=(), strict=False)
-    """Such as https://chat.example.com; "*" is every page; none switches CORS off."""
+    """Allowed origins, such as https://chat.example.com; "*" allows all; an empty list turns CORS
+    off."""
 
 
 class UsageConfig(Section):
-    """The ledger of requests; editing it restarts nothing."""
+    """The usage ledger of requests; editing this restarts nothing."""
 
     export_directory: str = ""
-    """Where every gateway replica finds the same files, one for each hour, to which the ledger is
-    copied as JSON Lines; empty keeps it in Redis alone."""
+    """Directory, shared by all gateway replicas, to which the ledger is copied as JSON Lines, one
+    file per hour; empty keeps it in Redis only."""
     retention_days: int = Field(default=35, ge=1)
-    """How long Redis keeps a request's record. With an export, not before it is exported."""
+    """How long Redis keeps a request's record. With an export, it is never removed before it is
+    exported."""
 
 
 class GatewayConfig(Section):
-    """The replicas that speak HTTP."""
+    """The replicas that serve HTTP."""
 
     replicas: ReplicaBounds = ReplicaBounds()
     resources: Resources = Resources()
-    """Of one pod of the CPU group, which holds gateways and the models without a pool."""
+    """Resources of each pod in the CPU group, which runs the gateways and models without a pool."""
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
     usage: UsageConfig = UsageConfig()
     cors: CorsConfig = CorsConfig()
     openapi: bool = True
-    """Whether `/openapi.json` is served; it asks for a key."""
+    """Whether `/openapi.json` is served; it requires a key."""
     requests: RequestLimits = RequestLimits()

@@ -1,4 +1,4 @@
-"""API keys that are made elsewhere, in a file."""
+"""Reads the file of externally managed API keys."""
 
 import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from tera.errors import ConfigError
 
 
 def _moment(value: Any) -> Any:
-    """Return YAML's dates and ISO texts as a moment, in UTC unless they say otherwise."""
+    """Return a YAML date or ISO text as a datetime, in UTC unless it names another zone."""
     if isinstance(value, str):
         try:
             value = datetime.datetime.fromisoformat(value)
@@ -30,24 +30,24 @@ def _moment(value: Any) -> Any:
 
 
 class KeyEntry(Section):
-    """One API key that is made elsewhere, in a keys file."""
+    """One externally managed API key, as an entry of a keys file."""
 
     tenant: TenantName
     key: str | None = Field(default=None, repr=False)
-    """The key itself; or else `keyHash`."""
+    """The key itself; the alternative is `keyHash`."""
     key_hash: str | None = Field(default=None, repr=False)
-    """Its HMAC-SHA-256 under the platform's pepper, in hex."""
+    """The key's HMAC-SHA-256 under the platform's pepper, in hex."""
     models: tuple[str, ...] | None = Field(default=None, strict=False)
-    """The ids that clients may send as `model`; absent allows all."""
+    """The model ids that the key may use; absent allows all."""
     expires: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
-    """The moment from which it is refused; absent never."""
+    """When the key expires; absent means never."""
     limits: Limits | None = None
-    """Of this key alone, beside its tenant's."""
+    """Limits of this key, in addition to its tenant's."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.key is None) == (self.key_hash is None):
-            raise ValueError("give one of key and keyHash")
+            raise ValueError("give either key or keyHash")
         return self
 
 
@@ -58,8 +58,8 @@ def load_keys_file(path: Path) -> tuple[KeyEntry, ...]:
     """Read a keys file: a list of `KeyEntry` in YAML.
 
     Raises:
-        ConfigError: one line for each fault, each with the path of the value, and never with a
-            value: it may be a key.
+        ConfigError: one line per fault, each with the path of the value but never the value
+            itself: it may be a key.
     """
     try:
         values = read_yaml(path)
@@ -67,9 +67,9 @@ def load_keys_file(path: Path) -> tuple[KeyEntry, ...]:
         cause = error.__cause__
         if not isinstance(cause, yaml.MarkedYAMLError) or cause.problem_mark is None:
             raise
-        # The parser's own words quote the line.
+        # The parser's own message would quote the line, which may hold a key.
         line = cause.problem_mark.line + 1
-        raise ConfigError(f"{path}: no valid YAML in line {line}") from None
+        raise ConfigError(f"{path}: invalid YAML in line {line}") from None
     try:
         entries = _KEYS_FILE.validate_python(
             [] if values is None else values, by_alias=True, by_name=False

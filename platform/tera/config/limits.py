@@ -1,4 +1,4 @@
-"""What tenants and keys may use at the most."""
+"""How much tenants and keys may use."""
 
 from typing import Final, Literal
 
@@ -8,47 +8,47 @@ from tera.config.names import ModelName, TenantName
 from tera.config.section import Section
 
 LARGEST_LIMIT: Final = 1_000_000_000
-"""Largest limit of requests or tokens a minute, and of requests at once.
+"""Largest possible limit on requests or tokens per minute, and on concurrent requests.
 
-With it, what Redis's script computes in microseconds stays within what a double holds exactly.
+It keeps the microseconds that Redis's script computes within what a double holds exactly.
 """
 LARGEST_BUDGET: Final = 1_000_000_000_000_000
-"""Largest budget in tokens; below 2**53, so that the doubles of Redis's scripts hold it exactly."""
+"""Largest token budget; below 2**53, so that the doubles of Redis's scripts hold it exactly."""
 
 
 class Limits(Section):
-    """What may be used at most: 0 blocks, absent is unlimited."""
+    """Upper bounds on use: 0 blocks all requests, absent means unlimited."""
 
     requests_per_minute: int | None = Field(default=None, ge=0, le=LARGEST_LIMIT)
-    """Requests that are admitted in a minute."""
+    """Requests admitted per minute."""
     tokens_per_minute: int | None = Field(default=None, ge=0, le=LARGEST_LIMIT)
-    """Prompt and completion tokens together."""
+    """Prompt plus completion tokens per minute."""
     concurrent_requests: int | None = Field(default=None, ge=0, le=LARGEST_LIMIT)
     """Requests in flight at once."""
     token_budget: int | None = Field(default=None, ge=0, le=LARGEST_BUDGET)
-    """Prompt and completion tokens of one `budgetPeriod`."""
+    """Prompt plus completion tokens per `budgetPeriod`."""
     budget_period: Literal["day", "month"] | None = None
-    """A calendar day or month in UTC; a month unless said."""
+    """A calendar day or month in UTC; absent means a month."""
 
 
 class TenantLimits(Limits):
-    """The limits of one tenant, over all of its keys."""
+    """The limits of one tenant, shared by all its keys."""
 
     weight: int | None = Field(default=None, ge=1, le=100)
-    """The tenant's share in tokens while requests wait for replicas, beside those of other tenants
-    that wait; 1 unless said."""
+    """The tenant's share of tokens, relative to other waiting tenants, while requests wait for
+    replicas; absent means 1."""
     models: dict[ModelName, Limits] = Field(default_factory=dict)
-    """By a model's short name. A limit given here counts that model's requests alone, in the
-    place of the tenant's own."""
+    """By a model's short name. A limit given here counts only that model's requests, and replaces
+    the tenant's own for them."""
 
 
 class LimitsConfig(Section):
-    """Limits of tenants; editing them restarts nothing."""
+    """Tenants' limits; editing them restarts nothing."""
 
     default: TenantLimits = TenantLimits()
-    """Where neither `tenants` nor `tera tenants set` says anything of a tenant's limit."""
+    """Used for each limit of a tenant that neither `tenants` nor `tera tenants set` gives."""
     tenants: dict[TenantName, TenantLimits] = Field(default_factory=dict)
-    """By tenant; each limit that is absent here is `default`'s."""
+    """By tenant; a limit that is absent here comes from `default`."""
     on_redis_error: Literal["local", "closed"] = "local"
-    """While Redis is away: `local` goes on with this gateway replica's share of each limit,
-    `closed` refuses every request."""
+    """What to do while Redis cannot be reached: with `local` each gateway replica enforces its
+    share of each limit, with `closed` it refuses every request."""

@@ -1,11 +1,11 @@
-"""How values go over others, as Helm has it."""
+"""Merges values the way Helm does."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def deep_merge(defaults: Mapping[str, Any], values: Any) -> Any:
-    """Return `values` over `defaults`; anything but two mappings is replaced whole."""
+    """Return `defaults` overridden by `values`; only mappings merge, anything else is replaced."""
     if not isinstance(values, Mapping):
         return values
     merged = dict(defaults)

@@ -1,4 +1,4 @@
-"""What a model is: its weights and engine, its replicas, and how requests find them."""
+"""A model: its weights and engine, its replicas, and how requests are routed to them."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -18,14 +18,16 @@ class ReplicaBounds(Section):
     """How many replicas there may be; applied in place, without a restart."""
 
     min: int = Field(default=1, ge=0)
-    """0 scales to zero when idle."""
+    """Fewest replicas; 0 scales to zero when idle."""
     max: int = Field(default=1, ge=0)
-    """0 keeps the entry and deploys nothing."""
+    """Most replicas; 0 keeps the entry but deploys nothing."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.max and self.min > self.max:
-            raise ValueError(f"min ({self.min}) is over max ({self.max}); lower min or raise max")
+            raise ValueError(
+                f"min ({self.min}) is greater than max ({self.max}); lower min or raise max"
+            )
         return self
 
 
@@ -33,30 +35,30 @@ class Parallelism(Section):
     """How one replica is spread over GPUs."""
 
     tensor: int = Field(default=1, ge=1)
-    """GPUs of one worker that share every layer."""
+    """GPUs of one worker that each hold a part of every layer."""
     pipeline: int = Field(default=1, ge=1)
-    """Workers that hold consecutive layers."""
+    """Workers that each hold a run of consecutive layers."""
 
 
 class GpuSharing(Section):
-    """Replicas that share a GPU, of one model or of several, and are awake in turns.
+    """Lets replicas, of one model or of several, share a GPU and take turns being awake.
 
-    One that sleeps has its weights in the host's memory (vLLM's sleep mode) and wakes in seconds.
+    A sleeping replica keeps its weights in host memory (vLLM's sleep mode) and wakes in seconds.
     """
 
     replicas_per_gpu: int = Field(default=1, ge=1, le=8)
-    """How many replicas of this size a GPU takes; with 1 it is each replica's own."""
+    """How many replicas of this size fit on one GPU; 1 means that replicas share no GPU."""
     turn_seconds: float = Field(default=20, gt=0)
-    """How long a replica with work stays awake while another one waits for its turn."""
+    """How long a replica with work stays awake while another waits for its turn."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether a replica may have company on its GPU."""
+        """Whether other replicas may be on a replica's GPU."""
         return self.replicas_per_gpu > 1
 
     @property
     def gpu_part(self) -> float:
-        """Part of a GPU that one replica asks Ray for, in Ray's steps of 1/10,000."""
+        """The fraction of a GPU that a replica requests from Ray, in Ray's steps of 1/10,000."""
         return 10_000 // self.replicas_per_gpu / 10_000
 
 
@@ -64,69 +66,69 @@ class Scaling(Section):
     """Queue bounds and autoscaling of one model; applied in place, without a restart."""
 
     target_ongoing_requests: float = Field(default=16, gt=0)
-    """Queue depth aimed at: queued and running requests per replica."""
+    """Queued and running requests per replica that autoscaling aims for."""
     max_ongoing_requests: int = Field(default=64, ge=1)
-    """Requests that one replica accepts at once; more wait at the gateway."""
+    """Requests that one replica accepts at once; further ones wait at the gateway."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests that one gateway replica lets wait for this model."""
+    """Requests for this model that may wait in one gateway replica; further ones are refused."""
     upscale_delay_seconds: float = Field(default=10, ge=0)
-    """How long the load has to be over the target before replicas are added."""
+    """How long the load must be above the target before replicas are added."""
     downscale_delay_seconds: float = Field(default=300, ge=0)
-    """How long the load has to be below the target before replicas are removed."""
+    """How long the load must be below the target before replicas are removed."""
     downscale_to_zero_delay_seconds: float = Field(default=1800, ge=0)
-    """How long a model has to be idle before its last replica is removed."""
+    """How long a model must be idle before its last replica is removed."""
     cold_start_deadline_seconds: float = Field(default=600, gt=0)
-    """How long a request waits in the gateway's queue for a model that has no replica yet, counted
-    apart from `gateway.requests.firstTokenDeadlineSeconds`."""
+    """How long a request may wait in the gateway's queue for a model without a replica; separate
+    from `gateway.requests.firstTokenDeadlineSeconds`."""
 
 
 class EngineConfig(Section):
-    """Which engine a model runs on. Editing it reloads this model and no other."""
+    """The engine a model runs on. Editing it reloads this model only."""
 
     kind: Literal["vllm", "simulated"] = "vllm"
-    """`simulated` needs no GPU and makes words of no meaning, at times that `args` sets."""
+    """`simulated` needs no GPU and generates meaningless words, at a pace set by `args`."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Passed to the engine as they are: vLLM's `AsyncEngineArgs`, or the simulated engine's
+    """Passed to the engine unchanged: vLLM's `AsyncEngineArgs`, or the simulated engine's
     `profile` and `faults`."""
 
     @property
     def dtype(self) -> str:
-        """What a vllm model's weights are kept in; vLLM itself checks it."""
+        """The type of a vllm model's weights; vLLM itself validates it."""
         return str(self.args.get("dtype", "bfloat16"))
 
 
 FRONTEND_ARGS: Final = ("tool_call_parser", "chat_template")
-"""Entries of a vllm model's `engine.args` that the gateway reads and the engine does not know."""
+"""Entries of a vllm model's `engine.args` that are for the gateway, not for the engine."""
 
 
 def engine_args(args: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the entries of `engine.args` that are vLLM's engine arguments."""
+    """Return the entries of `engine.args` that are for vLLM's engine."""
     return {name: value for name, value in args.items() if name not in FRONTEND_ARGS}
 
 
 class ModelConfig(Section):
-    """One model that tenants can name."""
+    """One model that tenants can use."""
 
     id: str = Field(min_length=1, max_length=256)
     """What clients send as `model`."""
     aliases: tuple[str, ...] = Field(default=(), strict=False)
-    """Other names that it answers to."""
+    """Other names that clients may send as `model`."""
     enabled: bool = True
-    """False removes the model, without removing its settings."""
+    """`false` removes the model but keeps its settings."""
     source: str = ""
     """Where the weights are: hf://org/name@revision, s3://, gs://, pvc://, file:// or demo://."""
     engine: EngineConfig = EngineConfig()
     pool: str = ""
-    """Entry of `gpuPools` whose workers hold it; without one it runs on CPUs."""
+    """The entry of `gpuPools` whose workers run the model; empty runs it on CPUs."""
     replicas: ReplicaBounds = ReplicaBounds()
     parallelism: Parallelism = Parallelism()
     gpu_sharing: GpuSharing = GpuSharing()
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
     """`prefix_affinity` sends a prompt to a replica that has its beginning cached and is not too
-    busy, `least_loaded` to any of the least busy ones; applied in place."""
+    busy; `least_loaded` sends it to one of the least busy replicas. Applied in place."""
     capabilities: tuple[Capability, ...] = Field(default=("completions", "chat"), strict=False)
-    """The endpoints that it answers at."""
+    """The endpoints that serve the model."""
 
     @model_validator(mode="after")
     def _has_source(self) -> Self:
@@ -138,7 +140,7 @@ class ModelConfig(Section):
     def _shares_whole(self) -> Self:
         if self.gpu_sharing.is_shared and self._ranks > 1:
             raise ValueError(
-                f"gpuSharing.replicasPerGpu: a replica over {self._ranks} GPUs shares none of "
+                f"gpuSharing.replicasPerGpu: a replica on {self._ranks} GPUs cannot share "
                 "them; set it to 1, or parallelism.tensor and .pipeline"
             )
         return self
@@ -150,7 +152,7 @@ class ModelConfig(Section):
 
     @property
     def needs_hub(self) -> bool:
-        """Whether its weights may have to come from elsewhere than this machine."""
+        """Whether its weights may have to be downloaded."""
         weights = self.weights
         return self.engine.kind == "vllm" and weights is not None and weights.needs_hub
 
@@ -160,17 +162,17 @@ class ModelConfig(Section):
 
     @property
     def gpus(self) -> int:
-        """GPUs that one replica is on; 0 without a pool."""
+        """GPUs that one replica uses; 0 without a pool."""
         return self._ranks if self.pool else 0
 
     @property
     def most_gpus(self) -> Fraction:
-        """GPUs that all replicas are on at the most; a shared one counts in parts."""
+        """GPUs that all replicas together can use; a shared GPU counts in parts."""
         return Fraction(self.replicas.max * self.gpus, self.gpu_sharing.replicas_per_gpu)
 
 
 class ModelDefaults(Section):
-    """What every model inherits where it says nothing itself."""
+    """Defaults for every model; a model's own settings take precedence."""
 
     enabled: bool = True
     """Whether models are deployed."""
@@ -179,4 +181,4 @@ class ModelDefaults(Section):
     gpu_sharing: GpuSharing = GpuSharing()
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
-    """How a request's replica is chosen."""
+    """How a replica is chosen for a request."""

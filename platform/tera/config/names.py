@@ -1,4 +1,4 @@
-"""Names that Tera, its chart and the clients of Ray Serve agree on, and patterns of names."""
+"""Names shared by Tera, its chart and the clients of Ray Serve, and the patterns of names."""
 
 import re
 from typing import Annotated, Final
@@ -6,7 +6,7 @@ from typing import Annotated, Final
 from pydantic import StringConstraints
 
 GATEWAY_APPLICATION: Final = "gateway"
-"""The Serve application that speaks HTTP; each model has one of its own beside it."""
+"""The Serve application that serves HTTP; each model has its own application beside it."""
 GATEWAY_DEPLOYMENT: Final = "Gateway"
 """The one Serve deployment of `GATEWAY_APPLICATION`."""
 ENGINE_DEPLOYMENT: Final = "Engine"
@@ -14,7 +14,7 @@ ENGINE_DEPLOYMENT: Final = "Engine"
 _MODEL_APPLICATION: Final = "model-"
 
 HTTP_PORT: Final = 8000
-"""Where a platform listens, unless it is told otherwise; on a cluster always."""
+"""The port a platform listens on: the default on one machine, fixed on a cluster."""
 
 CPU_POOL: Final = "cpu"
 """The worker group of gateways and of models without a pool."""
@@ -40,10 +40,10 @@ def model_name(application_name: str) -> str:
 
 
 def pool_resource(pool: str) -> str:
-    """Return the Ray resource that the workers of a pool have, and no others."""
+    """Return the Ray resource that only a pool's workers have."""
     return f"pool_{pool}"
 
 
 def is_tenant_name(text: str) -> bool:
-    """Return whether a tenant can have this name."""
+    """Return whether this is a valid tenant name."""
     return _TENANT.fullmatch(text) is not None

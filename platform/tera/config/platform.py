@@ -36,18 +36,18 @@ class PlatformConfig(Section):
     """A whole platform."""
 
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
-    """What you edit day to day, by short name."""
+    """The models, by short name."""
     model_defaults: ModelDefaults = ModelDefaults()
     gpu_pools: dict[PoolName, PoolConfig] = Field(default_factory=dict)
-    """Kinds of GPU workers, by short name."""
+    """The kinds of GPU workers, by short name."""
     pool_defaults: PoolDefaults = PoolDefaults()
     gateway: GatewayConfig = GatewayConfig()
     redis: RedisConfig = RedisConfig()
     image: ImageConfig = ImageConfig()
     image_pull_secrets: tuple[NamedReference, ...] = Field(default=(), strict=False)
-    """Secrets that the images are pulled with."""
+    """Secrets for pulling the images."""
     ray_version: str = Field(default="2.60.0", min_length=1)
-    """Must be that of the Ray in the image."""
+    """Must be the version of Ray in the image."""
     head: HeadConfig = HeadConfig()
     gcs_fault_tolerance: GcsFaultToleranceConfig = GcsFaultToleranceConfig()
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
@@ -60,7 +60,7 @@ class PlatformConfig(Section):
     pdb: PdbConfig = PdbConfig()
     ray_auth: RayAuthConfig = RayAuthConfig()
     global_: dict[str, JsonValue] = Field(default_factory=dict, alias="global")
-    """Helm's own; the chart reads nothing of it."""
+    """Reserved by Helm; the chart does not read it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +91,7 @@ class PlatformConfig(Section):
         return self
 
     def deployed_models(self) -> dict[str, ModelConfig]:
-        """Return the models that get an application, by short name, in the file's order."""
+        """Return the models that are deployed, by short name, in the file's order."""
         return {
             name: model
             for name, model in self.models.items()
@@ -113,13 +113,15 @@ def _shared_names(models: Mapping[str, ModelConfig]) -> Iterator[str]:
 
 def _shared_orders(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
     if CPU_POOL in pools:
-        yield f"gpuPools.{CPU_POOL}: is the group without GPUs; give the pool another name"
+        yield f"gpuPools.{CPU_POOL}: is the group of the CPU pods; give the pool another name"
     owner: dict[int, str] = {}
     for name, pool in pools.items():
         first = owner.setdefault(pool.order, name)
         if first != name:
             free = max(each.order for each in pools.values()) + 1
-            yield f"gpuPools.{name}.order: {pool.order} is gpuPools.{first}'s; {free} is free"
+            yield (
+                f"gpuPools.{name}.order: {pool.order} is taken by gpuPools.{first}; {free} is free"
+            )
 
 
 def _misjoined_pools(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
@@ -159,13 +161,13 @@ def _misplaced_models(platform: PlatformConfig) -> Iterator[str]:
         if pool.joins:
             yield (
                 f"models.{name}.pool: {model.pool!r} joins the pool {pool.joins!r}; name that one, "
-                "and both hold the model"
+                "and both run the model"
             )
             continue
         for each, held_by in holding[model.pool].items():
             if model.parallelism.tensor > held_by.gpus_per_worker:
                 yield (
-                    f"models.{name}.parallelism.tensor: {model.parallelism.tensor} is over the "
+                    f"models.{name}.parallelism.tensor: {model.parallelism.tensor} exceeds the "
                     f"{held_by.gpus_per_worker} GPU(s) of a worker; lower it, or raise "
                     f"gpuPools.{each}.gpusPerWorker"
                 )
@@ -175,7 +177,7 @@ def _misplaced_models(platform: PlatformConfig) -> Iterator[str]:
         there_are = sum(each.max_workers * each.gpus_per_worker for each in holding[name].values())
         if wanted > there_are:
             yield (
-                f"gpuPools.{name}.maxWorkers: its models may ask for {wanted} GPUs and its "
+                f"gpuPools.{name}.maxWorkers: its models may need {wanted} GPUs but its "
                 f"workers have {there_are}; raise maxWorkers, or lower a replicas.max"
             )
 
@@ -195,6 +197,6 @@ def _unread_cache(platform: PlatformConfig) -> Iterator[str]:
     shared = cache.enabled and cache.access_mode == "ReadWriteMany"
     if platform.huggingface.offline and not shared:
         yield (
-            "huggingface.offline: gateways and workers then read the model cache alone; set "
+            "huggingface.offline: gateways and workers then read only the model cache; set "
             "modelCache.enabled: true, with accessMode: ReadWriteMany"
         )

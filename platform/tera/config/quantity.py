@@ -4,7 +4,7 @@ from fractions import Fraction
 from typing import Final
 
 PATTERN: Final = r"^[0-9]{1,15}(\.[0-9]{1,6})?(m|[kMGTPE]|[KMGTPE]i)?$"
-"""What a values file may hold: no sign, no exponent and nothing below a billionth."""
+"""What a values file may contain: no sign, no exponent and nothing below a billionth."""
 
 _DECIMAL: Final = {
     **{"E": 6, "P": 5, "T": 4, "G": 3, "M": 2, "k": 1},
@@ -16,8 +16,8 @@ _BINARY: Final = {"Ei": 6, "Pi": 5, "Ti": 4, "Gi": 3, "Mi": 2, "Ki": 1}
 def canonical(quantity: str) -> str:
     """Return a quantity as Kubernetes writes it back: 2 for 2000m, 4Gi for 4096Mi.
 
-    That is a whole number with the largest suffix that leaves one, as `CanonicalizeBytes` of
-    `k8s.io/apimachinery/pkg/api/resource` makes it. The chart's `tera.quantity` does the same.
+    That is the largest suffix that leaves a whole number, as `CanonicalizeBytes` of
+    `k8s.io/apimachinery/pkg/api/resource` chooses it. The chart's `tera.quantity` does the same.
 
     Args:
         quantity: matches `PATTERN`.
@@ -35,4 +35,4 @@ def canonical(quantity: str) -> str:
         scaled = amount / Fraction(base) ** power
         if scaled.denominator == 1:
             return f"{scaled.numerator}{unit}"
-    raise ValueError(f"{quantity!r} is no quantity: give a number such as 500m or 24Gi")
+    raise ValueError(f"{quantity!r} is not a quantity: give a number such as 500m or 24Gi")

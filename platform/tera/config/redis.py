@@ -1,4 +1,4 @@
-"""The Redis that keys and limits live in."""
+"""The Redis that stores keys and limits."""
 
 from typing import Self
 
@@ -9,23 +9,24 @@ from tera.config.section import Section
 
 
 class ExternalRedis(SecretReference):
-    """A Redis or Valkey that exists already."""
+    """An existing Redis or Valkey."""
 
     address: str = ""
     """host:port."""
     tls: bool = False
-    """Whether the connection is encrypted."""
+    """Whether to connect with TLS."""
 
 
 class RedisConfig(Section):
-    """Where keys and limits live."""
+    """Where keys and limits are stored."""
 
     embedded: bool = True
-    """On one machine a redis-server of our own; on a cluster one Valkey StatefulSet."""
+    """Whether Tera runs one itself: a redis-server on one machine, a Valkey StatefulSet on a
+    cluster."""
     image: str = Field(default="valkey/valkey:8.1.4-alpine", min_length=1)
-    """Of the embedded Valkey."""
+    """Image of the embedded Valkey."""
     storage: Quantity = "8Gi"
-    """Of the embedded Valkey's volume."""
+    """Size of the embedded Valkey's volume."""
     external: ExternalRedis = ExternalRedis()
 
     @model_validator(mode="after")

@@ -11,10 +11,10 @@ from tera.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of every part: immutable, and a key that it does not know is refused.
+    """Base of every part: immutable, and unknown keys are refused.
 
-    Python makes one by its fields' names. Files, Ray Serve and Redis hold its *file form*: plain
-    values under camelCase keys.
+    In Python its fields have snake_case names. Files, Ray Serve and Redis hold its *file form*:
+    plain values under camelCase keys.
     """
 
     model_config = ConfigDict(
@@ -29,10 +29,10 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, values: Any) -> Self:
-        """Return what values in the file form describe.
+        """Return the section that values in the file form describe.
 
         Raises:
-            ConfigError: one line for each fault, each beginning with the path of the value.
+            ConfigError: one line per fault, each beginning with the path of the value.
         """
         try:
             return cls.model_validate(values, by_alias=True, by_name=False)
@@ -46,11 +46,11 @@ class Section(BaseModel):
         exclude_defaults: bool = False,
         exclude: Set[str] = frozenset(),
     ) -> dict[str, Any]:
-        """Return the values that `parse` reads back, as JSON and YAML can hold them.
+        """Return the file form, which `parse` reads back: values that JSON and YAML can hold.
 
         Args:
-            exclude_none: leave out what is absent.
-            exclude_defaults: leave out what `parse` would add again.
+            exclude_none: leave out values that are None.
+            exclude_defaults: leave out values that equal the defaults.
             exclude: names of fields to leave out.
         """
         return self.model_dump(

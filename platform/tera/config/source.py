@@ -15,16 +15,17 @@ class ModelSource:
 
     scheme: Scheme
     location: str
-    """What follows the scheme, without a revision: a hub's name, a bucket and path, a directory."""
+    """The part after the scheme, without a revision: a repository, a bucket and path, or a
+    directory."""
     revision: str = ""
-    """Of an hf:// source: a branch, tag or commit; empty is the hub's default."""
+    """The branch, tag or commit of an hf:// source; empty means the hub's default."""
 
     @classmethod
     def parse(cls, source: str) -> Self:
         """Return the parts of a source.
 
         Raises:
-            ValueError: it has no scheme that is known, or nothing behind it.
+            ValueError: the scheme is unknown, or nothing follows it.
         """
         prefix, _, rest = source.partition("://")
         scheme = _SCHEMES.get(prefix)
@@ -38,25 +39,25 @@ class ModelSource:
 
     @property
     def needs_hub(self) -> bool:
-        """Whether the weights may have to come from elsewhere than this machine."""
+        """Whether the weights may have to be downloaded."""
         return self.scheme not in ("demo", "file")
 
     def engine_path(self, home: Path, dtype: str) -> str:
-        """Return what vLLM loads: a directory, or a name that it resolves itself.
+        """Return what to tell vLLM to load: a directory, or a name that it resolves itself.
 
         Args:
-            home: this machine's state, in which demo models are made.
-            dtype: the model's, in which a demo model is made.
+            home: the directory of this machine's state, where demo models are built.
+            dtype: the model's dtype; a demo model is built with it.
         """
         if self.scheme == "demo":
             return str(home / "models" / f"{self.location}-{dtype}")
         if self.scheme in ("s3", "gs"):
-            # vLLM streams from object stores by their whole address.
+            # vLLM streams from object stores and wants the whole address.
             return f"{self.scheme}://{self.location}"
         return self.location
 
     def revision_args(self) -> dict[str, str]:
-        """Return vLLM's arguments for the revision; none for the default one."""
+        """Return vLLM's arguments for the revision; empty for the default revision."""
         if not self.revision:
             return {}
         return {"revision": self.revision, "tokenizer_revision": self.revision}

@@ -1,4 +1,4 @@
-"""Reads values files, as Helm does: each over those before it, and over the chart's defaults."""
+"""Reads values files as Helm does: later files override earlier ones and the chart's defaults."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,29 +10,29 @@ from tera.config.yaml_file import read_yaml
 from tera.errors import ConfigError
 
 _HELM_HEADINGS: Final = ("COMPUTED VALUES", "USER-SUPPLIED VALUES")
-"""First lines of what `helm get values` prints, unless it is asked for YAML."""
+"""First lines of the output of `helm get values`, unless `--output yaml` is given."""
 
 
 def load_platform(*paths: Path) -> PlatformConfig:
-    """Read values files, each over those before it, as Helm merges them.
+    """Read values files and merge them as Helm does: later files override earlier ones.
 
     Raises:
-        ConfigError: one line for each fault, each beginning with the path of the value.
+        ConfigError: one line per fault, each beginning with the path of the value.
     """
     return PlatformConfig.parse(_merged(paths))
 
 
 def load_cluster_platform(*paths: Path) -> PlatformConfig:
-    """Read values files as Helm does: over the chart's defaults, which are for a cluster.
+    """Read values files as Helm does for a cluster: on top of the chart's defaults.
 
     Raises:
-        ConfigError: one line for each fault, each beginning with the path of the value.
+        ConfigError: one line per fault, each beginning with the path of the value.
     """
     return PlatformConfig.parse(_merged((_values_file("values.yaml"), *paths)))
 
 
 def default_values_file() -> Path:
-    """Return the values of the demo platform, from a checkout or from an installed package."""
+    """Return the demo platform's values file, from a checkout or an installed package."""
     return _values_file("values-local.yaml")
 
 

@@ -9,7 +9,7 @@ from tera.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where writing a key twice is an error, not a silent choice of the last."""
+    """YAML in which a duplicate key is an error; plain YAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -17,17 +17,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the values in a YAML file, in which no key is written twice.
+    """Return the values in a YAML file; duplicate keys are refused.
 
     Raises:
-        ConfigError: it cannot be read, or is no YAML; what the parser raised is its `__cause__`.
+        ConfigError: it cannot be read or is not valid YAML; the parser's error is its `__cause__`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -36,4 +36,4 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+        raise ConfigError(f"{path}: invalid YAML: {error}") from error
