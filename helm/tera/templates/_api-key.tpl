@@ -30,7 +30,7 @@
 {{- $body }}{{ $checksum -}}
 {{- end }}
 
-{{/* Not empty if the Secret of the keys has the first key. One that was made without gets none later. */}}
+{{/* Not empty if the keys' Secret holds the first key. A Secret created without it never gets one. */}}
 {{- define "tera.hasFirstKey" -}}
 {{- with .Values.gateway.auth -}}
 {{- if and .bootstrapKeys (not .existingSecret) -}}

@@ -27,7 +27,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.gateway.auth.existingSecret | default (printf "%s-keys" .Release.Name) }}
 {{- end }}
 
-{{/* One map over another, key by key; what is no map is replaced whole, `false` and 0 too. */}}
+{{/* One map over another, key by key; anything but a map is replaced whole, also by `false` or 0. */}}
 {{- define "tera.merged" -}}
 {{- $merged := deepCopy (first .) -}}
 {{- range $key, $value := last . -}}
@@ -40,7 +40,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- toJson $merged -}}
 {{- end }}
 
-{{/* Every model with what it inherits, as JSON. */}}
+{{/* Every model with its inherited settings, as JSON. */}}
 {{- define "tera.models" -}}
 {{- $none := dict "aliases" list "source" "" "pool" "" "capabilities" (list "completions" "chat") "engine" (dict "kind" "vllm" "args" dict) -}}
 {{- $defaults := include "tera.merged" (list $none .Values.modelDefaults) | fromJson -}}
@@ -51,7 +51,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- toJson $models -}}
 {{- end }}
 
-{{/* Those that get an application, as JSON. */}}
+{{/* The models that are deployed, as JSON. */}}
 {{- define "tera.deployed" -}}
 {{- $deployed := dict -}}
 {{- range $name, $model := include "tera.models" . | fromJson -}}
@@ -62,7 +62,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- toJson $deployed -}}
 {{- end }}
 
-{{/* Every pool with what it inherits, as JSON. */}}
+{{/* Every pool with its inherited settings, as JSON. */}}
 {{- define "tera.pools" -}}
 {{- $none := dict "joins" "" "priority" 0 -}}
 {{- $defaults := include "tera.merged" (list $none .Values.poolDefaults) | fromJson -}}

@@ -24,7 +24,7 @@
 {{- end -}}
 {{- end }}
 
-{{/* One of 1024s, out of its whole part, its fraction and its suffix. */}}
+{{/* A quantity with a binary suffix, from its whole part, its fraction and its suffix. */}}
 {{- define "tera.binaryQuantity" -}}
 {{- $units := list "" "Ki" "Mi" "Gi" "Ti" "Pi" "Ei" -}}
 {{- $fraction := index . 1 -}}

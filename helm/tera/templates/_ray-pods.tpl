@@ -144,7 +144,7 @@ limits:
   {{- toYaml $resources | nindent 2 }}
 {{- end }}
 
-{{/* A map without what is null or "", as JSON: KubeRay leaves both out when it writes it back. */}}
+{{/* A map without entries that are null or "", as JSON: KubeRay drops those when it writes it back. */}}
 {{- define "tera.withoutEmpty" -}}
 {{- $kept := dict -}}
 {{- range $key, $value := . -}}
@@ -155,7 +155,7 @@ limits:
 {{- toJson $kept -}}
 {{- end }}
 
-{{/* What `tera.config.environment.Runtime` reads, and the weights' whereabouts. */}}
+{{/* The variables that `tera.config.environment.Runtime` reads, and where the weights are. */}}
 {{- define "tera.workerEnvironment" -}}
 {{- $values := .root.Values -}}
 {{- $secret := include "tera.keysSecret" .root -}}

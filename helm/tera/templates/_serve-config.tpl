@@ -1,4 +1,4 @@
-{{/* Ray Serve's configuration: the same as `tera.manifest.cluster_serve_config` makes. As JSON, since
+{{/* Ray Serve's configuration: the same as `tera.manifest.cluster_serve_config` returns. As JSON, since
      Helm's numbers keep their form there (10485760 would become 1.048576e+07 in YAML). */}}
 {{- define "tera.serveConfig" -}}
 {{- $models := include "tera.deployed" . | fromJson -}}
@@ -56,7 +56,7 @@
       "look_back_period_s" 2.0) -}}
 {{- end }}
 
-{{/* Where a model's replicas go; the gateway's go where those of a model without a pool do. */}}
+{{/* Where a model's replicas are placed; the gateway's are placed like those of a model without a pool. */}}
 {{- define "tera.placement" -}}
 {{- $share := dict (printf "pool_%s" (.pool | default "cpu")) 0.001 -}}
 {{- if not .pool -}}
@@ -83,7 +83,7 @@
 {{- toJson (dict "health_check_period_s" 2 "health_check_timeout_s" 10 "graceful_shutdown_timeout_s" .) -}}
 {{- end }}
 
-{{/* Limits with what Python adds to them, and without what is null. */}}
+{{/* Limits with the entries that Python adds, and without those that are null. */}}
 {{- define "tera.limits" -}}
 {{- $tenants := dict -}}
 {{- range $name, $limits := .tenants -}}

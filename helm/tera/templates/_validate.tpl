@@ -1,5 +1,5 @@
-{{/* What the schema cannot say. Each message begins with the path of the value, and says the same
-     as `tera config check`. */}}
+{{/* The rules that the schema cannot express. Each message begins with the path of the value and has
+     the words of `tera config check`. */}}
 {{- define "tera.validate" -}}
 {{- $faults := list -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$" .Release.Name) -}}
@@ -60,7 +60,7 @@
       {{- end -}}
     {{- end -}}
     {{- if $model.enabled -}}
-      {{- /* In parts of 1/840, which 1 to 8 replicas share without a rest. */ -}}
+      {{- /* In units of 1/840, which 1 to 8 replicas divide without a remainder. */ -}}
       {{- $wanted := div (mul (int $model.replicas.max) $ranks 840) (int $model.gpuSharing.replicasPerGpu) -}}
       {{- $_ := set $gpus $model.pool (add (get $gpus $model.pool | default 0) $wanted) -}}
     {{- end -}}
@@ -140,7 +140,7 @@
 {{- end -}}
 {{- end }}
 
-{{/* A list of no fault or one, as JSON: of a path and the bounds at it. */}}
+{{/* A list with one fault or none, as JSON, given a path and the bounds at it. */}}
 {{- define "tera.boundsFault" -}}
 {{- $low := int (last .).min -}}
 {{- $high := int (last .).max -}}
