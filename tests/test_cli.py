@@ -203,7 +203,7 @@ class TestKeys:
         pytest.param(["tenants", "show", "a", "-f", "absent.yaml"], "absent.yaml", id="no values file"),
         pytest.param(["usage", "--since", "-1h"], "--since", id="negative time"),
         pytest.param(["usage", "--since", "yesterday"], "--since", id="no time"),
-        pytest.param(["usage", "--json", "--csv"], "one of both", id="two forms"),
+        pytest.param(["usage", "--json", "--csv"], "not both", id="two forms"),
         pytest.param(["usage", "export"], "--directory", id="no directory"),
         pytest.param(["usage", "export", "--directory", "x", "--retention-days", "0"], "retention-days", id="no retention"),
     ],

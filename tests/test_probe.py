@@ -223,14 +223,14 @@ def test_an_address_that_is_none_is_wrong_usage(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:port", "http://[::1"])
 def test_an_address_that_only_looks_like_one_is_wrong_usage(address: str) -> None:
-    assert "is no address" in failure("--ready-only", "--base-url", address, code=2)
+    assert "is not a valid address" in failure("--ready-only", "--base-url", address, code=2)
 
 
 def test_a_key_that_is_no_text_of_a_header_is_not_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TERA_API_KEY", "sk-tera-secret\nx: y")
-    assert failure("--base-url", "http://127.0.0.1:1", code=2) == "TERA_API_KEY: is no key"
+    assert failure("--base-url", "http://127.0.0.1:1", code=2) == "TERA_API_KEY: is not a valid key"
 
 
 def test_nobody_at_the_address_is_told() -> None:
@@ -360,6 +360,6 @@ def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
         answers = {"/readyz": READY, "/v1/models": (302, {"location": there}, b"")}
         with Impostor(answers) as impostor:
             said = failure("--base-url", impostor.base_url)
-    assert said.endswith(f"answered 302 to /v1/models: it is at {there}")
+    assert said.endswith(f"answered 302 to /v1/models: it has moved to {there}")
     assert impostor.asked[0] == ("/readyz", None)
     assert elsewhere.asked == []

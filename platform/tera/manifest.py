@@ -1,4 +1,4 @@
-"""From one `PlatformConfig` to what other systems read: Ray Serve's and Helm's."""
+"""Converts a `PlatformConfig` into what other systems read: Ray Serve's config, Helm's schema."""
 
 import json
 from collections.abc import Callable
@@ -18,30 +18,31 @@ from tera.config.platform import PlatformConfig
 from tera.errors import ConfigError
 
 GATEWAY_ONGOING_REQUESTS = 10_000
-"""Streams of one gateway replica; a bound for memory, not a queue (admission is per model)."""
+"""Requests that a gateway replica accepts at once: bounds its memory. Queues are per model."""
 GATEWAY_TARGET_ONGOING_REQUESTS = 200
 
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2, 10
 """Serve replaces a replica after three failed checks: a stalled engine is gone in seconds."""
 
 SCALING_METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 2.0}
-"""How often what waits and runs is counted, and over how long it is averaged. With Serve's 10 and
-30 s a burst is over, or has grown, before it is seen for what it is."""
+"""How often waiting and running generations are counted, and over how long they are averaged. With
+Serve's 10 and 30 s, a burst would be over, or have grown, before it is noticed."""
 
 SCALING_POLICY = {"policy_function": "tera.autoscaling.policy:idle_replicas_first"}
-"""Of models. An edit of it would restart them, so no value is part of it."""
+"""The autoscaling policy of models. Editing it would restart them, so it depends on no value."""
 
 POOL_SHARE = 0.001
-"""Of a worker's `pool_<name>` resource: keeps a replica on its pool and limits nothing."""
+"""Share of a worker's `pool_<name>` resource that a replica takes: keeps it on its pool without
+limiting anything."""
 
 _RELOADING = ("source", "engine", "parallelism", "gpuSharing")
-"""Parts of a model that its application is made with; see `tera.deploy.ModelArgs`."""
+"""Parts of a model that its application is built from; see `tera.deploy.ModelArgs`."""
 
 _NOT_RELOADED = {"replicas", "resources", "auth"}
-"""Parts of `gateway` that are for Serve and Kubernetes, and none of a replica's business."""
+"""Parts of `gateway` that only Serve and Kubernetes use; replicas do not get them."""
 
 Placement = Callable[[ModelConfig | None], dict[str, Any]]
-"""From a model, or None for the gateway, to where Serve puts its replicas."""
+"""Maps a model, or None for the gateway, to the options that place its replicas."""
 
 
 def serve_config(
@@ -54,10 +55,10 @@ def serve_config(
 def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
     """Return the Serve config of a platform on a cluster: KubeRay's `serveConfigV2`.
 
-    The chart makes the same in `templates/_serve-config.tpl`; a test holds them together.
+    The chart renders the same in `templates/_serve-config.tpl`; a test compares them.
 
     Raises:
-        ConfigError: a model cannot run on a cluster; one line each, with its path.
+        ConfigError: models cannot run on a cluster; one line for each, with its path.
     """
     faults = []
     for name, model in platform.deployed_models().items():
@@ -67,7 +68,7 @@ def cluster_serve_config(platform: PlatformConfig) -> dict[str, Any]:
             faults.append(f"models.{name}.source: demo:// is for one machine")
     if faults:
         raise ConfigError("\n".join(faults))
-    # Inside a pod the gateway listens on all interfaces; the NetworkPolicy says who reaches it.
+    # Inside a pod the gateway listens on all interfaces; the NetworkPolicy restricts access.
     return _serve_config(platform, "0.0.0.0", HTTP_PORT, _cluster_placement)  # noqa: S104
 
 
@@ -77,14 +78,15 @@ def _serve_config(
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
-        # A line per request and replica costs 4 % of a short request's CPU; the metrics count them.
+        # Logging each request in each replica costs 4 % of a short request's CPU; metrics count
+        # them.
         "logging_config": {"enable_access_log": False},
         "applications": _applications(platform, placement),
     }
 
 
 def applications(platform: PlatformConfig, *, on_cluster: bool) -> dict[str, dict[str, Any]]:
-    """Return a platform's applications by name, as its Serve config has them, unchecked."""
+    """Return the applications of a platform's Serve config, by name, without validating them."""
     placement = _cluster_placement if on_cluster else _local_placement
     return {each["name"]: each for each in _applications(platform, placement)}
 
@@ -108,7 +110,7 @@ def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
     if model.gpus == 1:
         part = model.gpu_sharing.gpu_part
         return {"ray_actor_options": {"num_cpus": 1, "num_gpus": part, "resources": pool}}
-    # vLLM wants a bundle for each GPU; the replica itself lives in the first and holds no GPU.
+    # vLLM wants a bundle per GPU; the replica itself is in the first one and holds no GPU.
     bundle = {"GPU": 1, **pool}
     return {
         "ray_actor_options": {"num_cpus": 1},
@@ -125,7 +127,7 @@ def _model_application(
         "name": application_name(name),
         "import_path": "tera.deploy:build_model",
         "route_prefix": None,
-        # Only what must reload the engine: Serve rolls the application when these change.
+        # Only settings that must reload the engine: Serve rolls the application when these change.
         "args": {key: values[key] for key in _RELOADING},
         "deployments": [
             {
@@ -135,7 +137,7 @@ def _model_application(
                     "policy": SCALING_POLICY,
                 },
                 "max_ongoing_requests": model.scaling.max_ongoing_requests,
-                # In place, unlike `args`; see `EngineReplica.reconfigure`.
+                # Applied in place, unlike `args`; see `EngineReplica.reconfigure`.
                 "user_config": {"drainSeconds": drain_s},
                 **placement(model),
                 **_lifecycle(drain_s),
@@ -171,7 +173,7 @@ def _gateway_application(
 
 
 def _autoscaling(replicas: ReplicaBounds, scaling: Scaling) -> dict[str, Any]:
-    """Return Serve's autoscaling section: numbers only, so that every edit applies in place."""
+    """Return Serve's autoscaling section: only numbers, so that every edit is applied in place."""
     return {
         "min_replicas": replicas.min,
         "max_replicas": replicas.max,
@@ -199,12 +201,12 @@ def values_schema() -> str:
 
 
 def _tidy(schema: Any) -> Any:
-    """Return a schema without what pydantic repeats in it, and with every map's names checked."""
+    """Return a schema without pydantic's redundant parts, in which every map's keys are checked."""
     if isinstance(schema, list):
         return [_tidy(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    # A property may be called title; then its value is a schema.
+    # A property may be named "title"; then its value is a schema.
     repeated = {"default"} if "$ref" in schema else set()
     if isinstance(schema.get("title"), str):
         repeated.add("title")

@@ -1,10 +1,10 @@
-"""Metrics: every name, label and bucket on one screen; and the form of log lines.
+"""Metrics, with every name, label and bucket on one screen, and the format of log lines.
 
-Each process keeps its own registry. `GET /metrics` is that of the gateway replica that answers.
-`GET /metrics/all` on any of them asks all gateway and engine replicas for theirs and puts them
-together with `merge_expositions`, which adds the label `replica` to every sample: so one scrape is
-whole, whichever process answers it, and sums and rates over `replica` are right when replicas come
-and go.
+Each process has its own registry. `GET /metrics` returns that of the gateway replica that answers.
+`GET /metrics/all`, on any gateway replica, collects those of all gateway and engine replicas and
+joins them with `merge_expositions`, which adds the label `replica` to every sample. So one scrape
+is complete, whichever process answers it, and sums and rates over `replica` stay right when
+replicas come and go.
 """
 
 import json
@@ -19,12 +19,12 @@ from tera.generation import ReplicaLoad
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# Time to first token reaches from a warm small model (ms) to a queue on a big one (minutes).
+# Time to first token ranges from a warm small model (ms) to a queue for a big one (minutes).
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 15, 30, 60, 120, 300)
 # 2 ms is a small model on a fast GPU, 50 ms reading speed; above a second something is wrong.
 BETWEEN_TOKENS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 3, 10)
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
-# What the gateway itself adds before it dispatches: fractions of a millisecond.
+# What the gateway itself adds before dispatch: fractions of a millisecond.
 ADDED_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.2, 1)
 
 
@@ -115,7 +115,7 @@ class Metrics:
 
 
 def load_exposition(model: str, load: ReplicaLoad) -> str:
-    """Return an engine replica's load at this moment as Prometheus text."""
+    """Return an engine replica's current load as Prometheus text."""
     registry = CollectorRegistry()
     for name, help_text, value in (
         ("tera_engine_running", "Generations in the engine's batch.", load.running),
@@ -142,7 +142,7 @@ def load_exposition(model: str, load: ReplicaLoad) -> str:
 def merge_expositions(parts: Iterable[tuple[str, str]]) -> str:
     """Return one Prometheus text made of `(replica, text)` parts.
 
-    Families of one name are brought together, as the format demands, and every sample gets the
+    Families with the same name are joined, as the format requires, and every sample gets the
     label `replica`.
     """
     headers: dict[str, list[str]] = {}
@@ -174,7 +174,7 @@ def _labelled(sample: str, replica: str) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time in UTC, level, logger, message, and a traceback if any."""
+    """One JSON object per line: time in UTC, level, logger, message, and a traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -191,11 +191,11 @@ class JsonLines(logging.Formatter):
 
 
 def log_json_lines() -> None:
-    """Write what this process's Tera logs to standard error, which Ray keeps in a file."""
+    """Write Tera's log records in this process to standard error, which Ray keeps in a file."""
     logger = logging.getLogger("tera")
     if not logger.handlers:
-        # The file itself: Serve puts a logger in the place of `sys.stderr` that keeps lines back
-        # until there are a thousand.
+        # The file itself: Serve replaces `sys.stderr` with a logger that holds lines back until
+        # there are a thousand.
         handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(JsonLines())
         logger.addHandler(handler)

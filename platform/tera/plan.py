@@ -1,7 +1,7 @@
-"""What an edit of the values does, said before it is made.
+"""Predicts what an edit of the values does.
 
-Whether an application starts again is read off what `manifest` makes of both values. What the
-chart makes of the rest is a table here, which a test holds against the rendered chart.
+Whether an application restarts is found by comparing what `manifest` renders from both values. For
+everything else the chart renders, there is a table here, which a test checks against the chart.
 """
 
 import json
@@ -28,8 +28,8 @@ Effect = Literal[
 
 Path = tuple[str, ...]
 
-# What Serve applies in place (architecture D5); an application that differs elsewhere is rolled.
-# Of the autoscaling section that are the numbers, and not a policy.
+# What Serve applies in place; an application that differs elsewhere is rolled. Of the autoscaling
+# section these are the numbers, not the policy.
 _IN_PLACE: Final = {
     "max_ongoing_requests",
     "user_config",
@@ -39,18 +39,19 @@ _IN_PLACE: Final = {
 }
 
 REDIS: Final = "redis"
-"""In `restarts`: the embedded Valkey, which no application is."""
+"""Stands in `restarts` for the embedded Valkey, which is not an application."""
 
-_REFUSED: Final = "Kubernetes refuses it, and with it the whole upgrade: make the volume anew"
-_MUTED: Final = "kuberay#4568: a running cluster keeps what it has; the next new one takes it"
+_REFUSED: Final = "Kubernetes refuses it, and with it the whole upgrade: create a new volume"
+_MUTED: Final = "kuberay#4568: a running cluster keeps what it has; the next new one gets it"
 _RESTART: Final = "stop `tera serve` and start it with these values"
-_OFFLINE: Final = f"it runs without a model from a hub, and its processes ask none: {_RESTART}"
-_REMADE: Final = "a running cluster takes no such edit; a new one has to take over"
+_OFFLINE: Final = f"it started without a model from a hub, so its processes use none: {_RESTART}"
+_REMADE: Final = "it cannot be applied to a running cluster; a new one must take over"
 _WAITS: Final = (
     "upgrade.strategy is None: the running cluster stays as it is until its RayCluster is deleted"
 )
 
-# What is neither a model, a pool nor the gateway's own, by the longest path that fits.
+# Effects of what is neither a model, a pool nor the gateway's own; the longest path that matches
+# applies.
 _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("image",): ("cluster_replaced", ""),
     ("imagePullSecrets",): ("cluster_replaced", ""),
@@ -83,7 +84,7 @@ _FIXED: Final = {
     ("modelCache", "storageClassName"),
     ("modelCache", "accessMode"),
 }
-"""Of volumes that the release has made."""
+"""Settings of volumes that cannot change once the release has created them."""
 
 _MACHINE_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("modelDefaults",): _CLUSTER_EFFECTS["modelDefaults",],
@@ -92,19 +93,19 @@ _MACHINE_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("redis", "external", "tls"): ("not_taken", _RESTART),
 }
 _MUTED_FIELDS: Final = ("maxWorkers", "tolerations")
-"""Of a pool: KubeRay compares clusters without them."""
+"""Fields of a pool that KubeRay ignores when it compares clusters."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Edits of one part of the platform that have one effect."""
+    """Edits of one part of the platform that have the same effect."""
 
     part: str
     """The application, pool or section, by its path."""
     paths: tuple[str, ...]
     effect: Effect
     restarts: tuple[str, ...] = ()
-    """Names of applications, of those that run before the edit; and `redis`."""
+    """Names of applications that run before the edit, and `redis`."""
     note: str = ""
 
 
@@ -117,12 +118,12 @@ class Plan:
 
     @property
     def restarts(self) -> tuple[str, ...]:
-        """Everything that restarts, each once."""
+        """Everything that restarts, without duplicates."""
         return tuple(dict.fromkeys(name for each in self.changes for name in each.restarts))
 
     @property
     def replaces_cluster(self) -> bool:
-        """Whether a new cluster takes over from the one that runs."""
+        """Whether a new cluster takes over from the running one."""
         return any(each.effect == "cluster_replaced" for each in self.changes)
 
 
@@ -134,7 +135,7 @@ class _Edit:
     new: PlatformConfig
     on_cluster: bool
     paths: tuple[Path, ...]
-    """Of all values that differ."""
+    """Paths of all values that differ."""
 
     def below(self, *prefix: str) -> list[Path]:
         return [path for path in self.paths if path[: len(prefix)] == prefix]
@@ -143,7 +144,7 @@ class _Edit:
 def plan(old: PlatformConfig, new: PlatformConfig, *, on_cluster: bool = True) -> Plan:
     """Return what changing a running platform from `old` to `new` does.
 
-    On a cluster that is what `helm upgrade` does, on one machine what `tera apply` does.
+    On a cluster the change is made by `helm upgrade`, on one machine by `tera apply`.
     """
     paths = tuple(_differences(old.file_form(), new.file_form()))
     edit = _Edit(old, new, on_cluster, paths)
@@ -156,7 +157,7 @@ def plan(old: PlatformConfig, new: PlatformConfig, *, on_cluster: bool = True) -
 
 
 def _differences(old: Any, new: Any, at: Path = ()) -> Iterator[Path]:
-    """Yield the path of each value that is not the same, or is on one side only."""
+    """Yield the path of each value that differs, or exists on one side only."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in {**old, **new}:
             if key not in old or key not in new:
@@ -168,7 +169,7 @@ def _differences(old: Any, new: Any, at: Path = ()) -> Iterator[Path]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as Serve compares it: True is not 1, and the order of keys is nothing."""
+    """Return a value as text, as Serve compares it: True is not 1, and key order is ignored."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -223,7 +224,7 @@ def _deployed_model(edit: _Edit, name: str, paths: list[Path]) -> Iterator[Chang
 
 
 def _lacks_hub(edit: _Edit, name: str) -> bool:
-    """Return whether a model of one machine is to come from where its processes do not ask."""
+    """Return whether a model needs the hub but this machine's processes run offline."""
     return (
         not edit.on_cluster
         and edit.new.models[name].needs_hub
@@ -232,7 +233,7 @@ def _lacks_hub(edit: _Edit, name: str) -> bool:
 
 
 def _rolled(edit: _Edit, changed: PlatformConfig) -> tuple[str, ...]:
-    """Return the applications that Serve starts again for what `changed` makes of them."""
+    """Return the applications that Serve restarts to apply `changed`."""
     before, after = (applications(each, on_cluster=edit.on_cluster) for each in (edit.old, changed))
     return tuple(
         name
@@ -269,7 +270,7 @@ def _pools(edit: _Edit) -> Iterator[Change]:
         sorted(platform.gpu_pools, key=lambda name: platform.gpu_pools[name].order)
         for platform in (edit.old, edit.new)
     )
-    # KubeRay takes new groups behind those that there are, and any other list for a new cluster.
+    # KubeRay accepts new groups after the existing ones; any other change makes a new cluster.
     grown = after[: len(before)] == before
     for name in {**edit.old.gpu_pools, **edit.new.gpu_pools}:
         paths, part = edit.below("gpuPools", name), f"gpuPools.{name}"
@@ -297,7 +298,7 @@ def _pool_effect(name: str, grown: bool) -> tuple[Effect, str]:
 
 
 def _sections(edit: _Edit) -> Iterator[Change]:
-    """Yield what happens to all that is neither a model nor a pool nor goes through Serve."""
+    """Yield the changes of everything that is no model or pool and does not go through Serve."""
     heard = set(
         _differences(_heard(edit.old.file_form(), edit), _heard(edit.new.file_form(), edit))
         if edit.on_cluster
@@ -333,7 +334,7 @@ def _effect_of(
 
 
 def _volume_stays(section: str, edit: _Edit) -> bool:
-    """Return whether the release has the section's volume before and after."""
+    """Return whether the release has the section's volume both before and after."""
     sides = (edit.old, edit.new)
     if section == "redis":
         return all(each.redis.embedded for each in sides)
@@ -342,7 +343,7 @@ def _volume_stays(section: str, edit: _Edit) -> bool:
 
 
 def _heard(values: dict[str, Any], edit: _Edit) -> dict[str, Any]:
-    """Return values without what the chart does not read because of others."""
+    """Return values without those that the chart ignores because of other values."""
     for section in (
         "gcsFaultTolerance",
         "modelCache",
@@ -375,9 +376,9 @@ def _heard(values: dict[str, Any], edit: _Edit) -> dict[str, Any]:
 
 
 def _settled(changes: list[Change], edit: _Edit) -> list[Change]:
-    """Return changes of the cluster as they are together.
+    """Return a cluster's changes, adjusted for how they affect each other.
 
-    A new cluster is made of all the new values, and without one, nothing that needs it happens.
+    A new cluster gets all the new values; without one, changes that need it do not happen.
     """
     if not any(each.effect == "cluster_replaced" for each in changes):
         return changes

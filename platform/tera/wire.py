@@ -1,17 +1,17 @@
-"""The token channel's bytes: frames and the handshake that both ends make first.
+"""The token channel on the wire: frames, and the handshake before them.
 
 A replica connects to the address of each gateway replica that asks it to. Each side then proves
-that it holds the cluster secret, bound to both nonces, so that nobody who merely reaches the
-port can feed a tenant tokens or collect them:
+that it knows the cluster secret, bound to both nonces, so that being able to connect to the port
+is not enough to send a tenant tokens or to collect them:
 
     gateway → replica   nonce_g (32 bytes)
     replica → gateway   nonce_r (32 bytes) + HMAC(secret, "replica" nonce_g nonce_r id) + frame(id)
     gateway → replica   HMAC(secret, "gateway" nonce_r nonce_g)
 
-After it each side sends frames of a 4-byte little-endian length and a payload. The replica's are
-`StepFrame`s; the first one is a heartbeat, without deltas, and another follows whenever nothing
-else was sent for `HEARTBEAT_S`: a process that is frozen, or a node that is gone, closes no
-connection. The gateway's are `Order`s: to begin a generation, or to stop one.
+Then each side sends frames: a 4-byte little-endian length and a payload. The replica's are
+`StepFrame`s; the first is a heartbeat, without deltas, and another follows whenever nothing else
+was sent for `HEARTBEAT_S`, since a frozen process or a vanished node closes no connection. The
+gateway's are `Order`s: to begin a generation, or to stop one.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ from collections.abc import Iterator
 NONCE_BYTES = 32
 MAC_BYTES = 32
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-"""A longer length is no frame of ours: the peer is broken, and the connection is closed."""
+"""A longer frame means that the peer is broken: the connection is closed."""
 
 MAX_NAME_BYTES = 1024
-"""Of a replica's id, which is read before the peer has proved anything."""
+"""Longest replica id; it is read before the peer has proved anything."""
 
 HEARTBEAT_S = 0.5
 SILENCE_S = 2.0
-"""A replica that was not heard for so long is lost to the gateway.
+"""The gateway counts a replica that it has not heard for this long as lost.
 
-Four heartbeats, since the engine's front end shares the replica's event loop: turning the
-log-probabilities of a long prompt into records, or a machine whose cores are all taken, keeps it
-for some tenths of a second. Being wrong costs one prefill on another replica, no answer.
+That is four heartbeats, since the engine's front end shares the replica's event loop: converting
+the log-probabilities of a long prompt, or a machine with no free core, can delay it by tenths of a
+second. A wrong verdict costs one prefill on another replica, never an answer.
 """
 
 _LENGTH = struct.Struct("<I")

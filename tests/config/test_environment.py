@@ -108,4 +108,4 @@ class TestClient:
         monkeypatch.setenv("TERA_API_KEY", "sk-SECRET\nx: y")
         with pytest.raises(ConfigError) as raised:
             ClientOptions.from_environment("http://there:1")
-        assert raised.value.message == "TERA_API_KEY: is no key"
+        assert raised.value.message == "TERA_API_KEY: is not a valid key"

@@ -63,8 +63,8 @@ class TestKeysFile:
         [
             pytest.param("[{key: SECRET}]", "0.tenant: is missing", id="no tenant"),
             pytest.param("[{tenant: A, key: SECRET}]", "0.tenant: ", id="tenant"),
-            pytest.param("[{tenant: a}]", "0: give one of key and keyHash", id="no key"),
-            pytest.param("[{tenant: a, key: SECRET, keyHash: b}]", "0: give one of", id="both"),
+            pytest.param("[{tenant: a}]", "0: give either key or keyHash", id="no key"),
+            pytest.param("[{tenant: a, key: SECRET, keyHash: b}]", "0: give either", id="both"),
             pytest.param("[{tenant: a, key: [SECRET]}]", "0.key: ", id="key no text"),
             pytest.param("[{tenant: a, SECRET: b, key: c}]", "0.SECRET: unknown", id="unknown"),
             pytest.param("[{tenant: a, key_hash: SECRET}]", "0.key_hash: unknown", id="snake case"),
@@ -81,8 +81,8 @@ class TestKeysFile:
                 "[{tenant: a, key: SECRET}, {tenant: b, key: SECRET}]", "1: the same key as 0", id="twice"
             ),
             pytest.param("{tenant: a, key: SECRET}", "values: ", id="no list"),
-            pytest.param("- tenant: a\n  key: 'SECRET", "no valid YAML in line 2", id="syntax"),
-            pytest.param("[{SECRET: a, SECRET: b}]", "no valid YAML in line 1", id="key twice"),
+            pytest.param("- tenant: a\n  key: 'SECRET", "invalid YAML in line 2", id="syntax"),
+            pytest.param("[{SECRET: a, SECRET: b}]", "invalid YAML in line 1", id="key twice"),
         ],
     )  # fmt: skip
     def test_a_fault_has_its_path_and_shows_no_key(

@@ -35,7 +35,7 @@ def refused(values: Any) -> list[str]:
         pytest.param(platform(replicas={"min": 1.5}), "models.demo.replicas.min: ", id="a fraction"),
         pytest.param(platform(replicas={"min": -1}), "models.demo.replicas.min: ", id="negative"),
         pytest.param(
-            platform(replicas={"min": 3, "max": 2}), "models.demo.replicas: min (3) is over", id="order"
+            platform(replicas={"min": 3, "max": 2}), "models.demo.replicas: min (3) is greater", id="order"
         ),
         pytest.param(platform(enabled="yes"), "models.demo.enabled: ", id="no boolean"),
         pytest.param(platform(id=""), "models.demo.id: ", id="empty id"),
@@ -122,7 +122,9 @@ class TestModelDefaults:
 
     def test_merged_bounds_are_checked_and_named(self) -> None:
         values = {"modelDefaults": {"replicas": {"max": 3}}, **platform(replicas={"min": 4})}
-        assert refused(values)[0].startswith("models.demo.replicas: min (4) is greater than max (3)")
+        assert refused(values)[0].startswith(
+            "models.demo.replicas: min (4) is greater than max (3)"
+        )
 
     def test_a_fault_of_the_defaults_names_the_defaults(self) -> None:
         lines = refused({"modelDefaults": {"parallelism": {"tensor": 0}}, **platform()})

@@ -60,7 +60,7 @@ def export(
             written = with_redis(lambda redis: UsageExporter(redis, lambda: config).export())
         except OSError as error:
             raise ServerError(f"{directory}: cannot be written: {error}") from error
-    out.print(f"{written} record(s) written to {directory}")
+    out.print(f"{written} entries written to {directory}")
 
 
 def _table(rows: list[UsageRow]) -> Table:

@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Health(Protocol):
-    """What the operators' routes tell."""
+    """What the operators' routes report."""
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether this replica can serve, and details."""
+        """Return whether this replica can serve, with details."""
         ...
 
     def own_exposition(self) -> str:
@@ -53,11 +53,11 @@ def build_app(
     metrics: Metrics,
     config: Callable[[], GatewayConfig],
 ) -> ASGIApp:
-    """Return the gateway's ASGI application; `config` is asked at each request."""
+    """Return the gateway's ASGI application; `config` is called for each request."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     endpoints = _Endpoints(pipeline, health, config)
-    # Plain routes: FastAPI's own would resolve dependencies that none of these has, for a tenth
-    # of a short request's CPU.
+    # Plain routes: FastAPI's own resolve dependencies, which none of these has, and that costs a
+    # tenth of a short request's CPU.
     app.router.routes.extend(_Route(route, endpoints.of(route), config) for route in routes.ROUTES)
     app.add_exception_handler(TeraError, _answer_tera_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -74,7 +74,7 @@ class _Route(Route):
         endpoint: Callable[[Request], Awaitable[Response]],
         config: Callable[[], GatewayConfig],
     ) -> None:
-        # Ids hold slashes; an encoded one arrives decoded.
+        # Ids contain slashes; encoded ones arrive decoded.
         super().__init__(route.path.replace("}", ":path}"), endpoint, methods=[route.method])
         self._route = route
         self._config = config
@@ -82,7 +82,7 @@ class _Route(Route):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return whether a request is for this route.
 
-        Without an id, or while the document is off, a path is as unknown as any other.
+        A path without an id, or the document's path while it is turned off, counts as unknown.
         """
         if not self._route.matches(scope["path"]):
             return Match.NONE, {}
@@ -92,7 +92,7 @@ class _Route(Route):
 
 
 class _Endpoints:
-    """The routes' functions, by the names that the table has."""
+    """The routes' handlers, by their names in the table."""
 
     def __init__(
         self,
@@ -205,8 +205,8 @@ class _Nothing(Response):
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
-    """Answer in Starlette's place, whose page is plain text; it raises the error again."""
-    # Starlette does not see that a stream has begun, which is sent past it.
+    """Answer instead of Starlette, whose page is plain text; Starlette raises the error again."""
+    # Streams are sent past Starlette, so it does not know that one has begun.
     if isinstance(error, ClientGoneError) or Exchange.of(request).status:
         return _Nothing()
     return error_response(InternalError("The server failed on this request."))

@@ -1,4 +1,4 @@
-"""Reading a request's body, and no more of it than it may have."""
+"""Reads a request's body, up to the allowed size."""
 
 from starlette.requests import Request
 
@@ -9,9 +9,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body of a JSON request, never holding more than `max_bytes`.
 
     Raises:
-        RequestTooLargeError: found from content-length, or while reading.
+        RequestTooLargeError: judged by content-length, or found while reading.
         UnsupportedContentTypeError: it is declared as something other than plain JSON.
-        InvalidJsonError: the client hung up before its end.
+        InvalidJsonError: the client hung up before the end of the body.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:

@@ -1,4 +1,4 @@
-"""The models that a gateway replica serves, and who may use which."""
+"""The models that a gateway replica serves, and which callers may use them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tera.routing.run import Dispatcher
 from tera.tenancy.keys import ApiKey
 
 CREATED = 1_767_225_600
-"""`created` of every model: one number on all gateway replicas, the day of the first release."""
+"""`created` of every model, the same on all gateway replicas: the day of the first release."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ServedModel:
 
 
 class Catalog:
-    """The models of this gateway replica; replaced whole when the configuration changes."""
+    """The models of this gateway replica; replaced as a whole when the configuration changes."""
 
     def __init__(self) -> None:
         self.models: Mapping[str, ServedModel] = {}
@@ -55,7 +55,7 @@ class Catalog:
         """Return the model that a client names.
 
         Raises:
-            ModelNotFoundError: it is not there, or not for this caller.
+            ModelNotFoundError: it does not exist, or the caller may not use it.
         """
         model = self._by_client_name.get(client_name)
         if model is None or not _may_use(caller, model):

@@ -1,4 +1,4 @@
-"""What a request must fit of the model that it names."""
+"""Checks a request against the model that it names."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from tera.gateway.render import TextModel
 
 
 def check_context(context_length: int, prompt_tokens: int, max_tokens: int) -> None:
-    """Do nothing if prompt and completion fit the model's context.
+    """Check that prompt and completion fit the model's context.
 
     Raises:
         ContextLengthError: they do not.
@@ -22,7 +22,7 @@ def check_context(context_length: int, prompt_tokens: int, max_tokens: int) -> N
 
 
 def check_biases(text: TextModel, biases: Iterable[int] | None) -> None:
-    """Do nothing if all biased tokens are the model's.
+    """Check that all biased tokens are in the model's vocabulary.
 
     Raises:
         InvalidValueError: one is not.

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment of the gateway: builds one replica's parts and keeps them fresh."""
+"""The Ray Serve deployment of the gateway: builds a replica's parts and keeps them up to date."""
 
 import asyncio
 import gc
@@ -46,28 +46,29 @@ from tera.upstream.ray_serve import ServedReplicas, ask_all
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S, STEADY_STATUS_INTERVAL_S = 1.0, 5.0
-"""Between looks at Serve's status, which costs 30 ms of CPU; the longer one while every model is
-ready and the replicas that have sent tokens are connected."""
+"""Intervals at which Serve's status is read, which costs 30 ms of CPU; the longer one applies while
+every model is ready and the replicas that have sent tokens are connected."""
 REDIS_TIMEOUT_S = 1.0
 
 
 class GatewayReplica:
     """One replica: authenticates, renders, dispatches and relays.
 
-    The catalog comes by `reconfigure`, so that a change of it restarts nothing.
+    The catalog arrives through `reconfigure`, so that changing it restarts nothing.
     """
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         log_json_lines()
-        # Read here and not when the application is built: Serve stores what it is built with.
+        # Read here, not when the application is built: Serve stores its arguments, and these are
+        # secret.
         self._runtime = runtime = Runtime.from_environment()
         self._config = GatewayConfig()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()
         self._catalog = Catalog()
         self._fleets: dict[str, Fleet] = {}
-        """By model; they outlive its settings, since they know what its replicas have cached, and
-        the model, since Serve goes on to tell them of it should it come back."""
+        """By model. They outlive a change of its settings, since they know what its replicas have
+        cached, and the removal of the model, since Serve keeps notifying them if it comes back."""
         self._stack = AsyncExitStack()
         self._links = await self._stack.enter_async_context(
             ReplicaLinks(runtime.channel_host or _node_address(), runtime.cluster_secret)
@@ -80,7 +81,7 @@ class GatewayReplica:
         self._keys = await self._stack.enter_async_context(
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )
-        # A client of its own: nothing else may keep a request from being admitted.
+        # A separate client: no other traffic may delay the admission of a request.
         limits = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(limits.aclose)
         self._admissions = await self._stack.enter_async_context(
@@ -99,7 +100,7 @@ class GatewayReplica:
         return build_app(self._pipeline, self, self._metrics, lambda: self._config)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Serve another catalog; requests that are running keep the one they began with.
+        """Serve another catalog; running requests keep the one they began with.
 
         Raises:
             ConfigError: a model's text side cannot be loaded; the old catalog stays.
@@ -117,7 +118,7 @@ class GatewayReplica:
         self._catalog.replace(models)
         self._statuses.look_soon()
         if first:
-            _spare_collections()  # later it would stop streams for as long as it takes
+            _spare_collections()  # now: later it would stall streams for as long as it takes
 
     async def _text(self, name: str, config: ModelConfig) -> TextModel:
         old = self._catalog.models.get(name)
@@ -131,7 +132,7 @@ class GatewayReplica:
         source = config.weights
         assert source is not None  # a vllm model has one
         path = source.engine_path(self._runtime.home, config.engine.dtype)
-        # Seconds of imports and file reading: in a thread, the streams of other models go on.
+        # Seconds of imports and file reading: in a thread, so that other models' streams continue.
         args = {**source.revision_args(), **config.engine.args}
         return await asyncio.to_thread(VllmTextModel.load, path, args)
 
@@ -151,7 +152,7 @@ class GatewayReplica:
         return Dispatcher(fleet, self._links, limits)
 
     async def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether this replica can serve: it knows the keys, and a model can answer."""
+        """Return whether this replica can serve: it has the keys, and a model can answer."""
         statuses = {
             model.config.id: self._statuses.status(name)
             for name, model in self._catalog.models.items()
@@ -189,16 +190,16 @@ class GatewayReplica:
         return self._replica_id, self.own_exposition()
 
     async def __del__(self) -> None:
-        """Let go of Redis and the token channel once the replica has drained."""
+        """Close Redis and the token channel once the replica has drained."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
             await stack.aclose()
 
 
 def _spare_collections() -> None:
-    """Keep the collector from what stays for ever, and from looking after every few requests.
+    """Exempt permanent objects from garbage collection, and make it run less often.
 
-    A request leaves no cycles, or few, and looking for them costs 10 % of its CPU here.
+    A request leaves few cycles or none, and looking for them costs 10 % of its CPU here.
     """
     gc.collect()
     gc.freeze()
@@ -220,7 +221,7 @@ class StatusWatcher:
         interval_s: float = STATUS_INTERVAL_S,
         steady_interval_s: float = STEADY_STATUS_INTERVAL_S,
     ) -> None:
-        """The longer interval is that of looks while every model is ready."""
+        """The longer interval applies while every model is ready."""
         self._catalog = catalog
         self._interval_s = interval_s
         self._steady_interval_s = steady_interval_s
@@ -228,22 +229,22 @@ class StatusWatcher:
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
         self.any_answered = False
-        """A model has been ready at some time, so requests can be answered or held."""
+        """Whether any model has ever been ready, so that requests can be answered or held."""
 
     def status(self, name: str) -> ModelStatus:
-        """Return a model's status as of the last look, some seconds ago at the most."""
+        """Return a model's status as last read, at most some seconds ago."""
         return self._statuses.get(name, "starting")
 
     def look_soon(self) -> None:
-        """Look again within a second: something has changed."""
+        """Read the status again within a second: something has changed."""
         self._look.set()
 
     async def __aenter__(self) -> None:
-        """Begin to look."""
+        """Start reading the status."""
         self._task = asyncio.create_task(self._watch())
 
     async def __aexit__(self, *exc: object) -> None:
-        """Stop looking."""
+        """Stop reading the status."""
         assert self._task is not None
         self._task.cancel()
         with suppress(asyncio.CancelledError):

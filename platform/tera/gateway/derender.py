@@ -15,7 +15,7 @@ class Choice:
 
     index: int
     sample: int
-    """Number among the completions of its prompt."""
+    """Its number among the completions of its prompt."""
     token_ids: list[int]
     """The prompt."""
     stops: list[str]
@@ -29,9 +29,9 @@ class Choice:
 class ChoiceText:
     """The text state of one choice, from its first token to its last; a `Sink` of its run.
 
-    It lives in the gateway and so survives the replica that makes the tokens. While the client
-    does not keep up, tokens are held back here and become one piece once it does: what is held is
-    bounded by the tokens that the request may have.
+    It lives in the gateway and so survives the replica that generates the tokens. While the client
+    does not keep up, tokens are held back here and become one piece once it does; their number is
+    bounded by the tokens that the request may generate.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ChoiceText:
         exchange: Exchange,
         delivered: Callable[[TokenDelta], None],
     ) -> None:
-        """`delivered` hears of each delta of tokens as it comes; `exchange` has those used."""
+        """`delivered` is called with each delta that arrives; `exchange` counts the tokens used."""
         self._choice = choice
         self._text = text
         self._parser = parser
@@ -69,7 +69,7 @@ class ChoiceText:
         return self._add(delta)
 
     async def finish(self) -> None:
-        """Add what is still held back, once the client takes it."""
+        """Add what is still held back, once the client accepts it."""
         while self._held is not None:
             await self._answer.free()
             if not self._answer.blocked:
@@ -78,12 +78,12 @@ class ChoiceText:
 
     @property
     def held_tokens(self) -> int:
-        """How many tokens are held back, which `exchange` does not have yet."""
+        """How many tokens are held back and not yet counted in `exchange`."""
         return 0 if self._held is None else len(self._held.token_ids)
 
     def _add(self, delta: TokenDelta) -> bool:
         text, used, stopped = self._derender(delta)
-        # What comes after a stop string is no part of the answer, and nobody pays for it.
+        # Tokens after a stop string are not part of the answer and are not charged.
         self._exchange.completion_tokens += used
         finish = FinishReason.STOP if stopped else delta.finish_reason
         if finish is not None and not stopped:
@@ -102,10 +102,10 @@ class ChoiceText:
         return stopped
 
     def _derender(self, delta: TokenDelta) -> tuple[str, int, bool]:
-        """Return a delta's text, how many tokens that took, and whether a stop string came."""
+        """Return a delta's text, how many tokens it used, and whether it hit a stop string."""
         token_ids, detokenize = delta.token_ids, self._detokenizer.push
         count = len(token_ids)
-        # The token that ended the text is no part of it.
+        # The token that ended the text is not part of it.
         shown = token_ids[:-1] if delta.finish_reason is FinishReason.STOP else token_ids
         if not self._choice.stops:
             return "".join(map(detokenize, shown)), count, False

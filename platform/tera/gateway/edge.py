@@ -1,4 +1,4 @@
-"""The gateway's outermost layer: request ids, CORS, metrics of every answer, the last word."""
+"""The gateway's outermost layer: request ids, CORS, metrics, and errors nobody else handled."""
 
 import logging
 import secrets
@@ -23,20 +23,20 @@ EXPOSED_HEADERS = (
     *(b"x-request-id", b"retry-after", b"retry-after-ms", b"x-should-retry"),
     *LIMIT_HEADERS,
 )
-"""What a page of an allowed origin may read of an answer."""
+"""The response headers that a page of an allowed origin may read."""
 
 
 class Edge:
-    """Makes the exchange of each request, and answers if nothing inside could."""
+    """Creates the exchange of each request, and answers if nothing inside could."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, config: Callable[[], GatewayConfig]) -> None:
-        """`config` is asked at each request."""
+        """`config` is called for each request."""
         self._app = app
         self._metrics = metrics
         self._config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have a request answered."""
+        """Handle a request: see that it is answered and counted."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -102,7 +102,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 
 def _is_preflight(scope: Scope, route: str) -> bool:
-    """Return whether a browser asks what a page of another origin may do."""
+    """Return whether this is a browser's preflight, asking what another origin's page may do."""
     return (
         scope["method"] == "OPTIONS"
         and route != routes.OTHER
@@ -112,12 +112,12 @@ def _is_preflight(scope: Scope, route: str) -> bool:
 
 
 def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
-    """Return what lets a page of an allowed origin read the answer."""
+    """Return the headers that let a page of an allowed origin read the answer."""
     origin = _header(scope, b"origin") if cors.origins else None
     if origin is None or not {origin, "*"} & set(cors.origins):
         return []
     headers = [
-        # Never "*": with the origin named, a page of another one cannot use a cached answer.
+        # Never "*": since the origin is named, pages of other origins cannot use a cached answer.
         (b"access-control-allow-origin", origin.encode("latin-1")),
         (b"vary", b"origin"),
         (b"access-control-expose-headers", b", ".join(EXPOSED_HEADERS)),
@@ -126,7 +126,7 @@ def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
         requested = _header(scope, b"access-control-request-headers") or "authorization"
         headers += [
             (b"access-control-allow-methods", b"GET, HEAD, POST, OPTIONS"),
-            # SDKs send headers of their own; none of them means anything to us.
+            # SDKs send headers of their own; none of them affects us.
             (b"access-control-allow-headers", requested.encode("latin-1")),
             (b"access-control-max-age", b"600"),
         ]
@@ -134,6 +134,6 @@ def _cors_headers(scope: Scope, cors: CorsConfig) -> list[tuple[bytes, bytes]]:
 
 
 def _label(path: str, config: GatewayConfig) -> str:
-    """Return the route that a path is of; the document's path is unknown while it is off."""
+    """Return the label of a path's route; the document's path is unknown while it is turned off."""
     found = routes.label(path)
     return routes.OTHER if found == routes.DOCUMENT.path and not config.openapi else found

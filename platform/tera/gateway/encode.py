@@ -1,4 +1,4 @@
-"""Text to token ids by a model's own tokenizer, and no more of it than a prompt needs."""
+"""Encodes text to token ids with a model's own tokenizer, doing only the work that is needed."""
 
 import asyncio
 import json
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 INLINE_CHARACTERS = 4096
-"""More text is encoded in a thread (the tokenizer releases the GIL), so that one long prompt does
-not hold up the tokens of every other stream."""
+"""Longer text is encoded in a thread (the tokenizer releases the GIL), so that one long prompt does
+not delay the tokens of every other stream."""
 
 REMEMBERED_CHARACTERS = 8 * 1024 * 1024
-"""Text whose ids are kept; with them it takes about 50 MB at the most."""
+"""How much text is remembered with its ids; it takes at most about 50 MB together with them."""
 
 _SHORTEST_REMEMBERED = 32
-"""Fewer characters are encoded faster than an entry is worth."""
+"""Shorter segments are encoded faster than they are looked up."""
 
-# Parts of a tokenizer that look at nothing outside of the piece that they are given. Others, such
-# as SentencePiece's `Metaspace`, treat the first piece of a text in their own way.
+# Parts of a tokenizer whose result for a piece of text depends on nothing outside it. Others, such
+# as SentencePiece's `Metaspace`, treat the first piece of a text specially.
 _LOCAL_PARTS = {
     *("ByteLevel", "Digits", "Split", "Punctuation", "Whitespace", "WhitespaceSplit"),
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"),
@@ -29,23 +29,23 @@ _PROBE = " The  naïve café\tcosts 1234€,\r\n\r\n日本語 and 🚀🏽 — d
 
 
 class TextEncoder:
-    """A fast tokenizer without the offsets that nobody reads, and with a memory.
+    """A fast tokenizer that skips offsets, which nobody reads, and remembers segments.
 
-    Text between special tokens is encoded as if nothing stood around it, by every tokenizer that
-    `_separators` knows to be of that kind. So ids are remembered by such segments: of a
-    conversation that comes again with one message more, only that message is encoded.
+    The tokenizers that `_separators` accepts encode the text between two special tokens
+    independently of its surroundings. So ids are remembered per segment: when a conversation
+    returns with one more message, only that message is encoded.
     """
 
     def __init__(self, tokenizer: Any, separators: dict[str, int]) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer` that nobody else changes.
+        """`tokenizer` is a `tokenizers.Tokenizer` that nothing else modifies.
 
         Args:
-            tokenizer: what encodes a segment.
+            tokenizer: encodes a segment.
             separators: special tokens between which segments are independent, with their ids.
         """
         self._tokenizer = tokenizer
         self._separators = {text: array("I", [token]) for text, token in separators.items()}
-        # The longest first: of two that begin at one place, tokenizers take it too.
+        # Longest first: of two that begin at the same place, tokenizers too take the longer one.
         words = sorted(map(re.escape, separators), key=len, reverse=True)
         self._separator = re.compile(f"({'|'.join(words)})") if words else None
         self._remembered: OrderedDict[str, array[int]] = OrderedDict()
@@ -53,9 +53,9 @@ class TextEncoder:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self | None:
-        """Return the encoder of a Hugging Face tokenizer, or None if it has no such part.
+        """Return the encoder of a Hugging Face tokenizer, or None if it is not a fast one.
 
-        One that does not encode a probing text exactly as its tokenizer does is not used.
+        An encoder that does not encode a probe text exactly as its tokenizer does is not used.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "encode_batch_fast"):
@@ -76,9 +76,9 @@ class TextEncoder:
         """Return the ids of a text.
 
         Args:
-            text: special tokens that it spells out become those tokens.
-            add_special_tokens: surround it as the model wants raw prompts; a chat template has
-                said all that it wants.
+            text: special tokens that are spelled out in it become those tokens.
+            add_special_tokens: add those the model wants around raw prompts; the output of a chat
+                template already has them.
         """
         if add_special_tokens:
             if len(text) <= INLINE_CHARACTERS:
@@ -101,7 +101,7 @@ class TextEncoder:
         return ids
 
     def _segments(self, text: str) -> list[str]:
-        """Return the parts that `text` is made of, special tokens among them."""
+        """Split `text` into segments and special tokens."""
         if self._separator is None:
             return [text]
         return [part for part in self._separator.split(text) if part]
@@ -130,7 +130,7 @@ class TextEncoder:
 
 
 def _separators(state: dict[str, Any]) -> dict[str, int]:
-    """Return the special tokens of a serialised tokenizer, if they cut a text into free parts."""
+    """Return a serialised tokenizer's special tokens if they split texts into independent parts."""
     parts = {*_parts(state["normalizer"]), *_parts(state["pre_tokenizer"])}
     tokens = state["added_tokens"]
     plain = not any(

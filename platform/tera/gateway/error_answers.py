@@ -1,4 +1,4 @@
-"""From an error to the answer that a client gets."""
+"""Turns an error into the answer that a client gets."""
 
 from starlette.responses import Response
 
@@ -8,7 +8,7 @@ from tera.gateway.limit_headers import retry_headers
 
 
 def error_response(error: TeraError) -> Response:
-    """Return an error as HTTP: its status, its envelope, and when to try again."""
+    """Return an error as an HTTP response: status, envelope, and when to retry."""
     headers = {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""One HTTP exchange: what the parts of the gateway know of a request and tell each other."""
+"""One HTTP exchange: the facts about a request that the gateway's parts share."""
 
 from dataclasses import dataclass, field
 
@@ -14,19 +14,19 @@ _KEY = "tera.exchange"
 
 @dataclass(slots=True)
 class Exchange:
-    """One request's facts, filled in on its way; the ledger and the metrics read them."""
+    """The facts about one request, filled in as it is handled; ledger and metrics read them."""
 
     request_id: str
     route: str
     arrived: float
-    """Monotonic, in seconds."""
+    """Arrival, on the monotonic clock in seconds."""
     started_s: float
     """The same moment in Unix seconds."""
     send: Send
     """Sends ASGI messages past the framework, whose layers would wrap every event once more."""
     tenant: str = ""
     share: Share = field(default_factory=lambda: Share(""))
-    """Of the replicas, once the tenant is known."""
+    """The tenant's share of the replicas, once the tenant is known."""
     model: str = ""
     """Short name of the model, once it is known to exist."""
     prompt_tokens: int = 0
@@ -35,13 +35,13 @@ class Exchange:
     first_token_s: float | None = None
     """Seconds from arrival."""
     admission: Admission | None = None
-    """What is left of the limits, once they were asked."""
+    """What is left of the limits, once they have been checked."""
     replica_switches: int = 0
-    """Times that another replica went on with one of its generations."""
+    """How often another replica continued one of its generations."""
     status: int = 0
-    """Of the answer; 0 until it has begun."""
+    """Status of the answer; 0 until it has begun."""
     code: str = ""
-    """Of the error that the client was told, if any."""
+    """Code of the error sent to the client, if any."""
 
     def usage(self) -> Usage:
         """Return the counts so far as the client sees them."""
@@ -53,11 +53,11 @@ class Exchange:
         return Progress(prompt_tokens, self.completion_tokens)
 
     def tell(self, admission: Admission) -> None:
-        """Take note of what is left of the limits."""
+        """Record what is left of the limits."""
         self.admission = admission
 
     def enter(self, scope: Scope) -> None:
-        """Go along with an ASGI scope."""
+        """Attach this exchange to an ASGI scope."""
         scope[_KEY] = self
 
     @classmethod

@@ -1,6 +1,7 @@
-"""How many tokens a text has at least, found a hundred times sooner than its tokens.
+"""A lower bound on the number of a text's tokens, found a hundred times faster than the tokens.
 
-Encoding ten megabytes takes half a minute and gigabytes, only to learn that they do not fit.
+Encoding ten megabytes takes half a minute and gigabytes of memory, only to find that they do not
+fit.
 """
 
 import asyncio
@@ -14,14 +15,14 @@ from tera.errors import ContextLengthError
 from tera.upstream.vllm_text import byte_symbols
 
 SHORT_CHARACTERS = 4096
-"""Less text is encoded without a look at its length."""
+"""Shorter text is encoded without checking its length."""
 
 _SLICE_CHARACTERS = 65_536
-"""What is counted at once: less than a millisecond."""
+"""Characters counted at a time, which takes less than a millisecond."""
 
 _LOST_AT_A_CUT = 16
-"""Where one slice ends and the next begins, a normaliser may compose up to four characters of up
-to four bytes, which the slices have apart."""
+"""Across the cut between two slices, a normaliser may compose up to four characters of up to four
+bytes each, which are counted separately here."""
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
 _FORMS = get_args(Form)
@@ -35,16 +36,16 @@ class LeastTokens:
     for no more than its tokens. So ten digits count for ten where each digit is a token, though
     the longest token of all may be a hundred spaces.
 
-    A byte that is no token by itself counts for nothing: it may be left out of the tokens.
+    A byte that is not a token by itself counts for nothing: the tokens may leave it out.
     """
 
     def __init__(self, tokens: Iterable[bytes], form: Form | None = None, space: str = " ") -> None:
         """`tokens` is the vocabulary, in the bytes of the text that the tokenizer cuts.
 
         Args:
-            tokens: each entry that may be found in a text.
-            form: the Unicode normalisation that comes before.
-            space: what takes the place of a space before.
+            tokens: every entry that can occur in a text.
+            form: the Unicode normalisation that is applied first.
+            space: what replaces a space first.
         """
         self._form: Form | None = form
         self._space = space
@@ -54,7 +55,7 @@ class LeastTokens:
             alone.update(token if len(token) == 1 else b"")
             for byte in token:
                 longest[byte] = max(longest[byte], len(token))
-        # Lengths are rounded up to powers of two: fewer groups to count, and exact sums.
+        # Lengths are rounded up to powers of two: fewer groups to count, and sums stay exact.
         groups: dict[int, bytearray] = {}
         for byte in sorted(alone):
             length = 1 << (longest[byte] - 1).bit_length()
@@ -62,7 +63,7 @@ class LeastTokens:
         self._groups = [(bytes(group), 1 / length) for length, group in groups.items()]
 
     def at_least(self, text: str, enough: float = math.inf) -> int:
-        """Return a number of tokens that `text` has at least; the search ends above `enough`."""
+        """Return a lower bound on the tokens of `text`; counting stops once it exceeds `enough`."""
         found = 0.0
         for start in range(0, len(text), _SLICE_CHARACTERS):
             data = self._as_cut(text[start : start + _SLICE_CHARACTERS]).encode()
@@ -75,7 +76,7 @@ class LeastTokens:
         return max(0, math.ceil(found))
 
     def _as_cut(self, text: str) -> str:
-        """Return a text as the tokenizer cuts it into tokens."""
+        """Return a text in the form that the tokenizer cuts into tokens."""
         if self._form is not None and not text.isascii():
             text = unicodedata.normalize(self._form, text)
         return text if self._space == " " else text.replace(" ", self._space)
@@ -85,15 +86,15 @@ class ContextBound:
     """Refuses texts that cannot fit a model's context, before they are encoded."""
 
     def __init__(self, context_length: int, least: LeastTokens | None) -> None:
-        """`least` is None for a model of whose tokens nothing is known: then all texts pass."""
+        """`least` is None if nothing is known about the model's tokens: then every text passes."""
         self._context_length = context_length
         self._least = least
 
     async def check(self, text: str, param: str) -> None:
-        """Return if `text` may fit.
+        """Check that `text` may fit.
 
         Raises:
-            ContextLengthError: it certainly does not; `param` is the field that it came in.
+            ContextLengthError: it certainly does not; `param` is the field that contains it.
         """
         if self._least is None or len(text) <= SHORT_CHARACTERS:
             return
@@ -110,11 +111,10 @@ class ContextBound:
 
 
 def least_tokens(tokenizer: Any) -> LeastTokens | None:
-    """Return the bound of a Hugging Face tokenizer, or None if its tokens are not all of a text.
+    """Return the bound of a Hugging Face tokenizer, or None if its tokens may omit parts of a text.
 
-    That is so where a normaliser or pre-tokenizer leaves something out (spaces, accents), where
-    one unknown token stands for a whole word, and where a special token takes in the spaces
-    beside it.
+    That is the case if a normaliser or pre-tokenizer drops something (spaces, accents), if one
+    unknown token replaces a whole word, or if a special token absorbs adjacent spaces.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -133,7 +133,7 @@ def least_tokens(tokenizer: Any) -> LeastTokens | None:
     tokens = (_symbols if byte_level else _pieces)(model["vocab"])
     form = next((part["type"] for part in parts if part["type"] in _FORMS), None)
     space = next((_space(part) for part in parts if _space(part)), " ")
-    # Special tokens are found in the text as it comes, which is counted as it is cut.
+    # Special tokens are matched in the raw text, which is counted in the form that is cut.
     texts = [text for token in added for text in _both(token["content"], space)]
     return LeastTokens([*tokens, *map(str.encode, texts)], form, space)
 
@@ -143,7 +143,7 @@ def _both(text: str, space: str) -> tuple[str, str]:
 
 
 def _parts(stage: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield what a normaliser or pre-tokenizer is made of."""
+    """Yield the parts of a normaliser or pre-tokenizer."""
     if stage is None:
         return
     inner = stage.get("pretokenizers") or stage.get("normalizers")
@@ -155,7 +155,7 @@ def _parts(stage: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _keeps_all(part: dict[str, Any]) -> bool:
-    """Return whether a part leaves every character in the text, or another in its place."""
+    """Return whether a part keeps every character, or replaces it with another."""
     if part["type"] in ("Split", "Punctuation"):
         return bool(part["behavior"] != "Removed")
     if part["type"] == "Replace":
@@ -164,7 +164,7 @@ def _keeps_all(part: dict[str, Any]) -> bool:
 
 
 def _space(part: dict[str, Any]) -> str:
-    """Return what a part puts in the place of each space, if it does."""
+    """Return what a part replaces each space with, if it does."""
     replacement = ""
     if part["type"] == "Metaspace":
         replacement = part["replacement"]
@@ -177,12 +177,12 @@ def _symbols(vocabulary: Iterable[str]) -> Iterator[bytes]:
     """Yield the entries of a vocabulary that has a symbol for each byte."""
     byte_of = {ord(symbol): byte for symbol, byte in byte_symbols().items()}
     for piece in vocabulary:
-        # What holds other characters is a special token, which is told as such.
+        # An entry with other characters is a special token, which is passed separately.
         yield piece.translate(byte_of).encode("latin-1", "replace")
 
 
 def _pieces(vocabulary: Iterable[str]) -> Iterator[bytes]:
-    """Yield the entries of a vocabulary of characters, where `<0xE2>` is the byte of another."""
+    """Yield the entries of a vocabulary of characters, in which `<0xE2>` stands for a byte."""
     bytes_named = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
     for piece in vocabulary:
         yield bytes_named.get(piece) or piece.encode()

@@ -1,4 +1,4 @@
-"""What an answer says of its tenant's limits, in the headers that OpenAI's clients read."""
+"""Reports a tenant's limits in the headers that OpenAI's clients read."""
 
 import math
 
@@ -13,7 +13,7 @@ LIMIT_HEADERS = tuple(
 
 
 def limit_headers(admission: Admission | None) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer that reached the limits; none where there is no limit."""
+    """Return the headers for a request that reached the limits; none if there is no limit."""
     if admission is None:
         return []
     headers: list[tuple[bytes, bytes]] = []
@@ -48,9 +48,9 @@ def go_duration(duration_us: int) -> str:
 
 
 def retry_headers(error: TeraError) -> dict[str, str]:
-    """Return when the client of a refused request shall try again, or that it need not."""
+    """Return headers that say when the client of a refused request should retry, if at all."""
     if error.retry_after_s is None:
         return {"x-should-retry": "false"}
-    # In whole milliseconds first: a float's last digit must not round up to another second.
+    # Round to whole milliseconds first: a float's last digit must not add another second.
     wait_ms = max(1, math.ceil(error.retry_after_s * 1000 - 1e-6))
     return {"retry-after": str(max(1, -(-wait_ms // 1000))), "retry-after-ms": str(wait_ms)}

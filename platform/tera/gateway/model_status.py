@@ -1,4 +1,4 @@
-"""What a model's status is, by what Serve says of its application."""
+"""Derives a model's status from Serve's status of its application."""
 
 from collections.abc import Mapping
 
@@ -15,13 +15,13 @@ def model_status(
 
     Args:
         application_status: Serve's, such as DEPLOY_FAILED; None while Serve knows no application.
-        replica_states: how many engine replicas are in which of Serve's states, such as RUNNING;
+        replica_states: how many engine replicas are in each of Serve's states, such as RUNNING;
             None while Serve knows no such deployment.
-        least_replicas: how many the values keep at the least.
+        least_replicas: the smallest number of replicas that the values allow.
     """
     states = replica_states or {}
     if states.get("RUNNING", 0):
-        return "ready"  # whatever else fails: requests are answered
+        return "ready"  # requests are answered, whatever else fails
     if application_status == "DEPLOY_FAILED":
         return "failed"
     if replica_states is not None and least_replicas == 0 and not sum(states.values()):

@@ -1,4 +1,4 @@
-"""What an answer is made of, whichever API asked for it."""
+"""The pieces of an answer, in a form common to all APIs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tera.generation import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The token at one position, and the likeliest ones there, likeliest first."""
+    """The token at one position, and the likeliest tokens there, likeliest first."""
 
     token: TokenText
     logprob: float | None
@@ -22,7 +22,7 @@ class PositionLogprobs:
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """What one choice of an answer gained by one delivery of tokens: maybe nothing to show."""
+    """What one delivery of tokens added to a choice; possibly nothing to show."""
 
     index: int
     content: str
@@ -30,22 +30,22 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     reasoning: str = ""
     tool_calls: Sequence[ToolCallDelta] = ()
     logprobs: list[PositionLogprobs] | None = None
-    """One for each token that the piece stands for, when asked for."""
+    """One for each token of the piece, if requested."""
 
     @property
     def says_something(self) -> bool:
-        """Whether a client has to hear of it; inside of a character there is no text yet."""
+        """Whether to send it to the client; in the middle of a character there is no text yet."""
         if self.content or self.finish_reason is not None:
             return True
         return bool(self.reasoning or self.tool_calls or self.logprobs)
 
 
 class Answer(Protocol):
-    """One request's answer in the making: takes pieces as they come, from inside of a frame."""
+    """One request's answer in progress: gets pieces as they arrive, while a frame is read."""
 
     @property
     def blocked(self) -> bool:
-        """Whether the client reads slower than tokens come; then pieces are to be merged."""
+        """Whether the client reads more slowly than tokens arrive; then pieces should be merged."""
         ...
 
     async def free(self) -> None:
@@ -53,5 +53,5 @@ class Answer(Protocol):
         ...
 
     def add(self, piece: Piece) -> None:
-        """Take what is new, without waiting."""
+        """Add a new piece, without waiting."""
         ...

@@ -1,13 +1,13 @@
-"""A request's way through the gateway: authenticate → render → admit → run → derender → settle.
+"""A request's path through the gateway: authenticate → render → admit → run → derender → settle.
 
 The file to read first. It knows no API: a dialect (`gateway/dialects/`) has turned the client's
 body into a `TextRequest`, and turns the pieces that are added to its `Answer` into the client's
-objects and events. Around it `edge.py` is HTTP; behind it `routing/run.py` finds replicas, and
-finds others when they die.
+objects and events. Around it, `edge.py` handles HTTP; behind it, `routing/run.py` finds replicas,
+and other ones when those die.
 
 The way back is not awaited step by step. A frame of the token channel (`routing/link.py`) pushes
-its tokens through `Run` and `ChoiceText` into the answer in one go, and a streamed answer's bytes
-leave at the end of that: no task is woken for a token.
+its tokens through `Run` and `ChoiceText` into the answer in one go, after which a streamed answer's
+bytes are sent: no task is woken for a token.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ Clock = Callable[[], float]
 
 
 class Authenticator(Protocol):
-    """Who turns an `Authorization` header into a caller."""
+    """Turns an `Authorization` header into a caller."""
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """Return the caller's key.
 
         Raises:
-            AuthenticationError: there is none that is valid now.
+            AuthenticationError: there is no key, or it is not valid now.
         """
         ...
 
@@ -57,12 +57,12 @@ class Held(Protocol):
     """What a running request holds of its caller's limits."""
 
     def settle(self, record: UsageRecord) -> None:
-        """Give it back and charge what `record` says; returns at once."""
+        """Release it and charge what `record` says; returns at once."""
         ...
 
 
 class Admitter(Protocol):
-    """Who decides whether a request may start now."""
+    """Decides whether a request may start now."""
 
     async def admit(
         self,
@@ -73,27 +73,27 @@ class Admitter(Protocol):
         progress: Callable[[], Progress],
         told: Callable[[Admission], None],
     ) -> Held:
-        """Return what the request holds until it is settled; see `Admissions.admit`."""
+        """Return the hold on the limits, to be settled; see `Admissions.admit`."""
         ...
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
-        """Return how many tokens a request can ever be admitted with; None is any number."""
+        """Return the largest number of tokens the limits can ever admit; None means no limit."""
         ...
 
     def weight(self, key: ApiKey, model: str) -> float:
-        """Return the tenant's share in tokens while requests wait for replicas."""
+        """Return the tenant's weight in the queue for replicas."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A request as the model sees it: token ids, and what a new answer's text state is made of."""
+    """A request as the model sees it: token ids, and how to create the text state of an answer."""
 
     prompts: list[list[int]]
     sampling: Sampling
     choices: list[Choice]
     new_parser: Callable[[], AnswerParser | None]
-    """Makes what tells a new answer's content, reasoning and tool calls apart, if anything does."""
+    """Creates the parser that separates content, reasoning and tool calls; may return None."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,12 +102,12 @@ class Rendered:
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens that the request can cost."""
+        """The largest number of tokens that the request can use."""
         return self.prompt_tokens + self.sampling.max_tokens * len(self.choices)
 
 
 class Pipeline:
-    """Answers requests; holds no state of any of them between calls."""
+    """Answers requests; keeps no state of a request between calls."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Pipeline:
         """Return one model.
 
         Raises:
-            ModelNotFoundError: it is not there, or not for this caller.
+            ModelNotFoundError: it does not exist, or the caller may not use it.
         """
         model = self._catalog.find(caller, client_name)
         return model.card(client_name, self._status(model.name))
@@ -148,14 +148,14 @@ class Pipeline:
     async def generate(
         self, caller: ApiKey, request: TextRequest, exchange: Exchange, answer: Answer
     ) -> None:
-        """Add to the answer what the model generates; `exchange` has the counts when it ends.
+        """Generate the answer; afterwards `exchange` has the counts.
 
-        Everything is rendered and checked before the first piece, so an error of the request comes
-        before any. Cancelling it stops the engines' work.
+        Everything is rendered and checked before the first piece, so errors in the request are
+        raised before any output. Cancelling it stops the engines' work.
 
         Raises:
             InvalidRequestError: the request does not fit the model.
-            ModelNotFoundError: the model is not there, or not for this caller.
+            ModelNotFoundError: the model does not exist, or the caller may not use it.
             RateLimitError: a limit of the caller is reached.
             BackendFailureError: the engines failed.
         """
@@ -170,11 +170,11 @@ class Pipeline:
     def _model(
         self, caller: ApiKey, client_name: str, capability: Capability, exchange: Exchange
     ) -> ServedModel:
-        """Return the model that a client names, which the exchange takes note of.
+        """Return the model that a client names, and record it in the exchange.
 
         Raises:
-            ModelNotFoundError: the model is not there, or not for this caller.
-            UnsupportedParameterError: it is not for this route.
+            ModelNotFoundError: the model does not exist, or the caller may not use it.
+            UnsupportedParameterError: the model does not serve this route.
         """
         model = self._catalog.find(caller, client_name)
         exchange.model, exchange.tenant = model.name, caller.tenant
@@ -222,26 +222,26 @@ class Pipeline:
         return Rendered(prompts, sampling, choices, new_parser)
 
     def _rest(self, caller: ApiKey, model: ServedModel, prompt_tokens: int, answers: int) -> int:
-        """Return the bound of an answer without one: what the context leaves.
+        """Return the token bound where the client has set none: the rest of the context.
 
-        It is no more than the caller's limits could ever admit, or else no request without a
-        bound would pass a limit that is lower than the context.
+        It does not exceed what the caller's limits could ever admit; otherwise no request without a
+        bound would pass a limit lower than the context.
         """
         rest = model.text.context_length - prompt_tokens
         most_tokens = self._admitter.most_tokens(caller, model.name)
         if most_tokens is not None:
             rest = min(rest, (most_tokens - prompt_tokens) // answers)
-        # At least one token, so that a prompt which fills the context is refused as such.
+        # At least one token, so that a prompt that fills the context is refused for that reason.
         return max(1, rest)
 
     @asynccontextmanager
     async def _admitted(
         self, caller: ApiKey, exchange: Exchange, most_tokens: int, user: str
     ) -> AsyncIterator[None]:
-        """Run the block if the caller's limits admit it, and settle what it used.
+        """Run the block if the caller's limits admit the request, and settle what it used.
 
         Raises:
-            RateLimitError: they do not; nothing has been spent.
+            RateLimitError: they do not admit it; nothing has been spent.
         """
         opening = UsageRecord(
             request_id=exchange.request_id,
@@ -258,7 +258,7 @@ class Pipeline:
             caller, opening, most_tokens, progress=exchange.progress, told=exchange.tell
         )
         self._metrics.added_s.labels(exchange.model).observe(self._clock() - exchange.arrived)
-        # A client that leaves, or a replica that drains, ends the block by no error of ours.
+        # A client that hangs up, or a draining replica, cancels the block: not an error of ours.
         status: Status = "cancelled"
         code = ""
         try:
@@ -303,18 +303,20 @@ class Pipeline:
         try:
             await run.to_end()
         except TeraError:
-            await text.finish()  # what came before the error is told before it
+            await text.finish()  # what was generated before the error is sent before it
             raise
         else:
             await text.finish()
         finally:
-            exchange.completion_tokens += text.held_tokens  # a client that left pays for them too
+            exchange.completion_tokens += (
+                text.held_tokens
+            )  # a client that hung up is charged for them too
             exchange.replica_switches += run.replica_switches
 
     def _stopwatch(
         self, model: ServedModel, exchange: Exchange, *, first_sample: bool
     ) -> Callable[[TokenDelta], None]:
-        """Return what is called at each delivery of a choice's tokens."""
+        """Return the function to call at each delivery of a choice's tokens, which times them."""
         first_token_s = self._metrics.first_token_s.labels(model.name)
         between_tokens_s = self._metrics.between_tokens_s.labels(model.name)
         clock = self._clock
@@ -337,20 +339,20 @@ class Pipeline:
 
 
 def _no_parser() -> None:
-    """Make nothing: all of the answer is content."""
+    """Return None: all of the answer is content."""
 
 
 def _seeded(sampling: Sampling, sample: int) -> Sampling:
-    """Return the sampling of one of several samples: each its own seed, as vLLM numbers them."""
+    """Return the sampling of one of several samples, each with its own seed, as vLLM does."""
     if sampling.seed is None or sample == 0:
         return sampling
-    # Wrapped, to stay a signed 64-bit number.
+    # Wrapped around, to stay a signed 64-bit number.
     seed = (sampling.seed + sample + 2**63) % 2**64 - 2**63
     return msgspec.structs.replace(sampling, seed=seed)
 
 
 async def all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run all to their ends; the first error cancels the others and is raised."""
+    """Run all to completion; the first error cancels the others and is raised."""
     if len(work) == 1:
         await work[0]
         return

@@ -1,4 +1,4 @@
-"""From an answer's bytes to the client: server-sent events, and what a hang-up does to the work."""
+"""Sends an answer to the client: server-sent events, and stopping the work on a hang-up."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], None]]
     """Run the block, and cancel it as soon as the client hangs up.
 
     Yields:
-        What says so too, for whoever notices it first, by a write that fails.
+        A function to call if a failing write shows the hang-up first.
 
     Raises:
         ClientGoneError: the client hung up.
@@ -50,13 +50,13 @@ async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], None]]
 
     def hang_up() -> None:
         nonlocal gone
-        # Once: for each cancel that is asked for, `uncancel` has to be called.
+        # Only once: each `cancel` needs one `uncancel`.
         if not over and not gone:
             gone = True
             task.cancel()
 
     def disconnected(watcher: asyncio.Task[None]) -> None:
-        # A callback that is on its way already cannot be removed when the block ends.
+        # A callback that is already scheduled cannot be removed when the block ends.
         if not watcher.cancelled():
             hang_up()
 
@@ -65,7 +65,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], None]]
     try:
         yield hang_up
     except asyncio.CancelledError:
-        # Ours only if nobody else asked for it too (Serve cancels when it drains).
+        # The cancellation is ours only if nobody else cancelled too (Serve does when it drains).
         if gone and task.uncancel() == 0:
             raise ClientGoneError from None
         raise
@@ -88,17 +88,17 @@ class StreamedAnswer(Answer, Protocol):
 
 
 class Outbox:
-    """Streams that have something to send, all of which leave once this turn's frames are read.
+    """Streams with something to send; all are written once this turn's frames have been read.
 
-    One frame, or several that came together, may bring many streams several tokens each: so each
-    stream is written to once, and the event loop is asked once.
+    One frame, or several that arrive together, may bring several tokens for many streams: this way
+    each stream is written to once, with one callback of the event loop for all.
     """
 
     def __init__(self) -> None:
         self._waiting: list[Events] = []
 
     def flush_soon(self, events: "Events") -> None:
-        """Flush a stream after whatever runs now."""
+        """Flush a stream after the current callback."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._flush)
         self._waiting.append(events)
@@ -123,7 +123,7 @@ class Events:
     def __init__(
         self, send: Send, outbox: Outbox, keep_alive_s: float, hang_up: Callable[[], None]
     ) -> None:
-        """`hang_up` is called if sending fails: whoever makes the events is to stop."""
+        """`hang_up` is called if sending fails, so that the generation of events stops."""
         self._send = send
         self._outbox = outbox
         self._keep_alive_s = keep_alive_s
@@ -132,13 +132,13 @@ class Events:
         self._parts: list[bytes] = []
         self._started = False
         self._waiting: asyncio.Task[None] | None = None
-        """Goes on with what the connection had no room for."""
+        """Sends what the connection had no room for."""
         self._sent_at = self._loop.time()
         self._pulse = self._loop.call_later(keep_alive_s, self._keep_alive)
 
     @property
     def begun(self) -> bool:
-        """Whether an error can no longer have a status of its own."""
+        """Whether the response has started, so that an error can no longer have its own status."""
         return self._started or bool(self._parts)
 
     @property
@@ -147,18 +147,18 @@ class Events:
         return self._waiting is not None
 
     async def free(self) -> None:
-        """Wait until what was sent has found room."""
+        """Wait until the connection has accepted what was sent."""
         while self._waiting is not None:
             await asyncio.wait([self._waiting])
 
     def write(self, event: bytes) -> None:
-        """Send an event with all that is written in the same turn of the event loop."""
+        """Send an event, together with all others written in the same turn of the event loop."""
         if not self._parts:
             self._outbox.flush_soon(self)
         self._parts.append(event)
 
     def flush(self) -> None:
-        """Send what was written, unless what was sent before still waits."""
+        """Send what was written, unless earlier bytes are still waiting."""
         if self._parts and self._waiting is None:
             data = b"".join(self._parts)
             self._parts.clear()
@@ -179,7 +179,7 @@ class Events:
             raise ClientGoneError from error
 
     def stop(self) -> None:
-        """Send nothing any more, neither keep-alives nor what waits."""
+        """Send nothing more, neither keep-alives nor waiting events."""
         self._pulse.cancel()
         self._parts.clear()
         if self._waiting is not None:
@@ -204,7 +204,7 @@ class Events:
         except StopIteration:
             return
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-            # Whatever it is, it is this stream's: others are flushed after it.
+            # Any error concerns only this stream: the others still have to be flushed.
             self._broke(error)
             return
         self._waiting = self._loop.create_task(_finish(sending, waits_for))
@@ -219,13 +219,13 @@ class Events:
             self._broke(error)
 
     def _broke(self, error: BaseException) -> None:
-        # The first is what ASGI servers raise once the client has left.
+        # ASGI servers raise the first kind once the client has left.
         if not isinstance(error, OSError | asyncio.CancelledError):
             log.error("A stream's events could not be sent.", exc_info=error)
         self._hang_up()
 
     def _keep_alive(self) -> None:
-        """Break every silence of `keep_alive_s`; looking now and then costs nothing per token."""
+        """End every silence of `keep_alive_s`; checking at intervals costs nothing per token."""
         silence_s = self._loop.time() - self._sent_at
         if silence_s >= self._keep_alive_s and not self.blocked:
             self._push(KEEP_ALIVE)
@@ -239,7 +239,7 @@ def _start() -> Message:
 
 
 async def _finish(begun: Coroutine[Any, Any, None], waits_for: Any) -> None:
-    """Go on with a coroutine that was begun by hand and has yielded what it waits for."""
+    """Finish a coroutine that was started by hand and has yielded what it waits for."""
     await _rest(begun, waits_for)
 
 
@@ -248,7 +248,7 @@ def _rest(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, An
     while True:
         try:
             value = yield waits_for
-        except BaseException as error:  # noqa: BLE001  a cancel is the coroutine's to see
+        except BaseException as error:  # noqa: BLE001  the coroutine must see a cancellation too
             step = partial(begun.throw, error)
         else:
             step = partial(begun.send, value)
@@ -262,7 +262,7 @@ Work = Callable[[StreamedAnswer], Coroutine[Any, Any, None]]
 
 
 class EventStream(Response):
-    """An answer as server-sent events, which are written while `work` makes it."""
+    """An answer as server-sent events, which are written while `work` generates it."""
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class EventStream(Response):
                     events.stop()
 
     async def _made(self, events: Events) -> bytes:
-        """Have the events made, but for the last bytes, which are returned."""
+        """Run the work, which writes the events; return the last bytes."""
         answer = self._answer(events)
         try:
             await self._work(answer)

@@ -1,7 +1,7 @@
 """Text to token ids and back; the only place where a request is text.
 
 A stream's text state (detokeniser, stop strings) lives here, in the gateway, and so survives
-the death of the replica that makes its tokens.
+the death of the replica that generates its tokens.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ class Detokenizer(Protocol):
     """Turns the ids of one completion into text, piece by piece."""
 
     def push(self, token_id: int) -> str:
-        """Return the text that this token completes; empty inside of a UTF-8 character."""
+        """Return the text that this token completes; empty in the middle of a UTF-8 character."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPiece:
-    """What a piece of generated text means in a chat answer."""
+    """A piece of generated text, separated into the parts of a chat answer."""
 
     content: str = ""
     reasoning: str = ""
@@ -32,7 +32,7 @@ class AnswerPiece:
 
 
 class AnswerParser(Protocol):
-    """Tells a chat answer's content, reasoning and tool calls apart, piece by piece."""
+    """Separates a chat answer's content, reasoning and tool calls, piece by piece."""
 
     def push(self, text: str, token_ids: list[int], *, finished: bool) -> AnswerPiece:
         """Return what the text adds; text may be held back until its meaning is known."""
@@ -45,22 +45,22 @@ class RenderedChat:
 
     token_ids: list[int]
     structured: dict[str, Any] | None = None
-    """What the engine masks tokens by: a response format, or a tool call that is forced."""
+    """What the engine masks tokens with: a response format, or a forced tool call."""
     special_tokens: bool = False
-    """Whether special tokens are text, because the parser looks for them."""
+    """Whether special tokens appear in the text, because the parser looks for them."""
 
 
 class TokenText(NamedTuple):
     """One token alone."""
 
     text: str
-    """With U+FFFD in the place of a part of a character."""
+    """With U+FFFD in place of an incomplete character."""
     data: bytes
-    """What it really stands for: the tokens' of a text join to the text's own UTF-8."""
+    """The bytes it stands for: those of all tokens of a text join to the text's UTF-8."""
 
 
 class TextModel(Protocol):
-    """What the gateway knows of a model's text; it needs no GPU and no weights."""
+    """A model's text side in the gateway; it needs no GPU and no weights."""
 
     @property
     def context_length(self) -> int:
@@ -76,17 +76,17 @@ class TextModel(Protocol):
         """Return the token ids of a raw prompt, special tokens as the model wants them.
 
         Raises:
-            ContextLengthError: the text is so long that it cannot fit; it has not been encoded.
+            ContextLengthError: the text is too long to fit in any case, and was not encoded.
         """
         ...
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
-        """Return the conversation through the model's chat template.
+        """Return the conversation as rendered by the model's chat template.
 
         Raises:
             UnsupportedParameterError: the model has no chat template, or no parser for tools.
             InvalidValueError: the template refuses the conversation.
-            ContextLengthError: as rendered, it is so long that it cannot fit.
+            ContextLengthError: the rendered text is too long to fit in any case.
         """
         ...
 
@@ -103,12 +103,12 @@ class TextModel(Protocol):
         ...
 
     def token_texts(self, token_ids: list[int]) -> list[TokenText]:
-        """Return each token alone, as log-probabilities name it."""
+        """Return the text of each token by itself, for log-probabilities."""
         ...
 
 
 class StopStrings:
-    """Looks for stop strings in a text that comes in pieces.
+    """Looks for stop strings in a text that arrives in pieces.
 
     Text is held back only while it may be the beginning of a stop string, and never longer.
     """
@@ -121,14 +121,14 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """Take more text; return what may be shown and whether a stop string ended it.
 
-        Of several stop strings the one that is complete first wins; of those, the longest.
+        Of several stop strings, the one that is completed first wins; of those, the longest.
         """
         if not self._stops:
             return text, False
         held = self._held + text
         if text:
-            # One character at a time is how tokens of one character would come: the text must
-            # not depend on how it was cut.
+            # One character at a time, as if each token were one character: the result must not
+            # depend on how the text was cut.
             for end in range(len(self._held) + 1, len(held) + 1):
                 ended = [stop for stop in self._stops if held.endswith(stop, 0, end)]
                 if ended:
@@ -139,12 +139,12 @@ class StopStrings:
         return held[: len(held) - keep], False
 
     def flush(self) -> str:
-        """Return what was held back, when the completion ended by itself."""
+        """Return what was held back, once the completion has ended by itself."""
         held, self._held = self._held, ""
         return held
 
     def _prefix_at_end(self, text: str) -> int:
-        """Return the length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest suffix of `text` that begins a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             end = text[len(text) - length :]
             if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
@@ -155,7 +155,7 @@ class StopStrings:
 async def render_prompts(
     text: TextModel, content: Prompts
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Return the token ids of raw prompts, and the text of each that its answers begin with.
+    """Return the token ids of raw prompts, and for each the text that its answers echo.
 
     Raises:
         InvalidValueError: an id is outside the vocabulary.
@@ -172,7 +172,7 @@ async def render_prompts(
 async def _token_ids(text: TextModel, prompt: Prompt, path: str) -> list[int]:
     if isinstance(prompt, str):
         return await text.encode(prompt)
-    # There may be a million: those of a prompt that cannot fit anyway are not looked at.
+    # There may be a million: a prompt that cannot fit anyway is not checked.
     if len(prompt) > text.context_length or 0 <= min(prompt) <= max(prompt) < text.vocab_size:
         return prompt
     for position, token_id in enumerate(prompt):

@@ -1,4 +1,4 @@
-"""What a client wants, whichever API it came by: the one form that the pipeline knows."""
+"""A client's request in the one form that the pipeline knows, independent of the API."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,11 @@ from tera.generation import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Raw prompts, each of them text or token ids."""
+    """Raw prompts, each either text or token ids."""
 
     prompts: list[Prompt]
     paths: list[str]
-    """Where each stands in the client's request, for error messages."""
+    """The path of each in the client's request, for error messages."""
     echo: bool = False
     """Whether each answer begins with its prompt."""
 
@@ -34,18 +34,18 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """A request for text: what to go on from, how to draw, and how much of it."""
+    """A request for text: its prompts or conversation, the sampling, and the length."""
 
     model: str
     """As the client names it."""
     capability: Capability
-    """What the model has to offer for it."""
+    """What the model must offer."""
     content: Prompts | Conversation
     sampling: Sampling
-    """With the bound on tokens that `max_tokens` says, if it says one."""
+    """Includes the bound of `max_tokens`, if that is given."""
     max_tokens: int | None
-    """None is what the context leaves."""
+    """None means what the context leaves."""
     n: int = 1
-    """Answers to each prompt."""
+    """Answers per prompt."""
     stops: list[str] = field(default_factory=list)
     user: str = ""

@@ -1,7 +1,7 @@
-"""Every path that the gateway answers: the one list, which all who name routes read.
+"""Every path that the gateway answers, in one table that everything else reads.
 
-The labels of metrics and of the ledger, the OpenAPI document's tests and the checks that each
-generating route is admitted and settled go by it.
+It gives the labels of metrics and of the ledger; the tests of the OpenAPI document use it, and so
+do the checks that each generating route is admitted and settled.
 """
 
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ class ApiRoute:
     path: str
     method: Literal["GET", "POST"]
     endpoint: str
-    """Name of the function that answers; see `app.py`."""
+    """Name of the handler; see `app.py`."""
     audience: Audience = "tenants"
-    """Tenants show a key; what is for operators needs none and is not routed to the outside."""
+    """Tenants present a key; operators' routes need none and are not reachable from outside."""
     dialect: Dialect | None = None
-    """Of a route that generates text: how its bodies are read and its answers written."""
+    """For a route that generates text: how to read its bodies and write its answers."""
 
     def matches(self, path: str) -> bool:
-        """Return whether a path is this route's; parameters are never empty."""
+        """Return whether a path belongs to this route; parameters are never empty."""
         prefix, brace, _ = self.path.partition("{")
         return path.startswith(prefix) and path != prefix if brace else path == self.path
 
@@ -45,12 +45,12 @@ METRICS = ApiRoute("/metrics", "GET", "metrics", "operators")
 ALL_METRICS = ApiRoute("/metrics/all", "GET", "all_metrics", "operators")
 
 ROUTES = (COMPLETIONS, CHAT, MODELS, MODEL, DOCUMENT, HEALTH, READY, METRICS, ALL_METRICS)
-"""The requests most often made come first."""
+"""The most frequent requests come first."""
 
 OTHER = "other"
-"""Label of every path that is no route's."""
+"""Label of every path that belongs to no route."""
 
 
 def label(path: str, routes: Iterable[ApiRoute] = ROUTES) -> str:
-    """Return a label of few values for a path that may be anything."""
+    """Return a label with few possible values for an arbitrary path."""
     return next((route.path for route in routes if route.matches(path)), OTHER)

@@ -1,4 +1,4 @@
-"""Text of models that the simulated engine runs: its own vocabulary of bytes and words."""
+"""The text side of simulated models, with a vocabulary of bytes and words."""
 
 import asyncio
 import codecs
@@ -15,7 +15,7 @@ from tera.gateway.request import Conversation
 
 
 class SimulatedDetokenizer:
-    """Bytes to text, holding back an incomplete UTF-8 character."""
+    """Decodes bytes to text, holding back an incomplete UTF-8 character."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -45,7 +45,7 @@ class SimulatedTextModel:
         await self._bound.check(text, param)
         if len(text) <= SHORT_CHARACTERS:
             return self._vocabulary.encode(text)
-        # It is Python, which in a thread gives way to the event loop each 5 ms.
+        # Pure Python, which in a thread yields to the event loop every 5 ms.
         return await asyncio.to_thread(self._vocabulary.encode, text)
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
@@ -71,7 +71,7 @@ class SimulatedTextModel:
         return RenderedChat(await self._encoded("".join([*turns, "<assistant>"]), "messages"))
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
-        """Return no parser: all is content."""
+        """Return no parser: everything is content."""
 
     def detokenizer(
         self, prompt_token_ids: list[int], *, special_tokens: bool = False
@@ -80,7 +80,7 @@ class SimulatedTextModel:
         return SimulatedDetokenizer(self._vocabulary)
 
     def token_texts(self, token_ids: list[int]) -> list[TokenText]:
-        """Return each token alone."""
+        """Return the text of each token by itself."""
         texts = [
             b"" if token_id == self._vocabulary.eos_id else self._vocabulary.token_bytes(token_id)
             for token_id in token_ids

@@ -1,4 +1,4 @@
-"""Text of models that vLLM runs, by vLLM's own renderer, detokeniser and parsers, engine-less."""
+"""The text side of vLLM's models: its renderer, detokeniser and parsers, without an engine."""
 
 import asyncio
 import re
@@ -32,7 +32,7 @@ _SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class VllmAnswerParser:
-    """vLLM's reasoning and tool parsers over one answer."""
+    """vLLM's reasoning and tool parsers, applied to one answer."""
 
     def __init__(self, parser: VllmParser) -> None:
         self._parser = parser
@@ -58,7 +58,7 @@ def _tool_call(call: Any) -> ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class _VllmChat(RenderedChat):
-    """A rendered conversation, with what vLLM's parsers need to know of it."""
+    """A rendered conversation, with what vLLM's parsers need to know about it."""
 
     inner: VllmConversation | None = None
 
@@ -82,7 +82,7 @@ class VllmTextModel:
 
         Raises:
             ConfigError: vLLM refuses the model or its arguments.
-            StartError: this vLLM is not one that Tera works with.
+            StartError: Tera does not work with this version of vLLM.
         """
         frontend = {name: args.get(name) for name in FRONTEND_ARGS}
         return cls(VllmText.load(model_path, engine_args(args), frontend))
@@ -96,7 +96,7 @@ class VllmTextModel:
         return token_ids
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
-        """Return the conversation through the model's chat template; see `TextModel`."""
+        """Return the conversation as rendered by the model's chat template; see `TextModel`."""
         self._refuse_what_is_missing(conversation)
         rendered = await self._text.render(_vllm_fields(conversation))
         return _VllmChat(
@@ -135,7 +135,7 @@ class VllmTextModel:
         return VllmDetokenizer(self._tokenizer, prompt_token_ids, special_tokens)
 
     def token_texts(self, token_ids: list[int]) -> list[TokenText]:
-        """Return each token alone."""
+        """Return the text of each token by itself."""
         pieces: list[str] = self._tokenizer.convert_ids_to_tokens(token_ids)
         return [
             TokenText(text, _piece_bytes(piece) if "\ufffd" in text else text.encode())
@@ -147,9 +147,9 @@ _byte_symbols = cache(byte_symbols)
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """Return the bytes of a vocabulary's entry that is no whole text.
+    """Return the bytes of a vocabulary entry that is not valid text by itself.
 
-    Byte-level vocabularies have a symbol for each byte, those of SentencePiece `<0xE2>`.
+    Byte-level vocabularies have a symbol for each byte; SentencePiece writes `<0xE2>`.
     """
     if match := _SENTENCEPIECE_BYTE.fullmatch(piece):
         return bytes.fromhex(match[1])
@@ -160,7 +160,7 @@ def _piece_bytes(piece: str) -> bytes:
 def _vllm_fields(conversation: Conversation) -> dict[str, Any]:
     """Return the fields of vLLM's request that its renderer and parsers read."""
     fields = {name: value for name, value in asdict(conversation).items() if value is not None}
-    # What rendering does not read, yet vLLM checks together with the rest.
+    # Fields that rendering does not read but vLLM validates together with the rest.
     fields["max_completion_tokens"] = 1
     if "response_format" in fields and fields["response_format"]["type"] == "text":
         del fields["response_format"]

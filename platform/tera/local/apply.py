@@ -1,4 +1,4 @@
-"""`tera apply`: other values for the platform that runs on this machine."""
+"""`tera apply`: applies edited values to the platform that runs on this machine."""
 
 import asyncio
 from pathlib import Path
@@ -22,10 +22,10 @@ from tera.plan import Plan
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse a plan that has what a running platform does not take.
+    """Refuse a plan with edits that cannot be applied to a running platform.
 
     Raises:
-        ConfigError: one line for each value, each beginning with its path.
+        ConfigError: one line per value, each beginning with its path.
     """
     refused = [
         f"{path}: {change.note}"
@@ -38,12 +38,12 @@ def check_plan(plan: Plan) -> None:
 
 
 async def apply(new: PlatformConfig, home: Path, console: Console) -> None:
-    """Turn the platform that runs in `home` into `new`, and return when it is.
+    """Apply `new` to the platform that runs in `home`, and return when all of it runs.
 
     Raises:
         ConfigError: none runs here, or `new` cannot run on one machine; nothing has changed.
-        UnreachableError: the one that runs does not answer; nothing has changed.
-        StartError: there is too little memory, and nothing has changed; or an engine does not
+        UnreachableError: the running platform does not answer; nothing has changed.
+        StartError: there is too little memory, and nothing has changed; or an engine did not
             start.
     """
     state, local_secrets = LocalState.read(home), LocalSecrets.of(home)
@@ -58,6 +58,6 @@ async def apply(new: PlatformConfig, home: Path, console: Console) -> None:
         from ray.serve.schema import ServeDeploySchema
 
         await asyncio.to_thread(client.deploy_apps, ServeDeploySchema.model_validate(config))
-        # From here on this is what runs, whether or not all of it starts.
+        # From here on these values are in force, whether or not all of it starts.
         state.model_copy(update={"platform": new}).write(home)
         await until_up(config, console)

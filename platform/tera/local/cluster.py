@@ -34,22 +34,23 @@ from tera.upstream.ray_cluster import (
 _logger = logging.getLogger(__name__)
 
 LOGICAL_CPUS = 1024
-"""Ray counts CPUs to place replicas; on one machine they share what there is."""
+"""The CPUs that Ray may hand out: more than there are, since on one machine replicas share them."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 REPLICA_PORTS = 100
 PORTS, HTTP_PORTS, GRPC_PORTS = range(10_000, 20_000), range(20_000, 26_000), range(26_000, 32_000)
-"""Below those that the kernel gives to outgoing connections, which might take one in between."""
+"""Below the range from which the kernel takes ports for outgoing connections, which could otherwise
+take one before we listen on it."""
 STOP_DEADLINE_S = 12.0
-"""Two engines with a model need ten on two cores; that of `processes.end` comes on top."""
+"""Two engines with a model need ten seconds on two cores; `processes.end` then adds its own."""
 LONGEST_STREAM_S = 3600
-"""Above any `gateway.requests.deadlineSeconds` that is of use."""
+"""Longer than any useful `gateway.requests.deadlineSeconds`."""
 
 _abandoned = threading.Event()
-"""Ray did not end when it was to, and a thread of this process is still in its core."""
+"""Set if Ray did not shut down in time, so that a thread of this process is still in its core."""
 
 
 class LocalCluster:
-    """A Ray of our own, whose processes are children of this one."""
+    """A private Ray cluster, whose processes are children of this one."""
 
     def __init__(self, host: str, port: int, scratch: Path) -> None:
         self.host = host
@@ -57,19 +58,19 @@ class LocalCluster:
         self.ray_address = ""
         self._scratch = scratch
         self._claims = ExitStack()
-        """Of ports, for as long as processes of ours may listen on them."""
+        """Claims of ports, held for as long as our processes may listen on them."""
         self._not_ours = descendants()
 
     @property
     def status_socket(self) -> Path:
-        """Where the status of the platform may be told."""
+        """Path of the socket over which the platform's status is served."""
         return self._scratch / "status.sock"
 
     def start(self) -> None:
         """Start Ray; blocks for seconds.
 
         Raises:
-            StartError: Ray does not start, or what it needs is not there.
+            StartError: Ray does not start, or something it needs is missing.
         """
         set_environment(_serve_environment(self._scratch, self.host, self._claims))
         # Ray Serve reads its settings when it is imported, so this comes after they are set.
@@ -88,10 +89,10 @@ class LocalCluster:
         self.ray_address = ray.get_runtime_context().gcs_address
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Hand a Serve config over; the applications come up on their own.
+        """Submit a Serve config; the applications then start in the background.
 
         Raises:
-            StartError: Ray Serve does not start, or does not take the config.
+            StartError: Ray Serve does not start, or refuses the config.
         """
         from ray import serve
         from ray.serve.schema import ServeDeploySchema
@@ -102,15 +103,15 @@ class LocalCluster:
             serve_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
     async def stop(self) -> None:
-        """Stop Serve and Ray, and whatever of theirs is still alive after `STOP_DEADLINE_S`.
+        """Stop Serve and Ray, and kill those of their processes that outlive `STOP_DEADLINE_S`.
 
         Raises:
             StartError: a process cannot be ended.
         """
-        # Redis stays: who started it stops it.
+        # Redis is left running: whoever started it stops it.
         ours = descendants(apart_from=self._not_ours)
-        # A daemon thread: Ray may wait for ever for what is ended below, and a thread of the
-        # loop's executor would hold this process as long.
+        # A daemon thread: Ray may wait for ever for processes that are ended below, and a thread
+        # of the loop's executor would keep this process alive for as long.
         shutting_down = threading.Thread(target=_shut_down, daemon=True)
         shutting_down.start()
         await asyncio.to_thread(shutting_down.join, STOP_DEADLINE_S)
@@ -125,10 +126,10 @@ class LocalCluster:
 
 @contextmanager
 def _starting(what: str) -> Iterator[None]:
-    """Say an error of Ray in a start's own words."""
+    """Turn any error of Ray into a `StartError`."""
     try:
         yield
-    except Exception as error:  # Ray raises bare ones, such as when a machine is too busy
+    except Exception as error:  # Ray raises plain ones, for example when a machine is too busy
         raise StartError(f"{what} does not start: {error}") from error
 
 
@@ -141,16 +142,15 @@ def _shut_down() -> None:
         try:
             stop_listening()
             serve.shutdown()  # type: ignore[no-untyped-call]
-        except Exception as error:  # noqa: BLE001  whatever is broken, the processes are ended next
+        except Exception as error:  # noqa: BLE001  the processes are ended next in any case
             _logger.warning("Ray Serve did not shut down by itself: %r", error)
         ray.shutdown()
 
 
 def end_if_abandoned(code: int) -> None:
-    """End this process at once, with an exit code, if Ray did not end before.
+    """Exit at once with `code` if Ray did not shut down.
 
-    As any process ends, Ray's core would be taken down under the thread that is in it: a
-    segmentation fault.
+    A normal exit would unload Ray's core while a thread is still in it: a segmentation fault.
     """
     if _abandoned.is_set():
         sys.stdout.flush()
@@ -159,19 +159,19 @@ def end_if_abandoned(code: int) -> None:
 
 
 def _quieten_serve() -> None:
-    """Keep Serve, which is imported by now, from logging on the terminal how it goes."""
+    """Keep Serve, which has been imported by now, from logging its progress to the terminal."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 def _forget_exit_hook() -> None:
-    """Keep Ray from shutting down once more at exit: nobody is left to answer it."""
+    """Keep Ray from shutting down again at exit, when nothing is left to answer it."""
     import ray
 
     atexit.unregister(ray.shutdown)
 
 
 def _reason(application: Any) -> str:
-    """Return why an application failed, as its last line says it."""
+    """Return the last line of an application's error, which says why it failed."""
     messages = [application.message]
     messages += [deployment.message for deployment in application.deployments.values()]
     lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
@@ -200,19 +200,19 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, of those that no outgoing connection gets."""
+    """Return a port that was free a moment ago, outside the range for outgoing connections."""
     while True:
-        port = random.choice(PORTS)  # noqa: S311  no secret
-        with socket.socket() as probe, suppress(OSError):  # it is taken: try another one
+        port = random.choice(PORTS)  # noqa: S311  not a secret
+        with socket.socket() as probe, suppress(OSError):  # taken: try another one
             probe.bind(("127.0.0.1", port))
             return port
 
 
 def claim_range(among: range, claims: ExitStack) -> int:
-    """Return the first of `REPLICA_PORTS` ports that nobody else gets until `claims` is closed.
+    """Claim a range of `REPLICA_PORTS` ports until `claims` is closed, and return the first.
 
-    Serve's replicas bind with SO_REUSEPORT: two platforms with one range would share connections,
-    not fail. That nobody listens is not enough, for a replica may just be starting again.
+    Serve's replicas bind with SO_REUSEPORT: two platforms with the same range would not fail but
+    share connections. It is not enough that nobody listens, since a replica may be restarting.
     """
     taken = {
         connection.laddr.port
@@ -223,12 +223,12 @@ def claim_range(among: range, claims: ExitStack) -> int:
         if not taken.isdisjoint(range(start, start + REPLICA_PORTS + 1)):
             continue
         path = Path(tempfile.gettempdir()) / f"tera-ports-{start}.lock"
-        # Claimed in the thread that starts Ray, given up in another one.
+        # Claimed in the thread that starts Ray, released in another one.
         lock = FileLock(path, thread_local=False)
         try:
             claims.enter_context(lock.acquire(blocking=False))
         except (Timeout, PermissionError):
-            continue  # another platform has it, or had it as another user
+            continue  # another platform has it, or another user's once had it
         return start
     raise StartError("No free range of ports for replicas; stop other platforms first.")
 
@@ -273,10 +273,10 @@ Progress = Callable[[str], None]
 
 
 async def wait_until_deployed(names: set[str], on_ready: Progress, deadline_s: float) -> None:
-    """Return once every named application runs, in the Serve that this process is connected to.
+    """Return once every named application runs, in the Serve this process is connected to.
 
     Raises:
-        StartError: one failed, or the time is up; the message says why.
+        StartError: an application failed, or the deadline has passed; the message says why.
     """
     waiting = set(names)
     end = time.monotonic() + deadline_s

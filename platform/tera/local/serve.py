@@ -36,7 +36,7 @@ LOCAL_TENANT = "local"
 ENGINE_DEADLINE_S = 900.0
 REDIS_TIMEOUT_S = 5.0
 ENGINE_BYTES = 2 * 1024**3
-"""What one vLLM replica of the demo model and its share of the gateway hold at the most."""
+"""The most memory that one vLLM replica of the demo model and its share of the gateway use."""
 
 T = TypeVar("T")
 
@@ -45,23 +45,23 @@ class Console(Protocol):
     """Where progress is shown."""
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """Show that a stage begins."""
         ...
 
     def progress(self, text: str, done_ratio: float | None = None) -> None:
-        """The running stage has got so far."""
+        """Show how far the current stage has got."""
         ...
 
     def done(self, text: str = "") -> None:
-        """The running stage has ended well."""
+        """Show that the current stage has succeeded."""
         ...
 
     def failed(self) -> None:
-        """The running stage has been given up."""
+        """Show that the current stage has failed."""
         ...
 
     def ready(self, platform: "RunningPlatform") -> None:
-        """All stages have ended: say how to use it."""
+        """Show, after all stages, how to use the platform."""
         ...
 
 
@@ -73,15 +73,15 @@ class RunningPlatform:
     """Without `/v1`."""
     api_key: str
     model: str
-    """Id of the first model; empty without one."""
+    """Id of the first model; empty if there is none."""
     seconds: float
-    """From the start."""
+    """Time from the start until it was ready."""
 
 
 async def serve(
     platform: PlatformConfig, home: Path, host: str, port: int, console: Console
 ) -> None:
-    """Run the platform until SIGINT, SIGTERM or SIGHUP, then stop all that it started.
+    """Run the platform until SIGINT, SIGTERM or SIGHUP, then stop everything it started.
 
     Raises:
         ConfigError: its values cannot run on one machine, or an engine would refuse them.
@@ -93,17 +93,19 @@ async def serve(
     assert main is not None
 
     def stop() -> None:
-        # While starting there is something to abandon; afterwards there is a wait to end.
+        # During the start this cancels it; afterwards it ends the wait below.
         if not stopping.is_set():
             stopping.set()
             main.cancel()
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under `nohup`
         numbers.append(signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, stop)
-    with suppress(asyncio.CancelledError):  # of `stop`; anybody else's is raised again below
+    with suppress(
+        asyncio.CancelledError
+    ):  # by `stop`; a cancellation by others is raised again below
         async with running(platform, home, host, port, console) as ready:
             # Ray sets handlers of its own when it starts.
             for number in numbers:
@@ -128,11 +130,11 @@ async def running(
     check_engines(platform)
     async with AsyncExitStack() as stack:
         stack.enter_context(_lock(home))
-        # Before the port and the memory are looked at: it may hold both.
+        # Before the checks of port and memory: a killed platform's processes may hold both.
         await _clear_leftovers(home, console)
         _check_port(host, port)
         check_memory(vllm_replicas(platform))
-        # From the last to the first, each of these ends even when the one before it fails to.
+        # These end in reverse order, each even if ending another one fails.
         scratch = await stack.enter_async_context(on_record(home))
         await make_models(platform, home, console)
         redis_url, redis_pid = await _start_redis(platform, home, stack, console)
@@ -184,10 +186,10 @@ async def _started(cluster: LocalCluster, console: Console) -> AsyncGenerator[No
 
 
 async def until_up(config: dict[str, Any], console: Console) -> None:
-    """Return once every application of a Serve config runs; show each that does.
+    """Return once every application of a Serve config runs; show each one that starts.
 
     Raises:
-        StartError: one failed, or the time is up; the message says why.
+        StartError: an application failed, or the deadline has passed; the message says why.
     """
     names = {application["name"] for application in config["applications"]}
     await wait_until_deployed(
@@ -197,7 +199,7 @@ async def until_up(config: dict[str, Any], console: Console) -> None:
 
 @contextmanager
 def stage(console: Console, name: str) -> Iterator[None]:
-    """Show a stage for as long as the block runs."""
+    """Show a stage while the block runs."""
     console.stage(name)
     try:
         yield
@@ -208,7 +210,7 @@ def stage(console: Console, name: str) -> Iterator[None]:
 
 
 async def _uninterrupted(work: Awaitable[T]) -> T:
-    """Wait for work in a thread to end even when cancelled: its end is what can be undone."""
+    """Wait for work in a thread to end, even if cancelled: only finished work can be undone."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -218,10 +220,10 @@ async def _uninterrupted(work: Awaitable[T]) -> T:
 
 
 def check_engines(platform: PlatformConfig) -> None:
-    """Refuse arguments that an engine would refuse, after minutes of Serve starting it again.
+    """Refuse arguments that an engine would refuse; Serve would retry its start for minutes first.
 
     Raises:
-        ConfigError: one line for each fault, each beginning with the path of the value.
+        ConfigError: one line per fault, each beginning with the path of the value.
     """
     for name, model in platform.deployed_models().items():
         if model.engine.kind == "vllm":
@@ -241,7 +243,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def vllm_replicas(platform: PlatformConfig) -> int:
-    """Return how many replicas with a model in memory a platform has at the least."""
+    """Return the smallest number of replicas with a model in memory that a platform runs."""
     models = platform.deployed_models().values()
     return sum(model.replicas.min for model in models if model.engine.kind == "vllm")
 
@@ -263,10 +265,10 @@ def check_memory(replicas: int) -> None:
 
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """Hold `home`, made if it is missing, for one platform at a time.
+    """Lock `home`, created if missing, so that one platform at a time runs there.
 
     Raises:
-        StartError: a platform runs there, or it cannot be written to.
+        StartError: a platform already runs there, or it cannot be written to.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -287,12 +289,12 @@ def _lock(home: Path) -> Iterator[None]:
 async def _clear_leftovers(home: Path, console: Console) -> None:
     left = ProcessRecord.read(home)
     if left is not None:
-        with stage(console, "Clearing what a killed platform left"):
+        with stage(console, "Cleaning up after a killed platform"):
             await left.clear(home)
 
 
 async def make_models(platform: PlatformConfig, home: Path, console: Console) -> None:
-    """Make the demo models that a platform has, where they are not made yet."""
+    """Build the platform's demo models that have not been built yet."""
     wanted: dict[tuple[str, Dtype], None] = {}
     for model in platform.deployed_models().values():
         if model.weights is not None and model.weights.scheme == "demo":
@@ -329,7 +331,7 @@ async def _start_redis(
 
 
 def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
-    """Return what vLLM reads; a variable that the user has set stays."""
+    """Return environment variables for vLLM; those that the user has set are kept."""
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -349,7 +351,7 @@ async def _until_ready(base_url: str, deadline_s: float = 60.0) -> None:
 
 
 async def _local_key(runtime: Runtime) -> str:
-    """Return this start's key of the local tenant; those of earlier starts are revoked."""
+    """Create a key of the local tenant for this start, and revoke those of earlier starts."""
     async with _connected(runtime.redis_url) as redis:
         store = KeyStore(redis, runtime.key_pepper, time.time)
         for record in await store.list():

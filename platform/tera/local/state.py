@@ -1,4 +1,4 @@
-"""What a running platform on one machine leaves for the commands that talk to it."""
+"""What a running platform on one machine writes down for the commands that talk to it."""
 
 import secrets
 from pathlib import Path
@@ -16,16 +16,16 @@ class LocalState(Section):
     """`state.json` in the platform's directory while it runs; only its owner may read it."""
 
     process: ProcessId
-    """Of `tera serve`."""
+    """The process of `tera serve`."""
     base_url: str
     ray_address: str
     status_socket: Path
-    """Where `tera serve` tells what it is doing."""
+    """Socket over which `tera serve` reports the platform's status."""
     redis_url: str
     redis_pid: int | None
-    """None with a Redis that is not ours."""
+    """None for an external Redis."""
     platform: PlatformConfig = PlatformConfig()
-    """What it was told to be, at its start or since."""
+    """The values in force, from its start or the last `tera apply`."""
 
     @classmethod
     def read(cls, home: Path) -> Self:
@@ -43,7 +43,7 @@ class LocalState(Section):
         return state
 
     def write(self, home: Path) -> None:
-        """Leave the state for other commands."""
+        """Write the state for other commands."""
         write_private(home / "state.json", self.model_dump_json())
 
 
@@ -55,21 +55,21 @@ def _none_runs(home: Path) -> ConfigError:
 
 
 class LocalSecrets(Section):
-    """What this directory's processes share with each other and with nobody else."""
+    """Secrets that the processes of this directory share."""
 
     key_pepper: str
     cluster_secret: str
     ray_token: str
-    """Ray's own token authentication: without it, who reaches a port runs code."""
+    """For Ray's token authentication: without it, anyone who can connect to a port can run code."""
 
     @classmethod
     def of(cls, home: Path) -> Self:
-        """Return the directory's secrets, made at the first start.
+        """Return the directory's secrets, created at the first start.
 
         They outlive a restart because the hashes of the keys in Redis depend on the pepper.
 
         Raises:
-            StartError: the file is there and cannot be read.
+            StartError: the file exists but cannot be read.
         """
         path = home / "secrets.json"
         if not path.exists():
@@ -78,13 +78,14 @@ class LocalSecrets(Section):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValueError):
-            # Neither the file nor the parser's words about it are for anybody's eyes.
+            # Neither the file nor the parser's error, which may quote it, may be shown.
             raise StartError(
-                f"{path} cannot be read. Remove it to begin anew; keys made so far end with it."
+                f"{path} cannot be read. Remove it to start afresh; "
+                "API keys made so far will stop working."
             ) from None
 
     def runtime(self, redis_url: str, home: Path) -> Runtime:
-        """Return what a process of this platform learns from its environment."""
+        """Return the runtime settings of this platform's processes."""
         return Runtime(
             redis_url=redis_url,
             home=home,
@@ -95,7 +96,7 @@ class LocalSecrets(Section):
         )
 
     def ray_environment(self) -> dict[str, str]:
-        """Return what makes Ray ask for the token, and show it."""
+        """Return variables that make Ray require the token, and present it."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.ray_token}
 
 

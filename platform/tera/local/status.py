@@ -1,6 +1,6 @@
-"""What a running platform is doing: `tera serve` tells it over a socket to whoever asks.
+"""The status of a running platform, which `tera serve` reports over a socket.
 
-It is connected to Ray anyway; a command of its own would need a second of CPU to be.
+`tera serve` is connected to Ray anyway; another command would need a second of CPU to connect.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def read_status(state: LocalState) -> dict[str, Any]:
 
 @asynccontextmanager
 async def telling_status(state: LocalState) -> AsyncGenerator[None]:
-    """Answer `read_status` for as long as the block runs; this process is connected to Ray."""
+    """Answer `read_status` while the block runs; this process must be connected to Ray."""
     turn = asyncio.Lock()
 
     async def tell(_: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
@@ -68,8 +68,8 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
                 found = await asyncio.to_thread(_status, state)
             answer.write(json.dumps(found).encode())
             await answer.drain()
-        except Exception:  # who asks gets no answer, and the platform goes on
-            _logger.exception("The status cannot be told")
+        except Exception:  # the command gets no answer, and the platform goes on
+            _logger.exception("The status cannot be reported")
         finally:
             answer.close()
 
@@ -83,8 +83,8 @@ async def telling_status(state: LocalState) -> AsyncGenerator[None]:
 def _status(state: LocalState) -> dict[str, Any]:
     applications = serve_client().get_serve_details()["applications"]
     gateway = applications.get(GATEWAY_APPLICATION, {})
-    # From the gateway's metrics: a handle of Serve's in this process would have to be ended before
-    # Ray is, and Ray's core does not survive that it is not.
+    # From the gateway's metrics: a Serve handle in this process would have to be closed before Ray
+    # is shut down; otherwise Ray's core crashes.
     gauges = engine_gauges(state.base_url)
     return {
         "models": [
@@ -99,14 +99,14 @@ def _status(state: LocalState) -> dict[str, Any]:
 
 
 def _catalog(gateway: dict[str, Any]) -> dict[str, Any]:
-    """Return the models as the gateway was told them, in its order."""
+    """Return the models in the gateway's configuration, in its order."""
     config = _deployment(gateway, GATEWAY_DEPLOYMENT).get("deployment_config") or {}
     models: dict[str, Any] = (config.get("user_config") or {}).get("models", {})
     return models
 
 
 def _replicas(application: dict[str, Any], deployment: str) -> list[dict[str, Any]]:
-    """Return what Serve knows of the replicas; one that is starting may have no `pid` yet."""
+    """Return the replicas that Serve knows; one that is starting may have no `pid` yet."""
     replicas: list[dict[str, Any]] = _deployment(application, deployment).get("replicas", [])
     return replicas
 
@@ -165,7 +165,7 @@ def _redis(state: LocalState) -> dict[str, Any]:
         client.ping()
         answers = "ok"
     except RedisError:
-        answers = "away"  # which is all that a status tells
+        answers = "away"  # a status says no more than that
     finally:
         client.close()
     return {

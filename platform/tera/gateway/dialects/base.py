@@ -1,4 +1,4 @@
-"""What a dialect is: one API's way to ask for text and to be answered."""
+"""The interface of a dialect: how one API asks for text and is answered."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,12 +13,12 @@ class WholeAnswer(Answer, Protocol):
     """An answer that is sent once, when it is complete."""
 
     def body(self) -> bytes:
-        """Return the JSON that the pieces add up to."""
+        """Return the JSON of all the pieces together."""
         ...
 
 
 class Question(Protocol):
-    """A request of one API that was read and found right."""
+    """A valid request of one API."""
 
     @property
     def request(self) -> TextRequest:
@@ -27,7 +27,7 @@ class Question(Protocol):
 
     @property
     def stream(self) -> bool:
-        """Whether the client wants it as it is made."""
+        """Whether the client wants the answer as it is generated."""
         ...
 
     def streamed(self, exchange: Exchange, events: Events) -> StreamedAnswer:
@@ -48,16 +48,16 @@ Raises:
 
 
 class Unblocked:
-    """The side of an `Answer` that has no client to wait for."""
+    """The flow control of an `Answer` that has no client to wait for."""
 
     blocked = False
 
     async def free(self) -> None:
-        """Return: it is never blocked."""
+        """Return at once: it is never blocked."""
 
 
 class Streamed:
-    """The side of an `Answer` that writes events."""
+    """The flow control of an `Answer` that writes events."""
 
     def __init__(self, events: Events) -> None:
         self._events = events

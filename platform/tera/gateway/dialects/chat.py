@@ -79,23 +79,23 @@ def _conversation(asked: ChatRequest) -> Conversation:
 
 
 class _ToolCalls:
-    """What of the model's tool calls a client is told, and how an answer with some ends."""
+    """Which of the model's tool calls a client is sent, and the finish reason of such an answer."""
 
     def __init__(self, asked: ChatRequest) -> None:
         self._parallel = asked.parallel_tool_calls
-        # As OpenAI: the one tool that the client named is no choice of the model's.
+        # Like OpenAI: calling the one tool that the client named is not the model's decision.
         self._named = isinstance(asked.tool_choice, NamedToolChoice)
         self._calling: set[int] = set()
 
     def of(self, piece: Piece) -> list[ToolCallDelta]:
-        """Return what a piece adds, without calls after the first where only one is wanted."""
+        """Return what a piece adds; only of the first call if the client wants just one."""
         calls = [call for call in piece.tool_calls if self._parallel or call.index == 0]
         if calls:
             self._calling.add(piece.index)
         return calls
 
     def finish_reason(self, piece: Piece) -> str | None:
-        """Return why a choice has ended; asked after `of`."""
+        """Return why a choice has ended; call it after `of`."""
         if piece.finish_reason is not FinishReason.STOP or self._named:
             return piece.finish_reason
         return "tool_calls" if piece.index in self._calling else piece.finish_reason
@@ -112,7 +112,7 @@ class ChatStream(Streamed):
         self._usage: StreamUsage = None if asked.include_usage else msgspec.UNSET
         self._tool_calls = _ToolCalls(asked)
         self._begun = 0
-        """Choices below it have had their first chunk."""
+        """Choices with a lower index have had their first chunk."""
         self._shapes: dict[int, openai.EventShape] = {}
 
     def add(self, piece: Piece) -> None:
@@ -137,7 +137,7 @@ class ChatStream(Streamed):
         self._write([ChatChunkChoice(piece.index, delta, finish_reason, logprobs)])
 
     def end(self) -> bytes:
-        """Return the usage, if it was asked for, and the mark of the end."""
+        """Return the usage, if requested, and the end marker."""
         if not self._asked.include_usage:
             return openai.DONE
         return openai.event(self._chunk([], self._exchange.usage())) + openai.DONE
@@ -147,7 +147,7 @@ class ChatStream(Streamed):
         return openai.failed(error)
 
     def _open_up_to(self, index: int) -> None:
-        # OpenAI's client looks for the choices' first chunks in the order of their index.
+        # OpenAI's client expects the choices' first chunks in the order of their index.
         for earlier in range(self._begun, index):
             self._write([ChatChunkChoice(earlier, MessageDelta("assistant", ""))])
         self._begun = max(self._begun, index + 1)
@@ -197,7 +197,7 @@ class _Gathered:
             for _, (call_id, name, arguments) in sorted(self.calls.items())
         ]
         message = AnswerMessage(
-            # As OpenAI: an answer that only calls tools says nothing.
+            # Like OpenAI: the content of an answer that only calls tools is null.
             content=content if content or not calls else None,
             tool_calls=calls or msgspec.UNSET,
             reasoning_content=reasoning or msgspec.UNSET,

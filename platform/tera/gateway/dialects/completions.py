@@ -84,7 +84,7 @@ class CompletionStream(Streamed):
             self._events.write(openai.event(self._chunk([choice], self._usage)))
 
     def end(self) -> bytes:
-        """Return the usage, if it was asked for, and the mark of the end."""
+        """Return the usage, if requested, and the end marker."""
         if not self._asked.include_usage:
             return openai.DONE
         return openai.event(self._chunk([], self._exchange.usage())) + openai.DONE
@@ -148,7 +148,7 @@ def _new_id() -> str:
 
 
 class _Offsets:
-    """Where each choice's next token begins in its text, which this API reports with logprobs."""
+    """Where each choice's next token begins in its text; this API reports it with logprobs."""
 
     def __init__(self, choices: int) -> None:
         self._offsets = [0] * choices
@@ -169,10 +169,10 @@ class _Offsets:
 
 
 def _top(position: PositionLogprobs) -> dict[str, float] | None:
-    """Return OpenAI's map of the likeliest tokens; the one that was drawn is always in it."""
+    """Return OpenAI's map of the likeliest tokens; it always contains the one that was drawn."""
     if position.logprob is None:
         return None
-    # First come the likeliest: of two tokens with one text, the likelier is kept.
+    # The likeliest come first: of two tokens with the same text, the likelier one is kept.
     likely = {token.text: logprob for token, logprob in reversed(position.top)}
     return {**dict(reversed(likely.items())), position.token.text: position.logprob}
 

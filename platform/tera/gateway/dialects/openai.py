@@ -29,14 +29,14 @@ def failed(error: TeraError) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class EventShape:
-    """An event whose only changing part is its text: the rest is encoded once a stream."""
+    """An event in which only the text changes: the rest is encoded once per stream."""
 
     before: bytes
     after: bytes
 
     @classmethod
     def of(cls, marked: msgspec.Struct) -> "EventShape":
-        """Return the shape of a chunk that has `mark()` where the text goes."""
+        """Return the shape of a chunk that has `mark()` in the place of its text."""
         before, after = event(marked).split(_MARKED)
         return cls(before, after)
 
@@ -46,12 +46,12 @@ class EventShape:
 
 
 def mark() -> str:
-    """Return what stands for the text in a chunk that a shape is made of."""
+    """Return the placeholder for the text in a chunk that a shape is made from."""
     return _MARK
 
 
 class SamplingFields(Protocol):
-    """The fields that say how tokens are drawn, as both APIs name them."""
+    """The fields that control sampling, as both APIs name them."""
 
     temperature: float
     top_p: float
@@ -65,13 +65,13 @@ class SamplingFields(Protocol):
 
 
 def sampling(fields: SamplingFields, *, logprobs: int | None) -> Sampling:
-    """Return how the request's completions are drawn, without their bound and each with its seed.
+    """Return the request's sampling, still without the token bound and the seed of each completion.
 
     Args:
         fields: of the request.
         logprobs: how many alternatives to report at each position; None reports none.
     """
-    # 0 is «the most likely token»; vLLM wants a nucleus that is not empty, so this is greedy.
+    # 0 means "the most likely token"; vLLM wants a nucleus that is not empty, so this is greedy.
     greedy = fields.temperature == 0 or fields.top_p == 0
     return Sampling(
         max_tokens=0,
