@@ -55,7 +55,7 @@ def asker(vllm_engine: VllmEngine) -> Asker:
         ),
         pytest.param(
             {"worker_extension_cls": "x.Y"},
-            "engine.args.worker_extension_cls: Tera has an extension of its own there",
+            "engine.args.worker_extension_cls: Tera uses its own extension there",
             id="worker",
         ),
     ],

@@ -44,27 +44,27 @@ from tera.contract.fields import (
 )
 
 MAX_MESSAGES = 2048
-"""Of a conversation. Each is an object here, in the template and in vLLM's checks, and takes some
-50 µs of them before its first character is read."""
+"""Most messages of a conversation. Each is an object here, in the template and in vLLM's checks,
+which spend some 50 µs on it before its first character is read."""
 
 MAX_PARTS = 2048
-"""Of a message's content; with text in them, as many as there may be messages of text."""
+"""Most content parts of a message: parts with text, as many as there may be messages."""
 
 MAX_TOOLS = 128
-"""OpenAI's bound."""
+"""Most tools; OpenAI's bound."""
 
 MAX_TOOL_CALLS = 128
-"""Of a message; OpenAI's bound too, and enough for one call of each tool."""
+"""Most tool calls of a message; OpenAI's bound too, and enough for one call of each tool."""
 
 MAX_MODALITIES = 8
-"""More than there are."""
+"""More modalities than exist."""
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 def _content(value: Any) -> str:
-    """Return string content or text parts as one text; other parts need another model."""
+    """Return string content or text parts as one text; no model here reads other parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -114,7 +114,7 @@ Content = Annotated[
                 },
             ],
             "description": "Text, or parts that are joined by line breaks. Only an assistant's "
-            "message may have none.",
+            "message may omit it.",
             "examples": ["Hello!", [{"type": "text", "text": "Hello!"}]],
         }
     ),
@@ -146,7 +146,7 @@ class Message(Request):
     tool_call_id: str | None = Field(
         default=None,
         validate_default=True,
-        description="The call that this answers; required with role `tool`.",
+        description="The id of the call that this answers; required with role `tool`.",
     )
 
     @field_validator("content")
@@ -202,7 +202,7 @@ def _tool_choice(value: Any) -> Any:
 
 
 class JsonSchemaFormat(Request):
-    """The schema that the answer must fit."""
+    """The schema that the answer must match."""
 
     name: FunctionName
     description: str | None = None
@@ -211,7 +211,7 @@ class JsonSchemaFormat(Request):
 
 
 class ResponseFormat(Request):
-    """What form the answer must have."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = Field(default=None, validate_default=True)
@@ -227,7 +227,7 @@ class ResponseFormat(Request):
 
 
 class ChatRequest(Request):
-    """A request; the order of the fields is the order of reported faults."""
+    """A request; faults are reported in the order of the fields."""
 
     model: ModelId
     messages: Annotated[
@@ -257,7 +257,7 @@ class ChatRequest(Request):
             Integer,
             Range(ge=0, le=20),
             Field(
-                description="Likeliest tokens to report at each position; with `logprobs` only.",
+                description="Likeliest tokens to report at each position; only with `logprobs`.",
             ),
         ]
         | None
@@ -300,7 +300,7 @@ class ChatRequest(Request):
         ]
         | None
     ) = None
-    # Refused whatever their value, so the OpenAPI document does not offer them.
+    # Always refused, whatever their value, so the OpenAPI document does not list them.
     functions: SkipJsonSchema[Any] = None
     function_call: SkipJsonSchema[Any] = None
     audio: SkipJsonSchema[Any] = None
@@ -362,5 +362,5 @@ class ChatRequest(Request):
 
     @property
     def completion_bound(self) -> int | None:
-        """The wanted bound on completion tokens; None is what the context leaves."""
+        """The requested bound on completion tokens; None means what the context leaves."""
         return self.max_completion_tokens or self.max_tokens

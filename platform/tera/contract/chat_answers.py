@@ -1,4 +1,4 @@
-"""What `POST /v1/chat/completions` answers: the whole answer, and the chunks of a stream (T-2)."""
+"""Answers of `POST /v1/chat/completions`: the whole answer, and the chunks of a stream (T-2)."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from tera.contract.common import StreamUsage, Usage
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A token that was likely at one position."""
+    """A likely token at one position."""
 
     token: str
     logprob: float
@@ -16,7 +16,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """The token at one position, and those that were likely."""
+    """The token at one position, and the likely ones there."""
 
     token: str
     logprob: float
@@ -32,14 +32,14 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class FunctionCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A piece of a function call: the name comes whole, arguments in pieces."""
+    """A piece of a function call: the name is sent whole, arguments in pieces."""
 
     name: str | None = None
     arguments: str | None = None
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A piece of one tool call; `id` and `type` come with the first."""
+    """A piece of one tool call; the first piece has `id` and `type`."""
 
     index: int
     id: str | None = None
@@ -93,7 +93,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 
 
 class MessageDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a message gains."""
+    """What an event adds to a message."""
 
     role: str | None = None
     content: str | None = None
@@ -102,7 +102,7 @@ class MessageDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
-    """A choice's part of one event."""
+    """The part of one event that belongs to a choice."""
 
     index: int
     delta: MessageDelta
@@ -111,7 +111,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is there only with `include_usage`."""
+    """One event of a stream; it has `usage` only with `include_usage`."""
 
     id: str
     created: int

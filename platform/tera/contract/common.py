@@ -1,4 +1,4 @@
-"""What every endpoint shares: strict types, the error envelope, usage, model cards."""
+"""Shared by every endpoint: strict types, the error envelope, usage, model cards."""
 
 import json
 from typing import Annotated, Any, Literal, Never, TypeVar
@@ -24,7 +24,7 @@ from tera.errors import (
 )
 
 MAX_SHOWN_CHARACTERS = 256
-"""Of a client's own words in a message: enough to know them again."""
+"""How much of a client's own text an error message repeats: enough to recognise it."""
 
 
 class Request(BaseModel):
@@ -41,7 +41,7 @@ class Request(BaseModel):
 
 
 def _integer(value: Any) -> Any:
-    """Accept `1.0` as an integer, as JSON Schema does, and nothing else that is none."""
+    """Accept `1.0` as an integer, as JSON Schema does, but no other number that is not one."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -54,30 +54,30 @@ def _number(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_integer)]
-"""A JSON integer of any size; `true` is none, `1.0` is one."""
+"""A JSON integer of any size; `true` is not one, `1.0` is."""
 
 Number = Annotated[float, BeforeValidator(_number)]
 """A JSON number; an integer is one."""
 
 
 def unsupported(reason: str, at: str = "") -> Never:
-    """Refuse, inside a validator, what this deployment cannot honour; `at` as in `invalid`."""
+    """In a validator, refuse what this deployment does not support; `at` as in `invalid`."""
     context = {"reason": reason, "at": at}
     raise PydanticCustomError("unsupported_parameter", "{reason}", context)
 
 
 def invalid(reason: str, at: str = "") -> Never:
-    """Refuse, inside a validator, a value; `at` is the path within the field, such as `[2]`."""
+    """In a validator, refuse a value; `at` is the path within the field, such as `[2]`."""
     raise PydanticCustomError("invalid_value", "{reason}", {"reason": reason, "at": at})
 
 
 def missing(at: str = "") -> Never:
-    """Say, inside a validator, that a member is required; `at` as in `invalid`."""
+    """In a validator, say that a member is required; `at` as in `invalid`."""
     raise PydanticCustomError("missing_member", "is required", {"at": at})
 
 
 def wrong_type(expected: str, value: Any, at: str = "") -> Never:
-    """Refuse, inside a validator, a JSON type; `at` is the path within the field."""
+    """In a validator, refuse a JSON type; `at` is the path within the field."""
     context = {"expected": expected, "received": shown(value), "at": at}
     raise PydanticCustomError("wrong_type", "{expected}", context)
 
@@ -91,13 +91,13 @@ def parse_request(kind: type[T], body: dict[str, Any]) -> T:
     """Return the request in a parsed JSON object.
 
     Raises:
-        InvalidRequestError: of the kind that fits the first wrong field in the order in which
-            the fields are declared; `param` is its path, such as `prompt[2]`.
+        InvalidRequestError: of the kind that fits the first wrong field, in the order in which
+            fields are declared; `param` is its path, such as `prompt[2]`.
     """
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        # Arrays fail at their first wrong entry, or else a long one would have an error for each.
+        # Arrays fail at their first wrong entry; otherwise a long one could have an error for each.
         order = {name: position for position, name in enumerate(kind.model_fields)}
         faults = error.errors(include_url=False)
         first = min(faults, key=lambda fault: order.get(str(fault["loc"][0]), -1))
@@ -107,7 +107,7 @@ def parse_request(kind: type[T], body: dict[str, Any]) -> T:
 def _field_error(fault: ErrorDetails) -> InvalidRequestError:
     kind, context = fault["type"], fault.get("ctx") or {}
     if kind == "literal_error" and not isinstance(fault["input"], str):
-        kind, context = "string_type", {}  # all that can be chosen among are strings
+        kind, context = "string_type", {}  # all allowed values are strings
     if kind == "string_too_short":
         kind, context = "invalid_value", {"reason": "must not be empty"}  # no string has another
     param = path_of(fault["loc"]) + context.get("at", "")
@@ -143,7 +143,7 @@ _WANTED = {
 
 
 def _bounds(kind: str, context: dict[str, Any]) -> str:
-    """Return the range that a range error speaks of, or nothing if it is another error."""
+    """Return the range that a range error mentions; empty for other errors."""
     if kind == "string_too_long":
         return f"at most {context['max_length']} characters"
     if kind == "string_pattern_mismatch":
@@ -154,7 +154,7 @@ def _bounds(kind: str, context: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a received value as JSON, shortened: enough to find it, never a whole prompt."""
+    """Return a received value as JSON, shortened: enough to recognise, never a whole prompt."""
     if isinstance(value, str):
         return "a string"
     if isinstance(value, list | dict):
@@ -164,7 +164,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """Return a client's own words as an error may repeat them: not more than a few lines."""
+    """Shorten a client's own text to what an error may repeat: a few lines at most."""
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
 
 
@@ -177,7 +177,7 @@ def path_of(location: tuple[int | str, ...]) -> str:
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The inside of the envelope: exactly these four members."""
+    """The content of the envelope: exactly these four members."""
 
     message: str
     type: str
@@ -204,7 +204,7 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a request used; each prompt counts once, completions are summed."""
+    """What a request used: each prompt counts once, completions are summed."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -223,7 +223,7 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> 
 
 
 StreamUsage = Usage | msgspec.UnsetType | None
-"""A chunk's `usage`: not there, or null until the last chunk has it."""
+"""A chunk's `usage`: absent, or null in all chunks but the last."""
 
 ModelStatus = Literal["ready", "scaled_to_zero", "starting", "failed"]
 

@@ -49,15 +49,15 @@ Prompt = str | list[int]
 
 
 MAX_TOKEN_IDS = 1_048_576
-"""Of all prompts of a request: what the longest contexts that models have can hold."""
+"""Most token ids in all prompts of a request: as many as the longest contexts can hold."""
 
 
 class PromptArray(list[Prompt]):
-    """Prompts that came in an array, so that each has a place in it."""
+    """Prompts that were sent in an array, so that errors name their index."""
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """Return the four forms of `prompt` as one: a list of prompts."""
+    """Convert the four forms of `prompt` to one: a list of prompts."""
     if isinstance(value, str):
         return [text_at(value, "")]
     if not isinstance(value, list):
@@ -85,7 +85,7 @@ def _tokens(value: Any, at: str) -> list[int]:
         wrong_type("a string or an array of token ids", value, at)
     if not value:
         invalid("must not be an empty array", at)
-    # There may be a million, so what is right is told in a few steps over the whole list.
+    # There may be a million, so valid ids are recognised in a few passes over the whole list.
     types = set(map(type, value))
     if types == {int}:
         return value
@@ -104,7 +104,7 @@ _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItem
 
 Prompts = Annotated[
     list[Prompt],
-    SkipValidation,  # a copy would be no `PromptArray`, and there is nothing left to check
+    SkipValidation,  # a copy would not be a `PromptArray`, and nothing is left to check
     BeforeValidator(_prompts),
     WithJsonSchema(
         {
@@ -122,7 +122,7 @@ Prompts = Annotated[
 
 
 class CompletionRequest(Request):
-    """A request; fields in the contract's order, which is the order of reported faults."""
+    """A request; faults are reported in the order of the fields, which is the contract's."""
 
     model: ModelId
     prompt: Prompts
@@ -222,7 +222,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class CompletionChunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is there only with `include_usage`."""
+    """One event of a stream; it has `usage` only with `include_usage`."""
 
     id: str
     created: int

@@ -27,7 +27,7 @@ engine."""
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """In a field's annotation: the range of its number, which an error names whole."""
+    """In a field's annotation: the range of its number, which errors name in full."""
 
     ge: int | None = None
     gt: int | None = None
@@ -68,9 +68,9 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """In a field's annotation: how long its array may be, looked at before any entry is.
+    """In a field's annotation: how long its array may be; checked before any entry.
 
-    The first entry that is wrong is the only one told: a long array would have an error for each.
+    Only the first wrong entry is reported: a long array could have an error for each.
     """
 
     least: int
@@ -98,7 +98,7 @@ class Entries:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number; `true` is none."""
+    """Return whether a JSON value is a number; `true` is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -112,7 +112,7 @@ def text_at(value: Any, at: str) -> str:
 
 
 def _stops(value: Any) -> list[str]:
-    """Return the two forms of `stop` as one: a list of stop strings."""
+    """Convert the two forms of `stop` to one: a list of stop strings."""
     if isinstance(value, str):
         return [text_at(value, "")]
     if not isinstance(value, list):
@@ -143,7 +143,7 @@ def _biases(value: Any) -> dict[int, float]:
 ModelId = Annotated[
     NonEmpty,
     Field(
-        description="Id or alias of a model, as in the model list. Upper and lower case differ.",
+        description="Id or alias of a model, as in the model list; case-sensitive.",
         examples=["Qwen/Qwen2.5-7B-Instruct"],
     ),
 ]
@@ -151,7 +151,8 @@ MaxTokens = Annotated[
     Integer,
     Range(ge=1),
     Field(
-        description="Most tokens of one completion; with the prompt it must fit the context.",
+        description="Most tokens to generate for one completion; prompt and completion must fit "
+        "the context.",
         examples=[64],
     ),
 ]
@@ -162,44 +163,44 @@ TopP = Annotated[
     Number,
     Range(ge=0, le=1),
     Field(
-        description="Sample among the likeliest tokens of this total probability; 0 is the "
-        "single likeliest.",
+        description="Sample among the likeliest tokens with this total probability; 0 means "
+        "the single likeliest.",
     ),
 ]
 TopK = Annotated[
     Integer,
     Range(ge=-1, le=2**31 - 1),
     Field(
-        description="Sample among this many likeliest tokens; -1 and 0 are all.",
+        description="Sample among this many likeliest tokens; -1 and 0 mean all.",
     ),
 ]
 MinP = Annotated[
     Number,
     Range(ge=0, le=1),
-    Field(description="Leave out tokens less likely than this share of the likeliest."),
+    Field(description="Exclude tokens less likely than this fraction of the likeliest."),
 ]
 RepetitionPenalty = Annotated[
     Number,
     Range(gt=0, le=2),
-    Field(description="Above 1 holds back tokens of the prompt and of the text."),
+    Field(description="Values above 1 make tokens of the prompt and the text less likely."),
 ]
 Penalty = Annotated[
     Number,
     Range(ge=-2, le=2),
-    Field(description="Above 0 holds back tokens that the text has already."),
+    Field(description="Values above 0 make tokens that are already in the text less likely."),
 ]
 Choices = Annotated[
     Integer,
     Range(ge=1, le=MAX_CHOICES),
     Field(
-        description=f"Completions of each prompt; prompts × n is at most {MAX_CHOICES}.",
+        description=f"Completions per prompt; prompts × n is at most {MAX_CHOICES}.",
     ),
 ]
 Seed = Annotated[
     Integer,
     Range(ge=-(2**63), le=2**63 - 1),
     Field(
-        description="The same request with the same seed gives the same text.",
+        description="Repeating a request with the same seed gives the same text.",
     ),
 ]
 Stops = Annotated[
@@ -229,7 +230,7 @@ LogitBias = Annotated[
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": MAX_BIASES,
-            "description": "Token ids to what is added to their log-probabilities.",
+            "description": "Maps token ids to a bias that is added to their log-probabilities.",
             "examples": [{"50256": -100}],
         }
     ),
@@ -237,13 +238,13 @@ LogitBias = Annotated[
 User = Annotated[
     str,
     StringConstraints(max_length=512),
-    Field(description="A name of the end user, for the usage records."),
+    Field(description="A name for the end user, kept in the usage records."),
 ]
 Streamed = Annotated[bool, Field(description="Answer with server-sent events.")]
 
 
 class StreamOptions(Request):
-    """What a stream holds beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: Annotated[
         bool, Field(description="One more event before the end, with `usage` and no choices.")
@@ -251,7 +252,7 @@ class StreamOptions(Request):
 
 
 def only_with_stream(value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-    """Refuse `stream_options` of a request that is no stream."""
+    """Refuse `stream_options` in a request without `stream`."""
     if value is not None and info.data.get("stream") is False:
         invalid("is only allowed together with 'stream': true")
     return value

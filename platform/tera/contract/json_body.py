@@ -1,8 +1,8 @@
-"""A request's body as a JSON object: only what all parsers read alike, and at a bounded cost.
+"""Parses a body as a JSON object: only what all parsers read alike, and at a bounded cost.
 
-What a body costs is not a matter of its bytes: ten megabytes of text are one string, ten
-megabytes of `{},` are three million objects. So a body is measured before anything is built
-of it.
+The cost of a body does not depend on its size alone: ten megabytes of text are one string, ten
+megabytes of `{},` are three million objects. So the values in a body are counted before any object
+is created.
 """
 
 import json
@@ -18,38 +18,38 @@ from tera.errors import InvalidJsonError, InvalidValueError
 MAX_JSON_DEPTH = 64
 
 MAX_JSON_VALUES = 1_200_000
-"""Of a body: the most token ids that a prompt may have, and 150,000 more. One takes up to 80 bytes
-and 0.2 µs."""
+"""Most values in a body: as many as a prompt may have token ids, plus 150,000. Each takes up to 80
+bytes and 0.2 µs."""
 
 MAX_JSON_CONTAINERS = 16_384
-"""Arrays and objects of a body: eight for each message that there may be, such as three tool calls.
-One takes up to 200 bytes and 0.5 µs, most of it the garbage collector's."""
+"""Most arrays and objects in a body: eight per possible message, such as three tool calls. Each
+takes up to 200 bytes and 0.5 µs, most of that in the garbage collector."""
 
 MAX_JSON_MEMBERS = 65_536
-"""Of all objects of a body, four for each that there may be. One takes up to 0.5 µs."""
+"""Most members of all objects in a body: four per possible object. Each takes up to 0.5 µs."""
 
 _NAMED_BYTES = 65_536
-"""Of larger bodies a key that comes twice is not named: it takes another parser to find it."""
+"""In larger bodies a duplicate key is not named: finding it takes a second, slower parser."""
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object in a request body.
 
-    Refuses what parsers disagree about, so that no two parts of a platform can read one body
-    in two ways: duplicate keys, NaN and Infinity, numbers beyond a double, lone surrogates.
+    Refuses what parsers disagree about, so that no two parts of a platform can read a body
+    differently: duplicate keys, NaN and Infinity, numbers beyond a double, lone surrogates.
 
     Raises:
-        InvalidJsonError: the body is none of that kind, or nests deeper than 64.
-        InvalidValueError: it has more values than are read.
+        InvalidJsonError: the body is not such an object, or nests deeper than 64.
+        InvalidValueError: it has too many values.
     """
     counts = _counts(body)
     value = _decoded(body)
     if not isinstance(value, dict):
         raise InvalidJsonError("The request body must be a JSON object.")
     members = sum(sum(map(len, level.objects)) for level in _levels(value, counts.containers))
-    if members != counts.members:  # the decoder keeps the last of two with one name
+    if members != counts.members:  # of two members with the same name, the decoder keeps the last
         raise _key_twice(body)
-    # msgspec refuses other numbers beyond a double; an integer is beyond one from 309 digits on.
+    # msgspec refuses other numbers beyond a double; an integer may exceed one from 309 digits on.
     if _MANY_DIGITS in body.translate(_EACH_DIGIT_AS_ZERO) and _holds_huge_integer(value):
         raise InvalidJsonError(_TOO_LARGE)
     return value
@@ -63,20 +63,20 @@ _EACH_DIGIT_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 class _Counts(NamedTuple):
-    """Of the values in a JSON text."""
+    """Numbers of values in a JSON text."""
 
     containers: int
     members: int
 
 
 def _counts(body: bytes) -> _Counts:
-    """Return how many values a JSON text has, without parsing it.
+    """Count the values in a JSON text without parsing it.
 
-    Of what is no JSON, the counts are right up to the place where a parser stops.
+    If the text is not JSON, the counts are right up to the place where a parser would stop.
 
     Raises:
-        InvalidJsonError: it nests too deep, or closes what is not open.
-        InvalidValueError: there are more values than are read.
+        InvalidJsonError: it nests too deeply, or closes a bracket that is not open.
+        InvalidValueError: there are too many values.
     """
     depth = containers = members = commas = 0
     for structure in _structure(body):
@@ -93,7 +93,7 @@ def _counts(body: bytes) -> _Counts:
         commas += structure.count(b",")
         _check_count(containers, MAX_JSON_CONTAINERS, "arrays and objects")
         _check_count(members, MAX_JSON_MEMBERS, "members of objects")
-        # An array or object has one value more than commas, or none.
+        # An array or object has one more value than it has commas, or is empty.
         _check_count(containers + commas, MAX_JSON_VALUES, "values")
     return _Counts(containers, members)
 
@@ -104,7 +104,7 @@ def _check_count(found: int, most: int, what: str) -> None:
 
 
 _SLICE_BYTES = 65_536
-"""What is looked at in one go: half a millisecond, and memory that does not add up."""
+"""Bytes examined at a time: half a millisecond, and little memory."""
 
 _NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
 
@@ -113,19 +113,19 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def _structure(body: bytes) -> Iterator[bytes]:
-    """Yield what is outside of strings of brackets, colons and commas, slice by slice.
+    """Yield the brackets, colons and commas outside strings, slice by slice.
 
-    All is done by operations on whole byte strings, since a loop in Python over ten million
-    bytes would itself be what it guards against.
+    It uses operations on whole byte strings, since a Python loop over ten million bytes would
+    itself be the attack that it guards against.
     """
     start, in_string = 0, False
     while start < len(body):
         end = start + _SLICE_BYTES
         backslashes = len(body[start:end]) - len(body[start:end].rstrip(b"\\"))
         end += backslashes % 2  # an escaped character stays with its backslash
-        # In this order: of `\\"` the quote ends the string. Then each quote bounds a string.
+        # In this order: in `\\"` the quote ends the string. Then every quote delimits a string.
         plain = body[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
-        # Most strings are empty then; of two neighbours a comma or a colon is between.
+        # Most strings are empty by then; between two strings there is a comma or a colon.
         kept = plain.translate(None, _NO_STRUCTURE).replace(b'""', b"")
         parts = kept.split(b'"')
         yield b"".join(parts[in_string::2])
@@ -146,19 +146,19 @@ def _decoded(body: bytes) -> Any:
 
 
 class _Level(NamedTuple):
-    """What is at one depth of a JSON value."""
+    """The arrays and objects at one depth of a JSON value."""
 
     arrays: list[list[Any]]
     objects: list[dict[str, Any]]
 
 
 def _levels(value: dict[str, Any], containers: int) -> Iterator[_Level]:
-    """Yield the arrays and objects at each depth, from the outermost to the last of that many."""
+    """Yield the arrays and objects at each depth, outermost first, until all `containers` came."""
     level = _Level([], [value])
     while level.arrays or level.objects:
         yield level
         containers -= len(level.arrays) + len(level.objects)
-        if not containers:  # a million token ids need not be looked through for more
+        if not containers:  # no need to search a million token ids for more
             return
         inside = [each for array in level.arrays for each in array if type(each) in _CONTAINERS]
         inside += [
@@ -181,7 +181,7 @@ def _holds_huge_integer(value: dict[str, Any]) -> bool:
 
 
 def _key_twice(body: bytes) -> InvalidJsonError:
-    """Return the error of a body with a key twice in one object."""
+    """Return the error for a body in which an object has a duplicate key."""
     found: list[str] = []
 
     def look(pairs: list[tuple[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The API as one OpenAPI 3.1 document.
 
 Ranges, defaults and field names come from the types that parse and write requests and answers
-(`openapi_schemas`); what is added here is what no type says: paths, statuses and headers.
+(`openapi_schemas`); this module adds what no type says: paths, statuses and headers.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ STATUSES = {
     "RateLimited": "429",
     "ServerError": "500",
 }
-"""Of the error responses, by their name in the document."""
+"""The error responses, by their name in the document."""
 
 _LIMIT_HEADERS = tuple(
     f"x-ratelimit-{figure}-{unit}"
@@ -51,7 +51,7 @@ def openapi_document() -> dict[str, Any]:
             "modification: point them at this server's `/v1` with a Tera API key. HEAD is "
             "answered where GET is.",
         },
-        # Relative: the document is right wherever it is served.
+        # Relative, so that the document is right wherever it is served.
         "servers": [{"url": "/", "description": "The server that this document comes from"}],
         "security": [{"bearerAuth": []}],
         "tags": [
@@ -59,7 +59,7 @@ def openapi_document() -> dict[str, Any]:
             {"name": "completions", "description": "Text completions"},
             {"name": "models", "description": "Model catalog"},
             {"name": "document", "description": "This document"},
-            {"name": "operations", "description": "For operators, inside of the platform only"},
+            {"name": "operations", "description": "For operators, only inside the platform"},
         ],
         "paths": {
             "/v1/completions": {"post": _completions()},
@@ -137,7 +137,7 @@ def _model() -> Schema:
         "name": "id",
         "in": "path",
         "required": True,
-        "description": "Its slashes may be sent as they are or as `%2F`.",
+        "description": "Slashes in it may be sent as they are or as `%2F`.",
         "schema": {"type": "string", "minLength": 1},
         "example": examples.MODEL,
     }
@@ -157,7 +157,7 @@ def _document() -> Schema:
     return {
         "tags": ["document"],
         "summary": "Retrieve this document",
-        "description": "A deployment can switch it off; then the path is unknown.",
+        "description": "A deployment can turn it off; then the path is unknown.",
         "operationId": "retrieveDocument",
         "responses": {
             "200": _answer("The document.", _OBJECT),
@@ -167,7 +167,7 @@ def _document() -> Schema:
 
 
 def _operations() -> dict[str, Any]:
-    """Return the keyless routes."""
+    """Return the routes that need no key."""
     text = {"text/plain": {"schema": {"type": "string"}}}
     whole = {"description": "Prometheus text.", "headers": _own_headers(), "content": text}
     refused = _errors("MethodNotAllowed", "ServerError")
@@ -228,7 +228,7 @@ def _answer(description: str, schema: Schema, example: Any = None) -> Schema:
 
 
 def _generated(what: str, whole: str, chunk: str, example: Any) -> Schema:
-    """Return the 200 of a route that answers whole or, with `stream`, as events."""
+    """Return the 200 response of a route that answers at once or, with `stream`, as events."""
     answer = _answer(
         f"{what} (or an SSE stream when `stream: true`). The schema of `text/event-stream` is "
         "that of each event's `data`; the last event is `[DONE]`, or, when the generation "
@@ -263,7 +263,7 @@ def _error_responses() -> dict[str, Any]:
             ("BadRequest", "Malformed request.", ()),
             ("Unauthorized", "Missing or invalid API key.", ("www-authenticate",)),
             ("NotFound", "Model not found or not deployed.", ()),
-            ("MethodNotAllowed", "The path exists, with other methods.", ("allow",)),
+            ("MethodNotAllowed", "The path exists, but not with this method.", ("allow",)),
             ("RequestTooLarge", "The body is larger than this deployment accepts.", ()),
             (
                 "RateLimited",
@@ -284,22 +284,22 @@ def _headers() -> dict[str, Any]:
     text = {"type": "string"}
     headers = {
         "x-request-id": _header(
-            "Names the request in our logs; send it along with a question.",
+            "Identifies the request in our logs; quote it when you report a problem.",
             {"type": "string", "pattern": "^req_[0-9a-f]{32}$"},
             required=True,
         ),
         "www-authenticate": _header("The scheme to use.", {"const": "Bearer"}, required=True),
-        "allow": _header("The methods that the path has.", text, required=True),
+        "allow": _header("The methods that the path supports.", text, required=True),
         "retry-after": _header("Seconds to wait.", {"type": "integer", "minimum": 1}),
         "retry-after-ms": _header("Milliseconds to wait.", whole),
-        "x-should-retry": _header("`false` where waiting does not help.", {"const": "false"}),
+        "x-should-retry": _header("`false` if waiting does not help.", {"const": "false"}),
     }
     for name in _LIMIT_HEADERS:
         _, _, figure, unit = name.split("-")
         what = {
-            "limit": f"Most {unit} per minute; absent where there is no limit.",
+            "limit": f"Allowed {unit} per minute; absent if there is no limit.",
             "remaining": f"How many {unit} are left now.",
-            "reset": f"When all {unit} are back, such as `6m0s`, `1.2s` or `20ms`.",
+            "reset": f"Time until all {unit} are back, such as `6m0s`, `1.2s` or `20ms`.",
         }[figure]
         headers[name] = _header(what, text if figure == "reset" else whole)
     return headers

@@ -167,7 +167,7 @@ ERRORS: Mapping[str, tuple[TeraError, ...]] = {
         InternalError("The server failed on this request."),
     ),
 }
-"""By the document's name of the response."""
+"""Example errors, by the name of the response in the document."""
 
 _RATE_LIMITED: Mapping[str, TeraError] = {
     "requests_per_minute": RequestRateLimitError(
@@ -190,7 +190,7 @@ _RATE_LIMITED: Mapping[str, TeraError] = {
 
 
 def error_bodies(response: str) -> dict[str, Json]:
-    """Return the example bodies of an error response of the document, by a name for each."""
+    """Return the named example bodies of an error response."""
     if response == "RateLimited":
         errors = _RATE_LIMITED
     else:

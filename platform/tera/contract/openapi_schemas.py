@@ -25,19 +25,19 @@ ANSWERS = (
 )
 
 PUBLIC_NAMES = {"Completion": "CompletionResponse", "ErrorEnvelope": "ErrorResponse"}
-"""Types whose name in the document is another: it was public before the type was written."""
+"""Types that have another name in the document, which was public before the type existed."""
 
 FINISH_REASONS = {
     "CompletionChoice": ["stop", "length"],
     "ChatChoice": ["stop", "length", "tool_calls"],
 }
-"""Values that the types do not list: they come from the engine, a layer above."""
+"""Values that the types do not list, since they come from the engine, a layer above."""
 
 _NULL: Schema = {"type": "null"}
 
 
 def request_schemas() -> dict[str, Schema]:
-    """Return the schemas of request bodies, by name, in the forms that clients may send."""
+    """Return the schemas of request bodies, by name, in all forms that clients may send."""
     _, definitions = models_json_schema(
         [(request, "validation") for request in REQUESTS], ref_template=REF + "{model}"
     )
@@ -60,7 +60,7 @@ def _plain(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     return {
-        # Below `properties` the keys are our fields' names.
+        # Below `properties`, the keys are names of our fields.
         key: {name: _plain(field) for name, field in value.items()}
         if key == "properties"
         else _plain(value)
@@ -70,7 +70,7 @@ def _plain(schema: Any) -> Any:
 
 
 def _optional(field: Schema) -> Schema:
-    """Return the schema of a field that may be left out: null means the same."""
+    """Return the schema of an optional field: null means the same as leaving it out."""
     if field.get("default", ...) is None:
         field = {key: value for key, value in field.items() if key != "default"}
     return _nullable(_not_null(field))
@@ -108,7 +108,7 @@ def answer_schemas() -> dict[str, Schema]:
     }
     answers = {name: _sent(kinds[name], schema) for name, schema in schemas.items()}
     _set_finish_reasons(answers)
-    # Promised to have these members and no others; all other answers may gain some.
+    # These are promised to have no other members; all other answers may gain some.
     for name in ("ErrorEnvelope", "ErrorBody"):
         answers[name]["additionalProperties"] = False
     for name, public in PUBLIC_NAMES.items():
@@ -123,7 +123,7 @@ def _in(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
 
 
 def _sent(kind: type[msgspec.Struct], schema: Schema) -> Schema:
-    """Return what msgspec writes about a type as what a client can rely on."""
+    """Turn msgspec's schema of a type into what a client can rely on."""
     omits_defaults = kind.__struct_config__.omit_defaults
     required = []
     properties = {}
@@ -145,8 +145,8 @@ def _sent(kind: type[msgspec.Struct], schema: Schema) -> Schema:
 
 
 def _set_finish_reasons(answers: dict[str, Schema]) -> None:
-    """List the reasons: a whole answer always has one, an event only at a choice's end."""
-    # One type serves both here, so the event's schema is made from the answer's.
+    """List the finish reasons: a whole answer always has one, an event only at a choice's end."""
+    # One type serves both, so the event's schema is derived from the answer's.
     whole = answers["CompletionChoice"]
     answers["CompletionChunkChoice"] = {**whole, "properties": {**whole["properties"]}}
     choices = answers["CompletionChunk"]["properties"]["choices"]

@@ -1,4 +1,4 @@
-"""The one interface between Tera and whatever does a model's work."""
+"""The interface between Tera and its engines."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,9 +8,9 @@ from tera.generation import Generation, ReplicaLoad, TokenDelta
 
 
 class Engine(Protocol):
-    """What every engine process has inside, whatever kind of work its model does.
+    """What every engine provides, whatever kind of model it runs.
 
-    Built by an async factory that returns once the model is loaded.
+    An async factory creates it and returns once the model is loaded.
     """
 
     def load(self) -> ReplicaLoad:
@@ -22,24 +22,24 @@ class Engine(Protocol):
         ...
 
     async def check_health(self) -> None:
-        """Return if the engine can make progress.
+        """Check that the engine can make progress.
 
         Raises:
-            EngineStalledError: work is running and no step has ended for the stall limit.
+            EngineStalledError: there is work, but no step has ended within the stall limit.
             EngineError: the engine is dead.
         """
         ...
 
     async def close(self) -> None:
-        """Stop the engine and the processes that it started; calling it twice is harmless.
+        """Stop the engine and its child processes; calling it twice is harmless.
 
-        Generations that are open end with an error.
+        Open generations end with an error.
         """
         ...
 
 
 class TextEngine(Engine, Protocol):
-    """An engine that continues texts: tokens in, tokens out.
+    """An engine that generates text: tokens in, tokens out.
 
     Greedy generations are deterministic; so are sampled ones with a seed, on one kind of replica.
     """
@@ -50,22 +50,22 @@ class TextEngine(Engine, Protocol):
         emit: Callable[[TokenDelta], None],
         ended: Callable[[TeraError], None],
     ) -> Callable[[], None]:
-        """Begin a generation; return what aborts it.
+        """Begin a generation; return the function that aborts it.
 
-        The engine calls, and never waits, so that a token costs no task: whoever is called does
-        little and does not block. Nothing is called before `start` has returned.
+        The engine uses plain callbacks, so that a token costs no task; they must be quick and never
+        block. None is called before `start` has returned.
 
         Args:
             generation: what to continue, and how.
-            emit: called from the engine's step with what it has added. The delta that carries
-                `finish_reason` is the last call. One that raises is a defect of the caller: the
-                generation is aborted, and others go on.
+            emit: called from the engine's step with the new tokens. The delta with a
+                `finish_reason` is the last call. If it raises, that is the caller's defect: the
+                generation is aborted, and others continue.
             ended: called once, and last, if the generation ends without a finish reason: with an
                 `EngineError` if the engine died, stalled or gave it up, or an
                 `InvalidRequestError` if it refuses the parameters.
 
         Returns:
-            A function that frees the generation's KV blocks at once, after which nothing is
-            called any more. It may be called at any time, also from `emit`, and more than once.
+            A function that frees the generation's KV blocks at once; afterwards no callback is
+            called any more. It may be called at any time, even from `emit`, and more than once.
         """
         ...

@@ -1,15 +1,15 @@
-"""What an engine refuses whatever its kind, so that a client meets one message and not two."""
+"""What every engine refuses, checked in one place so that clients see the same messages."""
 
 from tera.errors import ContextLengthError, InvalidValueError
 from tera.generation import Generation
 
 MAX_LOGIT_BIAS_TOKENS = 1024
-"""Most tokens that a `logit_bias` may name. vLLM's model runner for GPUs has room for no more, and
-ends, with all that it runs, if it is given more."""
+"""Most tokens that a `logit_bias` may name. vLLM's model runner for GPUs has no room for more, and
+crashes, with everything it runs, if it gets more."""
 
 
 def check_bounds(generation: Generation, context_tokens: int) -> None:
-    """Refuse what no engine could take.
+    """Refuse generations that no engine could run.
 
     Raises:
         ContextLengthError: the prompt fills the context.

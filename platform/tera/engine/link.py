@@ -1,4 +1,4 @@
-"""The replica's end of the token channel: one frame per engine step to each gateway replica."""
+"""The replica's end of the token channel: sends each gateway replica one frame per engine step."""
 
 import asyncio
 from functools import partial
@@ -25,7 +25,7 @@ Address = tuple[str, int]
 
 
 class Worker(Protocol):
-    """Who does what gateway replicas order."""
+    """Carries out the orders of gateway replicas."""
 
     def load(self) -> ReplicaLoad:
         """Return the figures of the engine's latest step."""
@@ -36,18 +36,18 @@ class Worker(Protocol):
         ...
 
     def lost(self, link: "GatewayLink") -> None:
-        """Hear that nobody waits any more for what came over a link."""
+        """Handle the loss of a link: nobody waits any more for the generations ordered over it."""
         ...
 
 
 class GatewayLink(asyncio.Protocol):
     """One connection to one gateway replica.
 
-    All deltas sent within one turn of the event loop, which is one engine step, leave in one
+    All deltas sent within one turn of the event loop, which is one engine step, go into one
     frame. While the gateway does not read, deltas of a generation are merged instead of queued,
     so what is held is bounded by the tokens of the running generations.
 
-    While there is nothing to send, a heartbeat says that this event loop still runs.
+    While there is nothing to send, heartbeats show that this event loop still runs.
     """
 
     def __init__(self, replica_id: str, secret: str, worker: Worker) -> None:
@@ -71,7 +71,7 @@ class GatewayLink(asyncio.Protocol):
         self.closed = False
 
     def send(self, delta: TokenDelta) -> None:
-        """Queue a delta for the frame of this step; nothing, if the gateway is gone."""
+        """Queue a delta for the frame of this step; do nothing if the gateway is gone."""
         if self.closed:
             return
         held = self._pending.get(delta.generation_id)
@@ -80,17 +80,17 @@ class GatewayLink(asyncio.Protocol):
             self._flush_soon()
 
     def fail(self, failure: GenerationFailure) -> None:
-        """Say why a generation has ended, after the deltas that it was sent."""
+        """Report why a generation has ended, after its deltas."""
         self._failures.append(failure)
         self._flush_soon()
 
     def refuse(self, *generation_ids: int) -> None:
-        """Say that generations have to go elsewhere, after the deltas that they were sent."""
+        """Report that generations must go elsewhere, after their deltas."""
         self._refused += generation_ids
         self._flush_soon()
 
     def drain(self) -> None:
-        """Say that this replica takes nothing new."""
+        """Report that this replica accepts nothing new."""
         self._draining = True
         self._flush_soon()
 
@@ -107,11 +107,11 @@ class GatewayLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; the gateway speaks first."""
-        # A cast, since uvloop's transports are no subclass of asyncio's.
+        # A cast, since uvloop's transports do not subclass asyncio's.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Make the handshake; after it the gateway sends orders."""
+        """Complete the handshake, then pass on the gateway's orders."""
         assert self._transport is not None
         self._buffer += data
         if self.ready.done():
@@ -138,11 +138,11 @@ class GatewayLink(asyncio.Protocol):
             for payload in wire.take_frames(self._buffer):
                 self._worker.obey(self, decode_order(payload))
         except (ValueError, msgspec.MsgspecError):
-            # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
+            # Not our protocol, or a peer that is out of step: nothing after this can be trusted.
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let the worker stop what nobody reads any more."""
+        """Let the worker stop generations that nobody reads any more."""
         self.closed = True
         self._pending.clear()
         if self._heartbeat is not None:
@@ -150,15 +150,15 @@ class GatewayLink(asyncio.Protocol):
         self._worker.lost(self)
         if not self.ready.done():
             self.ready.set_exception(ReplicaLostError("The gateway refused the token channel."))
-            # Whoever waits has it; if nobody does, asyncio must not log it as forgotten.
+            # A waiter gets the error; if there is none, asyncio must not log it as never retrieved.
             self.ready.exception()
 
     def pause_writing(self) -> None:
-        """Hold deltas back: the gateway reads slower than the engine makes tokens."""
+        """Hold deltas back: the gateway reads more slowly than the engine generates."""
         self._paused = True
 
     def resume_writing(self) -> None:
-        """Send what was merged meanwhile."""
+        """Send what has been merged meanwhile."""
         self._paused = False
         self._flush()
 
@@ -183,13 +183,13 @@ class GatewayLink(asyncio.Protocol):
         self._sent_at = self._loop.time()
 
     def _beat(self) -> None:
-        """Send a heartbeat if nothing else was sent lately, and come back when the next is due."""
+        """Send a heartbeat if nothing else was sent lately, and schedule the next check."""
         if self.closed or self._transport is None or self._transport.is_closing():
             return
-        # While paused, what is already written tells as much, once the gateway reads it.
+        # While paused, the bytes already written serve as a heartbeat once the gateway reads them.
         if not self._paused and self._loop.time() - self._sent_at >= wire.HEARTBEAT_S:
             self._write()
-        # From now where nothing was sent, since then the gateway does not read.
+        # If nothing was sent, the gateway is not reading: count from now.
         since = self._loop.time() if self._paused else self._sent_at
         self._heartbeat = self._loop.call_at(since + wire.HEARTBEAT_S, self._beat)
 
@@ -210,12 +210,13 @@ class GatewayLinks:
         """
         task = self._links.get(address)
         if task is None or (task.done() and not _is_open(task)):
-            # Shared by all who ask while it is being made, and not cancelled with one of them.
+            # Shared by all who ask while it is being opened, and not cancelled with any one of
+            # them.
             task = self._links[address] = asyncio.create_task(self._connect(address))
         await asyncio.shield(task)
 
     def drain(self) -> None:
-        """Tell every gateway replica that this one takes nothing new, also those yet to connect."""
+        """Tell all gateway replicas, even ones yet to connect, that this one accepts nothing new."""
         self._draining = True
         for task in self._links.values():
             if _is_open(task):
@@ -238,7 +239,7 @@ class GatewayLinks:
                 try:
                     await link.ready
                 except BaseException:
-                    # Or a gateway that has not proved itself by now might still give orders.
+                    # Otherwise a gateway that has not proved itself yet could still give orders.
                     transport.abort()
                     raise
         except OSError as error:  # includes TimeoutError

@@ -1,6 +1,6 @@
-"""An engine without a model: deterministic tokens, a measured profile's times, faults on demand.
+"""An engine without a model: deterministic tokens, configurable timing, faults on demand.
 
-It is for tests and for load and scale experiments, and never stands in for a model.
+It is for tests and for experiments with load and scale, never a substitute for a model.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from tera.generation import Generation, ReplicaLoad, TokenDelta
 log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20
-"""Most alternatives that can be asked for, as in vLLM."""
+"""Most alternatives that can be requested, as in vLLM."""
 _ENDLESS = 2**62
 
 
@@ -59,7 +59,7 @@ class SimulatedEngine:
         self._progress_at = clock()
         self._work = asyncio.Event()
         self._gpu = asyncio.Lock()
-        """Held by a step, and while the engine sleeps."""
+        """Held during a step, and while the engine sleeps."""
         self._asleep = False
         self._woken_at = clock()
         self._closed = False
@@ -75,13 +75,13 @@ class SimulatedEngine:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> "SimulatedEngine":
-        """Return an engine after `startup_s`, as a model would take to load.
+        """Return an engine after `startup_s`, the time a model would take to load.
 
         Args:
             args: a model's `engine.args`: `profile` and `faults`.
-            stall_s: with work and no step for this long, `check_health` raises.
+            stall_s: if there is work but no step for this long, `check_health` raises.
             clock: monotonic seconds.
-            sleep: waits for as many seconds as it is given; 0 yields to other tasks.
+            sleep: waits for the given number of seconds; 0 yields to other tasks.
 
         Raises:
             ConfigError: the arguments are refused, or `fail_start` is set.
@@ -118,7 +118,7 @@ class SimulatedEngine:
         return ""
 
     async def check_health(self) -> None:
-        """Return if the engine can make progress; see `Engine.check_health`."""
+        """Check that the engine can make progress; see `Engine.check_health`."""
         if self._has_stopped():
             raise ReplicaLostError("The engine has stopped.")
         busy = self._batch and not self._asleep
@@ -138,7 +138,7 @@ class SimulatedEngine:
         self._gpu.release()
 
     async def close(self) -> None:
-        """Stop the engine; generations that are open fail."""
+        """Stop the engine; open generations fail."""
         self._closed = True
         self._steps.cancel()
         await asyncio.wait([self._steps])
@@ -185,7 +185,7 @@ class SimulatedEngine:
                 due = self._clock()
             async with self._gpu:
                 # Counting from when the last step was due, not from when its sleep returned,
-                # keeps the rate exact under timers that are late.
+                # keeps the rate exact even if timers fire late.
                 due = max(due, self._woken_at) + self._begin_step()
                 now = self._clock()
                 due = max(due, now)
@@ -197,12 +197,12 @@ class SimulatedEngine:
                 self._progress_at = self._clock()
 
     def _begin_step(self) -> float:
-        """Let in what waits; return the seconds that the step takes."""
+        """Admit waiting generations; return the seconds that the step takes."""
         prefill_s = self._batch.admit()
         return prefill_s + self._profile.decode_step_s + self._faults.delay_s(self._batch.running)
 
     def _grow(self, slot: Slot) -> None:
-        if slot not in self._batch:  # another one's `emit` has aborted it
+        if slot not in self._batch:  # another generation's `emit` has aborted it
             return
         delta = self._batch.grow(slot)
         try:
@@ -224,7 +224,7 @@ class SimulatedEngine:
         for slot in self._batch.open:
             self._end(slot, ReplicaLostError("The engine has stopped."))
         if not steps.cancelled() and (error := steps.exception()) is not None:
-            # Raised where it is seen: the loop's exception handler logs it.
+            # Raised from a callback, so that the event loop's exception handler logs it.
             raise error
 
 

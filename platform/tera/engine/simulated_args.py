@@ -1,4 +1,4 @@
-"""What a simulated model's `engine.args` say: how fast it is, and what goes wrong."""
+"""A simulated model's `engine.args`: how fast it is, and what goes wrong."""
 
 from typing import Any, Self
 
@@ -11,12 +11,12 @@ from tera.errors import ConfigError
 
 
 class Profile(Section):
-    """How fast the engine is and how much it holds."""
+    """How fast the engine is and how large its KV cache is."""
 
     prefill_tokens_per_s: float = Field(default=20_000, ge=0)
     """0 makes prefill take no time."""
     decode_step_s: float = Field(default=0.01, ge=0)
-    """One token of every running generation; 0 goes as fast as it can."""
+    """Duration of a step, which gives every running generation a token; 0 is as fast as it can."""
     max_running: int = Field(default=64, ge=1)
     startup_s: float = Field(default=0, ge=0)
     context_tokens: int = Field(default=8192, ge=2)
@@ -25,22 +25,22 @@ class Profile(Section):
 
 
 class Faults(Section):
-    """What goes wrong, on every prompt or on those that hold a marker."""
+    """What goes wrong, for every prompt or for those that contain a marker."""
 
     only_prompts_with: str = ""
-    """Text that a prompt must hold to meet a fault; empty is every prompt."""
+    """Only prompts that contain this text are affected; empty affects every prompt."""
     fail_start: bool = False
     """The engine never starts, whatever the prompts."""
     refuse: bool = False
     """The generation is refused as an invalid request."""
     fail_after_tokens: int | None = Field(default=None, ge=0)
-    """The generation fails, and the engine goes on."""
+    """The generation fails after this many tokens, and the engine continues."""
     stall_after_tokens: int | None = Field(default=None, ge=0)
-    """The engine makes no further step."""
+    """The engine makes no further step after this many tokens."""
     die_after_tokens: int | None = Field(default=None, ge=0)
-    """The process ends at once, as if killed."""
+    """The process ends after this many tokens, as if killed."""
     slow_step_s: float = Field(default=0, ge=0)
-    """Added to each step in which the generation runs."""
+    """Added to the duration of each step in which the generation runs."""
 
 
 class SimulatedArgs(Section):
@@ -51,12 +51,12 @@ class SimulatedArgs(Section):
 
     @classmethod
     def parse(cls, values: Any) -> Self:
-        """Return the parsed arguments; one that is null is as if it was not there.
+        """Return the parsed arguments; null means that an argument is absent.
 
-        A values file that puts this engine in the place of another sets the other's to null.
+        A values file that replaces another engine with this one sets the other's arguments to null.
 
         Raises:
-            ConfigError: one line for each fault, each beginning with the path of the value.
+            ConfigError: one line per fault, each beginning with the path of the value.
         """
         try:
             given = {name: value for name, value in values.items() if value is not None}

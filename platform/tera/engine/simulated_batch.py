@@ -1,4 +1,4 @@
-"""The generations inside the simulated engine: a batch that runs, and a queue for it."""
+"""The generations inside the simulated engine: the running batch, and a queue for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ class Slot:
     emit: Callable[[TokenDelta], None]
     ended: Callable[[TeraError], None]
     token_ids: list[int]
-    """The prompt, and what has been generated."""
+    """The prompt and what has been generated so far."""
     text: Continuation
     remaining: int
-    """Tokens until `length` ends the text: `max_tokens`, or less where the context is full."""
+    """Tokens until the text ends with `length`: `max_tokens`, or fewer if the context is full."""
     until_end: int
     """Tokens until the end of sequence is due."""
     meets_faults: bool
     prompt_logprobs: list[TokenLogprobs | None] | None
-    """Until the first delta has carried them."""
+    """Kept until the first delta has carried them."""
     generated: int = 0
     cached_tokens: int = 0
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens it came with."""
+        """The number of tokens in the prompt."""
         return len(self.generation.token_ids)
 
     def grow(self) -> TokenDelta:
@@ -61,7 +61,7 @@ class Slot:
 
 
 class Batch:
-    """Which generations run and which wait, and what they hold of the KV cache."""
+    """Which generations run and which wait, and how much of the KV cache they use."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
@@ -75,26 +75,26 @@ class Batch:
         return bool(self._running or self._waiting)
 
     def __contains__(self, slot: Slot) -> bool:
-        """Whether the slot runs or waits, and has not left."""
+        """Whether the slot runs or waits."""
         return slot in self._running or slot in self._waiting
 
     @property
     def running(self) -> list[Slot]:
-        """Those that the next step adds a token to, in the order in which they came."""
+        """The generations to which the next step adds a token, in order of arrival."""
         return list(self._running)
 
     @property
     def open(self) -> list[Slot]:
-        """Those that run and those that wait."""
+        """The generations that run or wait."""
         return [*self._running, *self._waiting]
 
     def load(self) -> ReplicaLoad:
-        """Return the figures of now."""
+        """Return the current figures."""
         usage_ratio = min(1.0, self._held_tokens / self._profile.kv_tokens)
         return ReplicaLoad(len(self._running), len(self._waiting), usage_ratio)
 
     def add(self, slot: Slot) -> None:
-        """Let a generation wait for its turn."""
+        """Queue a generation."""
         self._waiting[slot] = None
 
     def admit(self) -> float:
@@ -116,7 +116,7 @@ class Batch:
         return computed / rate if rate else 0.0
 
     def grow(self, slot: Slot) -> TokenDelta:
-        """Add one token to a generation that runs; one that is finished leaves."""
+        """Add one token to a running generation; remove it if it is finished."""
         self._held_tokens += 1
         delta = slot.grow()
         if delta.finish_reason is not None:
@@ -124,7 +124,7 @@ class Batch:
         return delta
 
     def release(self, slot: Slot) -> None:
-        """Let a generation go; harmless if it has gone."""
+        """Remove a generation; harmless if it is gone already."""
         self._waiting.pop(slot, None)
         if slot in self._running:
             del self._running[slot]

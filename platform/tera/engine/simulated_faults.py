@@ -1,4 +1,4 @@
-"""What goes wrong inside the simulated engine, as its `faults` ask for."""
+"""Injects the faults that the simulated engine's arguments ask for."""
 
 import asyncio
 import os
@@ -9,11 +9,11 @@ from tera.engine.simulated_batch import Slot
 from tera.engine.simulated_model import VOCABULARY
 
 CRASH_STATUS = 86
-"""Exit status of a process that `die_after_tokens` ends."""
+"""Exit status of a process ended by `die_after_tokens`."""
 
 
 class FaultInjection:
-    """Carries out an engine's faults on the generations that meet them."""
+    """Applies an engine's faults to the generations that are affected."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -22,22 +22,22 @@ class FaultInjection:
 
     @property
     def refuses(self) -> bool:
-        """Whether what meets the faults is refused."""
+        """Whether affected generations are refused."""
         return self._faults.refuse
 
     def are_met_by(self, token_ids: list[int]) -> bool:
-        """Return whether a prompt is one that something goes wrong with."""
+        """Return whether a prompt is affected by the faults."""
         if not self._any or not self._marker:
             return self._any
         return self._marker in b"".join(map(VOCABULARY.token_bytes, token_ids))
 
     def delay_s(self, running: Iterable[Slot]) -> float:
-        """Return the seconds by which a step of these generations is longer."""
+        """Return how many seconds longer a step with these generations takes."""
         slow_step_s = self._faults.slow_step_s
         return slow_step_s if slow_step_s and any(slot.meets_faults for slot in running) else 0.0
 
     async def strike(self, running: Iterable[Slot]) -> list[Slot]:
-        """End the process, or never return, if it is time to; return what is to fail."""
+        """End the process or never return, if that is due; else return the generations to fail."""
         if not self._any:
             return []
         met = [slot for slot in running if slot.meets_faults]

@@ -1,8 +1,8 @@
 """The simulated engine's model: a hash function over all tokens so far.
 
 The next token is a function of all tokens before it and of the seed, so a generation that is
-resumed from its prompt and what it has generated continues as if nothing had happened, whatever
-the sampling. `top_p`, `top_k`, `min_p` and the penalties change nothing; `logit_bias` forces at
+resumed from its prompt and its tokens so far continues as if nothing had happened, whatever the
+sampling. `top_p`, `top_k`, `min_p` and the penalties change nothing; `logit_bias` forces at
 100 and forbids at -100, and is ignored in between.
 """
 
@@ -22,7 +22,7 @@ _KEYS = [token_id.to_bytes(4, "little") for token_id in range(VOCABULARY.size)]
 
 
 class _Node(dict[int, "_Node"]):
-    """The bytes that can follow a part of a spelled character; none when it is whole."""
+    """The bytes that can follow the beginning of a character; none if it is complete."""
 
 
 def _spelling_tree() -> _Node:
@@ -38,7 +38,8 @@ _ROOT = _spelling_tree()
 
 
 def _plan() -> tuple[int, ...]:
-    # Of 96 tokens 8 begin a spelled character (1 in 12), 9 are punctuation, the rest words.
+    # Of 96 tokens, 8 begin a character spelled in bytes (1 in 12), 9 are punctuation, the rest
+    # words.
     first_bytes = sorted(_ROOT)
     slots = []
     for index in range(4096):
@@ -58,8 +59,8 @@ _PLAN = _plan()
 class Continuation:
     """The continuation of some token ids: each next token depends on all before it.
 
-    `state` is the CRC-32 of the ids so far, begun from the seed: both ways to the same ids,
-    generating them or being given them, end in the same state.
+    `state` is the CRC-32 of the ids so far, starting from the seed: whether the ids were generated
+    or given, the state is the same.
     """
 
     __slots__ = ("_forbidden", "_forced", "_node", "length", "state")
@@ -79,9 +80,9 @@ class Continuation:
         self._forbidden = frozenset(token_id for token_id, value in bias.items() if value <= -100)
 
     def next_token(self, may_end: bool) -> int:
-        """Return the next token and move past it; `may_end` asks for the end of sequence.
+        """Return the next token and advance; with `may_end` it is the end of sequence.
 
-        A character that has begun is finished first.
+        A character that has begun is completed first.
         """
         mixed = _mix(self.state)
         node = self._node
@@ -112,7 +113,7 @@ class Continuation:
 
 
 def token_logprobs(state: int, token_id: int, sampling: Sampling) -> list[TokenLogprobs] | None:
-    """Return what is asked for at a generated token; `state` is that before it."""
+    """Return the requested log-probabilities of a generated token; `state` is that before it."""
     if sampling.logprobs is None:
         return None
     rank = 0 if _is_greedy(sampling) else _sampled_rank(state)
@@ -120,7 +121,7 @@ def token_logprobs(state: int, token_id: int, sampling: Sampling) -> list[TokenL
 
 
 def prompt_logprobs(generation: Generation) -> list[TokenLogprobs | None] | None:
-    """Return what is asked for at each prompt token; there is nothing to say of the first."""
+    """Return the requested log-probabilities of each prompt token; the first has none."""
     count = generation.sampling.prompt_logprobs
     if count is None:
         return None

@@ -9,14 +9,14 @@ BLOCK_TOKENS = 16
 
 
 class PrefixCache:
-    """Which blocks of tokens the KV cache holds; the longest unused go first."""
+    """Which blocks of tokens the KV cache holds; the least recently used are evicted first."""
 
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens // BLOCK_TOKENS
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
     def match(self, token_ids: Sequence[int]) -> int:
-        """Return how many leading tokens are held; the last one always has to be computed."""
+        """Return how many leading tokens are cached; the last one must always be computed."""
         held = 0
         for key in _block_keys(token_ids[:-1]):
             if key not in self._blocks:
@@ -26,7 +26,7 @@ class PrefixCache:
         return held
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Hold the whole blocks of these tokens."""
+        """Cache the complete blocks of these tokens."""
         for key in _block_keys(token_ids):
             self._blocks[key] = None
             self._blocks.move_to_end(key)

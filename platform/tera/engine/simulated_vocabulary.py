@@ -1,8 +1,8 @@
 """The simulated engine's vocabulary: bytes, words and a few strings that other scripts need.
 
 Ids 0 to 255 are single bytes, 256 ends a text, and then come whole words with their leading
-space. Whatever is no word is spelled in bytes, so one visible character may span several
-tokens, as it does with real models.
+space. Everything else is spelled in bytes, so one visible character may span several tokens, as it
+does with real models.
 """
 
 from collections.abc import Iterable
@@ -83,15 +83,15 @@ SPELLED_CHARACTERS = (
     *"€→≈✓★☀",
     *"\U0001f600\U0001f680\U0001f389\U0001f9ea\U0001f98a\U0001f44d\U0001f3fd\U00020bb7",
 )
-"""What generated text spells in byte tokens: two, three and four bytes, combining and
-right-to-left ones among them."""
+"""Characters that generated text spells in byte tokens: two, three and four bytes long, including
+combining and right-to-left ones."""
 
 
 class Vocabulary:
-    """Text to token ids and back, the same in every process and version.
+    """Converts text to token ids and back, identically in every process and version.
 
     Attributes:
-        size: how many ids there are, from 0 on.
+        size: the number of ids, which start at 0.
         eos_id: the id that ends a text.
         word_ids: the ids of words, each with its leading space.
     """
@@ -111,9 +111,9 @@ class Vocabulary:
         self._lengths = [sorted(each, reverse=True) for each in lengths]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`: at each place the longest string known, else one byte.
+        """Return the ids of `text`: at each position the longest known string, or else one byte.
 
-        No text encodes to `eos_id`, so nobody can end a text by writing it.
+        No text encodes to `eos_id`, so a prompt cannot contain it.
 
         Raises:
             UnicodeEncodeError: the text holds a lone surrogate.
@@ -144,7 +144,7 @@ class Vocabulary:
         return self._bytes[token_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without end-of-text tokens; U+FFFD stands for broken UTF-8.
+        """Return the text of `ids` without end-of-text tokens; U+FFFD replaces broken UTF-8.
 
         Raises:
             IndexError: an id is not in the vocabulary.

@@ -1,4 +1,4 @@
-"""Engines that share a GPU: one is awake, the others sleep, and with work they take turns."""
+"""Lets engines share a GPU: one is awake, the others sleep, and those with work take turns."""
 
 import asyncio
 import time
@@ -15,29 +15,29 @@ from tera.errors import ReplicaLostError, TeraError
 from tera.generation import Generation, ReplicaLoad, TokenDelta
 
 POLL_S = 0.05
-"""How often a lock is looked at: the kernel tells nobody that one was released."""
+"""How often a lock is tried: the kernel does not notify anyone when one is released."""
 AFTERMATH_S = 5.0
-"""How long the processes of an engine may go on, and hold GPU memory, once its replica is dead."""
+"""How long an engine's processes may survive its replica, and hold GPU memory."""
 
 
 class Sleeper(TextEngine, Protocol):
     """An engine that can give its GPU's memory back and take it again."""
 
     async def sleep(self) -> None:
-        """Stop after the step in progress; open generations wait, and new ones with them."""
+        """Stop after the current step; open and new generations wait."""
         ...
 
     async def wake(self) -> None:
-        """Go on with all generations where they were."""
+        """Continue all generations where they stopped."""
         ...
 
 
 class Turn:
-    """The right to a GPU's memory, which one replica of a node has at a time.
+    """The right to use a GPU's memory, which one replica on a node has at a time.
 
-    Made of two file locks, which the kernel takes from a process that dies: one is the turn, and
-    whoever is next in line holds the other, by which the one whose turn it is knows of it. A file
-    beside them tells a turn that was left from one that its holder died with.
+    It consists of two file locks, which the kernel releases when a process dies: one is the turn;
+    the other is held by the next in line, which is how the holder of the turn knows that somebody
+    waits. A marker file shows whether the last holder left its turn or died with it.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Turn:
         poll_s: float = POLL_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Make a turn that somebody may wait for.
+        """Create a turn, which is not taken yet.
 
         Args:
-            directory: the GPU's, the same for all replicas on its node; made if need be.
-            poll_s: how often a lock is looked at.
-            sleep: waits for so many seconds.
+            directory: one per GPU, shared by all replicas on its node; created if missing.
+            poll_s: how often a lock is tried.
+            sleep: waits for the given number of seconds.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.poll_s = poll_s
@@ -63,11 +63,11 @@ class Turn:
         self._taken = False
 
     async def take(self) -> None:
-        """Wait in line, then for whoever has the turn to leave it."""
+        """Wait in line, then for the holder of the turn to leave it."""
         try:
             await self._locked(self._next)
             await self._locked(self._turn)
-            if self._mark.exists():  # left there by one that died with the turn
+            if self._mark.exists():  # left behind by a holder that died
                 await self._sleep(AFTERMATH_S)
             self._mark.touch()
             self._taken = True
@@ -77,23 +77,24 @@ class Turn:
             self._next.release()
 
     def is_wanted(self) -> bool:
-        """Return whether somebody waits for the turn to be left."""
+        """Return whether another replica waits for the turn."""
         if not _try_lock(self._next):
             return True
         self._next.release()
         return False
 
     def leave(self) -> None:
-        """Give the turn to whoever is next; harmless without having it."""
+        """Pass the turn to the next in line; harmless if it is not held."""
         if self._taken:
             self._taken = False
             self._mark.unlink(missing_ok=True)
             self._turn.release()
 
     def close(self) -> None:
-        """Let go of the locks; calling it twice is harmless.
+        """Release the locks; calling it twice is harmless.
 
-        A turn that was not left before is lost as by a death: whoever is next waits for its end.
+        A turn that was not left before counts as lost by a death: the next in line waits until this
+        engine's processes must have ended.
         """
         self._taken = False
         self._turn.release()
@@ -107,8 +108,9 @@ class Turn:
 class TurnTakingEngine:
     """An engine that sleeps while another one has the GPU's turn.
 
-    It keeps its turn for as long as nobody else wants it, work or not: the next request then finds
-    it awake. To somebody who waits it leaves the turn when it has no work, or has had `turn_s`.
+    It keeps its turn while no other replica wants it, even without work, so that the next request
+    finds it awake. If another one waits, it leaves the turn when it has no work or has had it for
+    `turn_s`.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class TurnTakingEngine:
         turn_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`engine` is awake and `turn` taken; `clock` gives monotonic seconds."""
+        """`engine` must be awake and `turn` taken; `clock` gives monotonic seconds."""
         self._engine = engine
         self._turn = turn
         self._turn_s = turn_s
@@ -132,7 +134,7 @@ class TurnTakingEngine:
     async def launch(
         cls, launch_engine: Callable[[], Awaitable[Sleeper]], turn: Turn, turn_s: float
     ) -> "TurnTakingEngine":
-        """Load an engine once it is its turn: loading takes the memory that it works with.
+        """Load an engine once it has the turn: loading needs the GPU's memory.
 
         Raises:
             TeraError: whatever `launch_engine` raises.
@@ -186,7 +188,7 @@ class TurnTakingEngine:
         return self._engine.metrics_text()
 
     async def check_health(self) -> None:
-        """Return if the engine can make progress, now or in its turn; see `Engine.check_health`."""
+        """Check that the engine can progress, now or in its turn; see `Engine.check_health`."""
         if self._turns.done():
             cause = None if self._turns.cancelled() else self._turns.exception()
             raise ReplicaLostError("The engine did not fall asleep or wake up.") from cause
@@ -224,8 +226,8 @@ class TurnTakingEngine:
 
 
 def _lock(path: Path) -> FileLock:
-    # Never by a file's mere existence, which outlives a process: where the kernel has no locks,
-    # taking one fails.
+    # Never fall back to locking by a file's existence, which outlives its process: without kernel
+    # locks, taking one must fail.
     return FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
 
 

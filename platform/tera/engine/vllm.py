@@ -24,26 +24,26 @@ from tera.errors import (
 from tera.generation import Generation, ReplicaLoad, TokenDelta
 from tera.upstream.vllm import check_engine, deliver, engine_processes, stat_logger
 
-# vLLM takes ten seconds to import and is not installed beside every part of Tera, so it is
-# imported where an engine starts and wherever one has started.
+# vLLM takes ten seconds to import and is not installed with every part of Tera, so it is only
+# imported in functions that start an engine or run once one has started.
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _SHUTDOWN_S = 20
-"""How long vLLM's processes may take to end before they are killed; they take about six."""
+"""Seconds that vLLM's processes get to end before they are killed; they take about six."""
 
 
 class VllmEngine:
     """vLLM's `AsyncLLM`, whose engine core runs in a process of its own.
 
-    A resumed generation is a prompt to vLLM, which keeps its sampling state elsewhere than in
-    token ids. What is done about it:
+    To vLLM a resumed generation is a new prompt, but its sampling state is not in the token ids.
+    So these cases are handled:
 
-    - greedy: exact in float32; in bfloat16 near-ties may fall the other way after the cut.
+    - greedy: exact in float32; in bfloat16 near-ties may be decided differently afterwards.
     - seed: the continuation is deterministic, but not the one that the lost replica would have
-      sampled. It draws from a seed of its own, so it does not repeat the first part's draws.
+      sampled. It uses a different seed, so that it does not repeat the first part's draws.
     - penalties count the resumed tokens as generated ones (`vllm_penalties`), so they are exact.
-    - structured output: `vllm_plugin` leads the grammar through the resumed tokens.
+    - structured output: `vllm_plugin` advances the grammar through the resumed tokens.
     """
 
     def __init__(
@@ -78,15 +78,16 @@ class VllmEngine:
             args: a model's `engine.args`, vLLM's `AsyncEngineArgs` by name.
             tensor_parallel: GPUs that share every layer.
             pipeline_parallel: workers that hold consecutive layers.
-            sleeps: whether it can give its GPU's memory back; on a CPU it sleeps and keeps it.
-            stall_s: with work and no step for this long, `check_health` raises. The longest
+            sleeps: whether it can release its GPU's memory; on a CPU it sleeps but keeps its
+            memory.
+            stall_s: if there is work but no step for this long, `check_health` raises. The longest
                 step is one prefill of `max_num_batched_tokens`.
             clock: monotonic seconds.
 
         Raises:
             ConfigError: an argument is unknown, or vLLM refuses its value.
             ReplicaLostError: vLLM's processes failed to start.
-            StartError: this vLLM is not one that Tera works with.
+            StartError: Tera does not work with this version of vLLM.
         """
         check_engine()
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -128,7 +129,7 @@ class VllmEngine:
         return run.abort
 
     async def _add(self, run: Run) -> None:
-        """Give a generation to vLLM, which adds it in a coroutine of its own."""
+        """Pass a generation to vLLM, whose API for that is a coroutine."""
         from vllm.inputs import tokens_input
 
         if run.over:
@@ -154,7 +155,7 @@ class VllmEngine:
             deliver(collector, run.put)
 
     def _forget(self, run: Run) -> None:
-        """Forget a run that is over, and have vLLM forget one that it still works on."""
+        """Remove a run that is over, and abort it in vLLM if that still works on it."""
         self._open.pop(run, None)
         if run.vllm_id is not None and not run.finished:
             abort = asyncio.create_task(self._abort(run.vllm_id))
@@ -169,8 +170,8 @@ class VllmEngine:
 
     def load(self) -> ReplicaLoad:
         """Return the figures of the latest step; see `Engine.load`."""
-        # vLLM reports after a step, so a generation that has just come or gone is known here
-        # before it is in a report.
+        # vLLM reports after each step, so what has just been added or has ended is known here
+        # before a report shows it.
         if not self._open:
             return ReplicaLoad()
         running = min(self._figures.running, len(self._open))
@@ -181,7 +182,7 @@ class VllmEngine:
         return metrics_text()
 
     async def check_health(self) -> None:
-        """Return if the engine can make progress; see `Engine.check_health`."""
+        """Check that the engine can make progress; see `Engine.check_health`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self._closing is not None:
@@ -195,9 +196,9 @@ class VllmEngine:
             raise EngineStalledError("The engine makes no progress.")
 
     async def sleep(self) -> None:
-        """Move the weights to the host's memory and drop the KV cache; see `Sleeper.sleep`.
+        """Move the weights to host memory and drop the KV cache; see `Sleeper.sleep`.
 
-        Open generations stay with vLLM, which computes their KV cache anew when it wakes.
+        Open generations stay in vLLM, which recomputes their KV cache when it wakes.
 
         Raises:
             ReplicaLostError: vLLM failed.
@@ -209,7 +210,7 @@ class VllmEngine:
         """Bring the weights back; see `Sleeper.wake`.
 
         Raises:
-            ReplicaLostError: vLLM failed, such as for want of GPU memory.
+            ReplicaLostError: vLLM failed, for example for lack of GPU memory.
         """
         await self._told(self._llm.wake_up())
         self._figures.progress_at = self._clock()
@@ -234,4 +235,4 @@ def _shut_down(llm: "AsyncLLM") -> None:
     processes = engine_processes(llm)
     llm.shutdown(timeout=_SHUTDOWN_S)
     for process in processes:
-        process.join(_SHUTDOWN_S)  # vLLM kills a late one and does not wait for it
+        process.join(_SHUTDOWN_S)  # vLLM kills a late process but does not wait for it

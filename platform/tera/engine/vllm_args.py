@@ -1,4 +1,4 @@
-"""A vLLM model's `engine.args`: vLLM's own arguments, but for those that are decided elsewhere."""
+"""A vLLM model's `engine.args`: vLLM's own arguments, except those that are set elsewhere."""
 
 import difflib
 from collections.abc import Mapping
@@ -18,28 +18,28 @@ _DECIDED = {
     "tensor_parallel_size": "set parallelism.tensor instead",
     "pipeline_parallel_size": "set parallelism.pipeline instead",
     "enable_sleep_mode": "set gpuSharing.replicasPerGpu instead",
-    "worker_extension_cls": "Tera has an extension of its own there",
+    "worker_extension_cls": "Tera uses its own extension there",
 }
-"""vLLM arguments that are not for `engine.args`, and why."""
+"""vLLM arguments that `engine.args` may not contain, and why."""
 
 WORKER_EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 
 _SHARED_GPU_MEMORY_RATIO = 0.85
-"""`gpu_memory_utilization` on a shared GPU, unless said: sleeping engines keep about a GiB each."""
+"""Default `gpu_memory_utilization` on a shared GPU: sleeping engines keep about a GiB each."""
 
 
 def async_engine_args(
     args: Mapping[str, JsonValue], *, sleeps: bool, **decided: JsonValue
 ) -> "AsyncEngineArgs":
-    """Return what vLLM starts from.
+    """Return the arguments to start vLLM with.
 
     Args:
         args: a model's `engine.args`.
-        sleeps: whether the engine can give its GPU's memory back.
-        decided: arguments that other parts of the model's configuration decide.
+        sleeps: whether the engine can release its GPU's memory.
+        decided: arguments that come from other parts of the model's configuration.
 
     Raises:
-        ConfigError: an argument is unknown, or is decided elsewhere.
+        ConfigError: an argument is unknown, or is set elsewhere.
         ValueError: vLLM refuses a value.
         TypeError: likewise.
     """
@@ -51,14 +51,14 @@ def async_engine_args(
 
 
 def check_args(args: Mapping[str, JsonValue], path: str) -> None:
-    """Refuse arguments that vLLM does not have, without the seconds that importing it takes.
+    """Refuse arguments that vLLM does not have, without taking seconds to import it.
 
     Args:
         args: vLLM's `AsyncEngineArgs` by name.
-        path: where they stand in the values.
+        path: their path in the values.
 
     Raises:
-        ConfigError: one line for each argument, with the nearest name that there is.
+        ConfigError: one line per unknown argument, with the nearest existing name.
     """
     known = argument_names()
     if not known:

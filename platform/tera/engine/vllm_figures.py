@@ -1,4 +1,4 @@
-"""What vLLM reports of itself: the figures of its latest step, and its metrics."""
+"""What vLLM reports about itself: the figures of its latest step, and its metrics."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +17,7 @@ class StepFigures:
         self.progress_at = clock()
 
     def record(self, scheduler_stats: Any) -> None:
-        """Take vLLM's `SchedulerStats` of a step, or None where it made none."""
+        """Record vLLM's `SchedulerStats` of a step; None if there are none."""
         self.progress_at = self._clock()
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs

@@ -1,4 +1,4 @@
-"""Tera's plugin of vLLM, which each of vLLM's processes loads.
+"""Tera's plugin for vLLM, which each of vLLM's processes loads.
 
 The entry point is `tera` in the group `vllm.general_plugins`.
 """
@@ -7,10 +7,10 @@ from tera.upstream.vllm_grammar import lead_grammars
 
 
 def register() -> None:
-    """Make vLLM's process ready for generations that began elsewhere; may be called again.
+    """Prepare this vLLM process for generations that began elsewhere; may be called repeatedly.
 
     Raises:
-        StartError: this vLLM is not one that Tera works with. It ends the process, where vLLM
-            would only log that the plugin could not be imported.
+        StartError: Tera does not work with this version of vLLM. The error ends the process, while
+            vLLM would only log a plugin that cannot be imported.
     """
     lead_grammars()

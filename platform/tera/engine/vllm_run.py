@@ -1,4 +1,4 @@
-"""One generation inside vLLM: what vLLM makes of it, and how it ends."""
+"""One generation inside vLLM: its output, and how it ends."""
 
 import asyncio
 import logging
@@ -28,23 +28,23 @@ class Run:
         ended: Callable[[TeraError], None],
         on_over: Callable[["Run"], None],
     ) -> None:
-        """`on_over` is called once, when nobody is to be told anything any more."""
+        """`on_over` is called once, when no callback will be called any more."""
         self.generation = generation
         self._emit = emit
         self._ended = ended
         self._on_over = on_over
         self.adding: asyncio.Task[None] | None = None
-        """Held, since the event loop holds tasks only weakly."""
+        """Kept here, since the event loop holds tasks only weakly."""
         self.vllm_id: str | None = None
-        """vLLM's own name of it, from when vLLM has it."""
+        """vLLM's own id of it, once vLLM has it."""
         self.over = False
         self.finished = False
-        """vLLM has nothing more to do for it."""
+        """Whether vLLM is done with it."""
 
     def put(self, output: "RequestOutput | Exception") -> None:
-        """Take what vLLM's step has made, or the error by which vLLM has ended.
+        """Take the output of a step, or the error with which vLLM ended.
 
-        Raises nothing: vLLM calls it from its loop over all generations.
+        Never raises: vLLM calls it from its loop over all generations.
         """
         if self.over:
             return
@@ -57,7 +57,7 @@ class Run:
             return
         try:
             delta = _delta(self.generation, output)
-        except Exception as error:  # noqa: BLE001  what vLLM has made of it is of no use
+        except Exception as error:  # noqa: BLE001  its output cannot be used
             self.end(_failure(error), finished=reason is not None)
             return
         if reason is not None:
@@ -69,7 +69,7 @@ class Run:
             self.abort()
 
     def end(self, error: TeraError, *, finished: bool = True) -> None:
-        """Say that it has ended without a finish reason; `finished` if vLLM knows it."""
+        """Report that it has ended without a finish reason; `finished` if vLLM knows that."""
         if self.over:
             return
         self._leave(finished=finished)
@@ -79,7 +79,7 @@ class Run:
             log.exception("Nobody could be told that a generation has ended.")
 
     def abort(self) -> None:
-        """Let it go; see `TextEngine.start`."""
+        """Abort it; see `TextEngine.start`."""
         if not self.over:
             self._leave(finished=False)
 
@@ -101,7 +101,7 @@ def _delta(generation: Generation, output: "RequestOutput") -> TokenDelta:
             for token_id, entries in zip(token_ids, positions, strict=True)
         ]
     count = generation.sampling.prompt_logprobs
-    if count is not None and output.prompt_logprobs:  # empty on every delta but the first
+    if count is not None and output.prompt_logprobs:  # empty in every delta but the first
         positions = output.prompt_logprobs
         prompt_logprobs = [
             None if entries is None else _token_logprobs(token_id, entries, count)
@@ -118,25 +118,25 @@ def _delta(generation: Generation, output: "RequestOutput") -> TokenDelta:
 
 
 def _token_logprobs(token_id: int, entries: Mapping[int, Any], count: int) -> TokenLogprobs:
-    # vLLM gives the chosen token besides the asked number of likeliest ones.
+    # vLLM adds the chosen token to the requested number of likeliest ones.
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items())
     top = [(other, logprob) for rank, other, logprob in ranked if rank <= count]
     return TokenLogprobs(token_id, entries[token_id].logprob, top[:count])
 
 
 def refusal(error: Exception) -> TeraError:
-    """Return our error for what vLLM raises when it is given a generation."""
+    """Translate what vLLM raises when it is given a generation."""
     from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
     if isinstance(error, VLLMClientError | ValueError):
         return _caused(_invalid(error), error)
-    if isinstance(error, GracefulHTTPError):  # vLLM's own queue bounds, if somebody sets them
+    if isinstance(error, GracefulHTTPError):  # vLLM's own queue bounds, if configured
         return _caused(EngineError("The engine is busy."), error)
     return _failure(error)
 
 
 def _failure(error: Exception) -> TeraError:
-    """Return our error for what has ended a generation, or vLLM with all of them."""
+    """Translate the error that has ended a generation, or vLLM with all its generations."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     if isinstance(error, EngineDeadError):
@@ -151,7 +151,7 @@ def _caused(error: TeraError, cause: Exception) -> TeraError:
 
 
 def _invalid(error: Exception) -> InvalidValueError:
-    """Return vLLM's refusal without what it says to its own server."""
+    """Translate vLLM's refusal, without the part meant for its own server."""
     parameter = getattr(error, "parameter", None)
     message = _PARAMETER_SUFFIX.sub("", str(error)).splitlines()
     return InvalidValueError(

@@ -1,4 +1,4 @@
-"""How a generation is sampled, in vLLM's parameters."""
+"""Converts a generation's sampling to vLLM's parameters."""
 
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,12 @@ def sampling_params(generation: Generation) -> "SamplingParams":
         extra_args={RESUMED: generation.resumed_tokens} if generation.resumed_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        skip_clone=True,  # this object belongs to this generation alone
+        skip_clone=True,  # this object is used for this generation only
     )
 
 
 def _seed(seed: int | None, resumed_tokens: int) -> int | None:
-    """Return a seed that torch takes: 63 bits, and another one for each place of resumption."""
+    """Return a seed that torch accepts: 63 bits, and different for each point of resumption."""
     if seed is None:
         return None
     return (seed + resumed_tokens * _SEED_STRIDE) & (2**63 - 1)

@@ -1,4 +1,4 @@
-"""What Tera adds to vLLM's worker, in each of the processes that run a model."""
+"""Tera's extension of vLLM's worker, in each process that runs a model."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from tera.upstream.vllm_penalties import count_resumed_in_v1, count_resumed_in_v
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class, which it is named to by `worker_extension_cls`."""
+    """Mixed into vLLM's worker class, through the argument `worker_extension_cls`."""
 
     model_runner: Any
     use_v2_model_runner: bool
 
     def count_resumed_tokens(self) -> None:
-        """Have penalties count what another replica has generated; called once, after loading."""
+        """Make penalties count other replicas' tokens of a generation; called once, after loading."""
         if not self.use_v2_model_runner:
             count_resumed_in_v1(self.model_runner)
         elif self.model_runner.sampler is not None:  # only the last pipeline stage samples

@@ -1,4 +1,4 @@
-"""Which replica gets a generation: pure, so that it can be simulated by the million."""
+"""Chooses the replica for a generation: pure functions, so that millions can be simulated."""
 
 import bisect
 import math
@@ -9,22 +9,21 @@ from collections.abc import Callable, Sequence
 from tera.routing.prefix_index import PrefixIndex
 
 BOUND = 1.25
-"""A replica is used for what it has cached while it has at most this times the mean load
+"""A replica is used for what it has cached while its load is at most this times the mean
 (consistent hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam, 2017)."""
 EASE = 0.25
-"""Below this part of its capacity a replica is never too busy for what it has cached."""
+"""Below this fraction of its capacity, a replica is never too busy for what it has cached."""
 POINTS = 32
-"""Places of each replica on the ring; with fewer, one would be responsible for much more than
-another."""
+"""Points of each replica on the hash ring; with fewer, the load would be uneven."""
 SAMPLES = 4
-"""Holders of a prefix that are compared: of many, some drawn at random are as good as all."""
+"""How many holders of a prefix are compared: of many, a random sample is as good as all."""
 
 
 class LoadBoard:
-    """Replicas by load, a small whole number; the least loaded ones are found at once."""
+    """Replicas by load, a small integer; finds the least loaded ones in constant time."""
 
     def __init__(self, draw: Callable[[], float] = random.random) -> None:
-        """`draw` gives numbers in [0, 1)."""
+        """`draw` returns random numbers in [0, 1)."""
         self._draw = draw
         self._capacity: dict[str, int] = {}
         self._load: dict[str, int] = {}
@@ -35,7 +34,7 @@ class LoadBoard:
         self._ring: list[tuple[int, str]] = []
 
     def __contains__(self, replica_id: str) -> bool:
-        """Return whether there is such a replica."""
+        """Return whether the replica is on the board."""
         return replica_id in self._load
 
     def __len__(self) -> int:
@@ -47,7 +46,7 @@ class LoadBoard:
         return self._load[replica_id]
 
     def put(self, replica_id: str, load: int, capacity: int) -> None:
-        """Add a replica or change its figures; at a load of `capacity` it takes nothing."""
+        """Add a replica or change its figures; at a load of `capacity` it accepts nothing."""
         self._capacity[replica_id] = capacity
         old = self._load.get(replica_id)
         if old == load:
@@ -65,7 +64,7 @@ class LoadBoard:
         self._lowest = min(self._lowest, load) if len(self._load) > 1 else load
 
     def remove(self, replica_id: str) -> None:
-        """Forget a replica, if it is there."""
+        """Remove a replica, if it is on the board."""
         load = self._load.pop(replica_id, None)
         if load is not None:
             self._take_out(replica_id, load)
@@ -88,15 +87,15 @@ class LoadBoard:
         return BOUND * (self._total + 1) / len(self._load)
 
     def fits(self, replica_id: str, bound: float) -> bool:
-        """Return whether a replica that may have the prefix is not too busy for it."""
+        """Return whether a replica that may have the prefix is idle enough to use it."""
         load, capacity = self._load[replica_id], self._capacity[replica_id]
         return load < capacity and (load < math.ceil(bound) or load < EASE * capacity)
 
     def home(self, block: int, bound: float) -> str | None:
-        """Return the replica on which a prompt that nobody knows belongs; None if that is far.
+        """Return the replica to which the ring assigns an unknown prompt; None if none near fits.
 
-        All gateway replicas find the same one, though they do not talk to each other, and it stays
-        the same for most prompts when replicas come and go (consistent hashing).
+        All gateway replicas find the same one without talking to each other, and for most prompts
+        it stays the same when replicas come and go (consistent hashing).
         """
         start = bisect.bisect(self._ring, (block & 0xFFFFFFFF, ""))
         for step in range(min(POINTS, len(self._ring))):
@@ -106,9 +105,9 @@ class LoadBoard:
         return None
 
     def least(self, room: float = 1.0) -> str | None:
-        """Return one of the least loaded replicas, any; None if that one is full too.
+        """Return any one of the least loaded replicas; None if even that one is full.
 
-        `room` times its capacity is when it counts as full.
+        A replica counts as full at `room` times its capacity.
         """
         if not self._load:
             return None
@@ -118,22 +117,23 @@ class LoadBoard:
         return replica_id if self._lowest < room * self._capacity[replica_id] else None
 
     def draw(self, replica_ids: Sequence[str]) -> str:
-        """Return one of them, any."""
+        """Return any one of them."""
         return replica_ids[int(self._draw() * len(replica_ids))]
 
 
 def choose(board: LoadBoard, index: PrefixIndex, prints: Sequence[int]) -> str | None:
-    """Return the replica that should have a prompt; None if all are full.
+    """Return the replica that should get a prompt; None if all are full.
 
-    That is the least loaded one among those that have most of the prompt cached and are not too
-    busy, or have half of that, or its first block. If there is none it is where the prompt belongs,
-    unless that is busier than others; else the least loaded of all, ties at random. So a new
-    replica gets what is too much for the others, and with it their prefixes.
+    That is the least loaded one among the replicas that have most of the prompt cached and are not
+    too busy; failing that, among those with half of it, or its first block. If there is none, it is
+    the replica to which the hash ring assigns the prompt, unless that is too busy; otherwise the
+    least loaded of all, with ties broken at random. So a new replica gets what is too much for the
+    others, and with it some of their prefixes.
 
     Args:
         board: how busy the replicas are.
         index: what they have cached.
-        prints: of the prompt, as `fingerprints` gives them; none for least loaded alone.
+        prints: the prompt's `fingerprints`; if empty, only the load counts.
     """
     if not prints or not len(board):
         return board.least()

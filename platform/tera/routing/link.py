@@ -1,4 +1,4 @@
-"""The gateway's end of the token channel: frames become what running generations hear."""
+"""The gateway's end of the token channel: passes what frames say on to running generations."""
 
 import asyncio
 import itertools
@@ -30,56 +30,56 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 CHECK_S = 0.25
-"""Between two looks at whether the replicas live: what detection may take longer than its limit."""
+"""How often replicas are checked: detecting a loss may take this much longer than its limit."""
 REPLACEMENT_S = 30.0
-"""Serve replaces a stalled replica within so long after `ENGINE_STALL_S`, if it can.
+"""Serve replaces a stalled replica within this time after `ENGINE_STALL_S`, if it can.
 
-It has to come first: an engine whose generations were taken away looks idle to its health check,
-so it would be kept, and would be the first to be given work.
+Serve must act first: an engine whose generations have been taken away looks idle to its health
+check, so it would be kept and would be the first to get new work.
 """
 
 
 class Watcher(Protocol):
-    """Who wants to know how a replica is doing."""
+    """Is told how a replica is doing."""
 
     def report(self, replica_id: str, load: ReplicaLoad) -> None:
-        """Hear of a replica's load: when it has changed, and with each heartbeat."""
+        """Handle a replica's load, which is reported when it changes and with each heartbeat."""
         ...
 
     def connected(self, replica_id: str) -> None:
-        """Hear that a replica has connected and can be given work."""
+        """Handle that a replica has connected and can be given work."""
         ...
 
     def lost(self, replica_id: str) -> None:
-        """Hear that a replica's connection has broken, or was given up."""
+        """Handle that a replica's connection has broken or was given up."""
         ...
 
     def draining(self, replica_id: str) -> None:
-        """Hear that a replica takes nothing new."""
+        """Handle that a replica accepts nothing new."""
         ...
 
 
 class Listener(Protocol):
-    """One attempt at a generation, which hears what becomes of it; no method may wait."""
+    """One attempt at a generation, told what happens to it; no method may block."""
 
     def receive(self, delta: TokenDelta) -> None:
-        """Hear of new tokens, or of none: then the replica says that it has the generation."""
+        """Handle new tokens; an empty delta means that the replica has accepted the generation."""
         ...
 
     def fail(self, error: TeraError) -> None:
-        """Hear that the replica was lost, or failed, or refuses the request itself."""
+        """Handle that the replica was lost, has failed, or refuses the request itself."""
         ...
 
     def refuse(self) -> None:
-        """Hear that the replica has no room, or drains and has no more time."""
+        """Handle that the replica has no room, or is draining and out of time."""
         ...
 
 
 class ReplicaLink(asyncio.Protocol):
     """One connection from one engine replica, with the generations that were sent over it.
 
-    A generation belongs to its link, so no other replica can say anything about it, and a link
-    that closes takes along its own generations only.
+    A generation belongs to its link, so no other replica can affect it, and a link that closes
+    fails only its own generations.
     """
 
     def __init__(self, links: "ReplicaLinks") -> None:
@@ -98,14 +98,14 @@ class ReplicaLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake: the gateway speaks first."""
-        # A cast, since uvloop's transports are no subclass of asyncio's.
+        # A cast, since uvloop's transports do not subclass asyncio's.
         self._transport = cast(asyncio.Transport, transport)
         self._links.all.add(self)
         self._transport.write(self._nonce_g)
         self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Make the handshake; after it, hand on what each frame says."""
+        """Complete the handshake, then pass on what each frame says."""
         assert self._transport is not None
         self._buffer += data
         now = self._loop.time()
@@ -118,7 +118,7 @@ class ReplicaLink(asyncio.Protocol):
                 self.pulse.read(frame, now)
                 self._deliver(frame)
         except (ValueError, msgspec.MsgspecError):
-            # Not our protocol, or a peer that lost its place: nothing after it can be trusted.
+            # Not our protocol, or a peer that is out of step: nothing after this can be trusted.
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -127,7 +127,7 @@ class ReplicaLink(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         if self.replica_id:
-            self._links.lose(self)  # first, so that nothing that fails now is sent here again
+            self._links.lose(self)  # first, so that what fails now is not sent here again
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.fail(ReplicaLostError("The engine replica was lost."))
@@ -138,7 +138,7 @@ class ReplicaLink(asyncio.Protocol):
         return bool(self._listeners)
 
     def begin(self, generation: Generation, most_ongoing: int, listener: Listener) -> None:
-        """Send a generation to the replica; `listener` hears of it until `end`."""
+        """Send a generation to the replica; `listener` is told about it until `end`."""
         self._listeners[generation.generation_id] = listener
         self._send(Begin(generation, most_ongoing))
 
@@ -157,7 +157,7 @@ class ReplicaLink(asyncio.Protocol):
         self._transport.write(wire.pack(encode(order)))
 
     def _deliver(self, frame: StepFrame) -> None:
-        # A heartbeat repeats the load, since what is counted here may have drifted from it.
+        # A heartbeat repeats the load, since the counts here may have drifted from it.
         if frame.load != self._load or not frame.deltas:
             self._load = frame.load
             self._links.report(self.replica_id, frame.load)
@@ -186,7 +186,7 @@ class ReplicaLink(asyncio.Protocol):
         opening = wire.NONCE_BYTES + wire.MAC_BYTES
         if len(self._buffer) < opening + wire.LENGTH_BYTES:
             return False
-        # Before it has proved anything, a peer may not have this process hold more than a name.
+        # Until a peer has proved itself, this process buffers no more than a name from it.
         if wire.frame_bytes(self._buffer, opening) > wire.MAX_NAME_BYTES:
             raise ValueError("a name that no replica has")
         nonce_r = bytes(self._buffer[: wire.NONCE_BYTES])
@@ -212,8 +212,8 @@ class ReplicaLink(asyncio.Protocol):
 class ReplicaLinks:
     """The server that engine replicas connect to; an async context manager.
 
-    A replica that falls silent, or whose engine stalls, is lost like one whose connection broke:
-    also one that has no work, since heartbeats come all the same.
+    A replica that falls silent, or whose engine stalls, is treated like one whose connection broke,
+    even if it has no work, since idle replicas send heartbeats too.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class ReplicaLinks:
         self.secret = secret
         self.stall_s = stall_s
         self.all: set[ReplicaLink] = set()
-        """Every open connection, of peers too that have not proved themselves yet."""
+        """Every open connection, including those of peers that have not proved themselves yet."""
         self.on_lost: Callable[[], None] | None = None
         """Called after a replica's connection has broken."""
 
@@ -257,7 +257,7 @@ class ReplicaLinks:
         assert self._server is not None
         assert self._check is not None
         self._check.cancel()
-        # Who heard of a loss now would ask the replica to connect to what is not there any more.
+        # A watcher told of a loss now would ask the replica to connect to a server that is gone.
         self._watchers.clear()
         self._server.close()
         for link in list(self.all):
@@ -266,13 +266,13 @@ class ReplicaLinks:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where replicas connect to."""
+        """The address that replicas connect to."""
         assert self._server is not None
         host, port = self._server.sockets[0].getsockname()[:2]
         return host, port
 
     def new_generation_id(self) -> int:
-        """Return an id for one attempt at a generation, new in this process."""
+        """Return an id for one attempt at a generation, unique in this process."""
         return next(self._generation_ids)
 
     def find(self, replica_id: str) -> ReplicaLink | None:
@@ -280,22 +280,22 @@ class ReplicaLinks:
         return self._by_replica.get(replica_id)
 
     def watch(self, replica_id: str, watcher: Watcher) -> None:
-        """Tell a replica's watcher, its only one, what becomes of it."""
+        """Set the only watcher of a replica, which is told how it is doing."""
         self._watchers[replica_id] = watcher
 
     def unwatch(self, replica_id: str) -> None:
-        """Tell nobody any more; what runs over the replica's link goes on."""
+        """Remove a replica's watcher; generations on its link continue."""
         self._watchers.pop(replica_id, None)
 
     def connect(self, link: ReplicaLink) -> None:
-        """Take note that a replica has connected, again perhaps."""
+        """Record that a replica has connected or reconnected."""
         self._by_replica[link.replica_id] = link
         watcher = self._watchers.get(link.replica_id)
         if watcher is not None:
             watcher.connected(link.replica_id)
 
     def lose(self, link: ReplicaLink) -> None:
-        """Take note that a replica's connection is gone, unless it has a newer one."""
+        """Record that a replica's connection is gone, unless it has a newer one."""
         if self._by_replica.get(link.replica_id) is not link:
             return
         del self._by_replica[link.replica_id]
@@ -306,13 +306,13 @@ class ReplicaLinks:
             self.on_lost()
 
     def report(self, replica_id: str, load: ReplicaLoad) -> None:
-        """Hand a replica's load on."""
+        """Pass a replica's load on to its watcher."""
         watcher = self._watchers.get(replica_id)
         if watcher is not None:
             watcher.report(replica_id, load)
 
     def drain(self, replica_id: str) -> None:
-        """Hand on that a replica takes nothing new."""
+        """Tell the watcher that a replica accepts nothing new."""
         watcher = self._watchers.get(replica_id)
         if watcher is not None:
             watcher.draining(replica_id)
@@ -328,7 +328,8 @@ class ReplicaLinks:
             if not link.replica_id:
                 continue
             if late_s > CHECK_S:
-                # This loop was kept, so what the replicas said meanwhile was not read yet.
+                # This event loop was blocked, so what replicas sent meanwhile has not been read
+                # yet.
                 link.pulse.excuse(late_s)
             if link.pulse.is_silent(now):
                 log.warning("Engine replica %s fell silent; given up", link.replica_id)

@@ -1,14 +1,14 @@
-"""What becomes of a generation whose replica was lost or failed: pure, so that it can be read."""
+"""Decides what to do with a generation whose replica was lost or failed: pure, easy to read."""
 
 from dataclasses import dataclass, replace
 
 from tera.errors import EngineError, ReplicaLostError
 
 POISON_LOSSES, POISON_WINDOW_S = 2, 10.0
-"""So many replicas lost so soon after they had taken a generation, and it is held to be the cause.
+"""If so many replicas are lost so soon after accepting a generation, it is held to be the cause.
 
-A request that makes an engine fail does so in its prefill or in the first steps. A long stream
-whose replicas die minutes apart has only seen much, and is not the cause.
+A request that makes engines fail does so in its prefill or first steps. A long stream whose
+replicas die minutes apart is not the cause.
 """
 
 
@@ -17,21 +17,21 @@ class Losses:
     """What has gone wrong with one generation so far."""
 
     failures: int = 0
-    """Replicas that had taken it and were lost or failed."""
+    """Replicas that had accepted it and were lost or failed."""
     lost: int = 0
-    """Those of them that were lost: their process or its connection is gone."""
+    """Replicas of these that were lost: their process or connection is gone."""
     early: int = 0
-    """Those of the lost that had taken it just before."""
+    """Replicas of the lost ones that had accepted it just before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Ask for a replica anew: none has begun, so nothing speaks against the generation."""
+    """Ask for another replica: none had started it, so it is not suspected of anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on at another replica, from the ids so far, without waiting for room."""
+    """Continue on another replica, from the ids so far, without waiting for room."""
 
     losses: Losses
     paid: bool

@@ -16,7 +16,7 @@ MOST_HOLDERS = 64
 
 
 def fingerprints(token_ids: Sequence[int]) -> list[int]:
-    """Return a number for each whole block, made of its tokens and all tokens before it."""
+    """Return a hash for each whole block, of its tokens and all tokens before it."""
     whole = len(token_ids) - len(token_ids) % BLOCK_TOKENS
     before = 0
     prints = []
@@ -49,12 +49,12 @@ class PrefixIndex:
         return low
 
     def holders(self, block: int) -> list[str]:
-        """Return who has a known block; whoever finds that one of them is gone may take it out."""
+        """Return the holders of a known block; a caller may remove those that are gone."""
         return self._holders[block]
 
     def add(self, prints: Sequence[int], replica_id: str) -> None:
-        """Take note that a replica has been sent a prompt."""
-        # The last block first, so that a prompt is forgotten from its end on.
+        """Record that a replica has been sent a prompt."""
+        # Last block first, so that a prompt is forgotten from its end.
         for block in reversed(prints):
             holders = self._holders.get(block)
             if holders is None:

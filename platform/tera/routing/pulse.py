@@ -1,18 +1,18 @@
-"""What a replica's frames say about its life, for deaths that close no connection."""
+"""Judges from a replica's frames whether it is alive, for failures that close no connection."""
 
 from tera import wire
 from tera.generation import ReplicaLoad, StepFrame
 
 
 class Pulse:
-    """One connection's signs of life; it is told the time, in monotonic seconds.
+    """One connection's signs of life; callers pass the time, in monotonic seconds.
 
-    Whoever sends no heartbeats, which the first frame is, is not judged by them: an older replica
-    that drains while this gateway is new.
+    The first frame shows whether the replica sends heartbeats. One that does not, an older version
+    that drains while this gateway is new, is not judged by them.
     """
 
     def __init__(self, stall_s: float) -> None:
-        """`stall_s` is how long an engine with work may make no step."""
+        """`stall_s` is how long an engine with work may go without a step."""
         self._stall_s = stall_s
         self._beats = False
         self._heard_at = 0.0
@@ -20,11 +20,11 @@ class Pulse:
         self._kv_usage_ratio = 0.0
 
     def heard(self, now: float) -> None:
-        """Take note that bytes have come: the replica's event loop runs."""
+        """Record that bytes have arrived: the replica's event loop runs."""
         self._heard_at = now
 
     def read(self, frame: StepFrame, now: float) -> None:
-        """Take note of what a frame says: whether the engine has made a step, or can't make one."""
+        """Record whether a frame shows that the engine has made a step, or cannot make one."""
         if not self._beats and not frame.deltas:
             self._beats = True
             self._stepped_at = now
@@ -33,7 +33,7 @@ class Pulse:
         self._kv_usage_ratio = frame.load.kv_usage_ratio
 
     def excuse(self, away_s: float) -> None:
-        """Add to both limits the time in which this process itself could not listen."""
+        """Extend both limits by the time in which this process itself could not listen."""
         self._heard_at += away_s
         self._stepped_at += away_s
 
@@ -42,12 +42,12 @@ class Pulse:
         return self._beats and now - self._heard_at > wire.SILENCE_S
 
     def is_stalled(self, now: float) -> bool:
-        """Return whether the replica lives and its engine has work and makes no step."""
+        """Return whether the replica is alive but its engine has work and makes no step."""
         return self._beats and now - self._stepped_at > self._stall_s
 
     def _shows_a_step(self, frame: StepFrame) -> bool:
-        # An empty delta is sent before the engine sees the generation. With no token for this
-        # gateway, a change of the KV cache's use tells of prefill or of other gateways' tokens.
+        # Empty deltas do not count: they are sent before the engine sees the generation. Without
+        # tokens for this gateway, a change of KV cache use shows prefill or other gateways' tokens.
         changed = frame.load.kv_usage_ratio != self._kv_usage_ratio
         return changed or any(
             delta.token_ids or delta.finish_reason is not None for delta in frame.deltas

@@ -1,4 +1,4 @@
-"""The bounded queue before a model's replicas, at one gateway replica."""
+"""The bounded queue in front of a model's replicas, in one gateway replica."""
 
 import asyncio
 from collections import deque
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from tera.errors import EngineOverloadedError
 
 REMEMBERED = 64
-"""Generations over which the rate is taken at which replicas take them."""
+"""How many recent generations are used to estimate the rate at which replicas accept them."""
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 
 class Place:
-    """One generation's place in the queue; given up once, whatever happens to it."""
+    """One generation's place in the queue; it is given up exactly once."""
 
     def __init__(self, queue: "Queue", tenant: str) -> None:
         self._queue: Queue | None = queue
@@ -22,13 +22,13 @@ class Place:
         self._waiter: asyncio.Task[object] | None = None
 
     def leave(self, *, taken: bool = False) -> None:
-        """Give the place up: a replica has taken the generation, or nobody wants it any more."""
+        """Give the place up: a replica has accepted the generation, or it is no longer wanted."""
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.left(self, taken=taken)
 
     def evict(self, error: EngineOverloadedError) -> None:
-        """Take the place away, since another tenant's generation gets it."""
+        """Take the place away for another tenant's generation."""
         self.leave()
         self._eviction = error
         if self._waiter is not None:
@@ -36,7 +36,7 @@ class Place:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Run the block, which waits, for as long as the place is kept.
+        """Run the block, which waits, while the place is kept.
 
         Raises:
             EngineOverloadedError: it was taken away.
@@ -48,7 +48,7 @@ class Place:
         try:
             yield
         except asyncio.CancelledError:
-            # Ours only if nobody else asked for it too, such as a client who hangs up.
+            # Ours only if nobody else cancelled too, such as for a client that hung up.
             if self._eviction is not None and task.uncancel() == 0:
                 raise self._eviction from None
             raise
@@ -57,14 +57,14 @@ class Place:
 
 
 class Queue:
-    """Generations that no replica has taken yet.
+    """Generations that no replica has accepted yet.
 
-    Serve's own bound counts what is on its way to replicas too and so refuses bursts that would
-    fit; this one counts what waits, and knows how fast that becomes less.
+    Serve's own bound also counts what is on its way to replicas, and so refuses bursts that would
+    fit. This one counts only what waits, and knows how fast the queue shrinks.
 
-    One tenant's flood does not shut others out: in a full queue the latest generation of whoever
-    has the most there makes room for one of a tenant that has fewer (longest queue drop, Suter,
-    Lakshman, Stiliadis and Choudhury, 1998).
+    One tenant's flood does not shut others out: in a full queue, the tenant with the most
+    generations loses its latest one to a tenant with fewer (longest queue drop, Suter, Lakshman,
+    Stiliadis and Choudhury, 1998).
     """
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
@@ -78,7 +78,7 @@ class Queue:
 
     @property
     def waiting(self) -> int:
-        """How many wait now."""
+        """How many generations wait now."""
         return self._waiting
 
     def enter(self, tenant: str) -> Place:
@@ -106,7 +106,7 @@ class Queue:
         )
 
     def left(self, place: Place, *, taken: bool) -> None:
-        """Take note that a place was given up; see `Place.leave`."""
+        """Record that a place was given up; see `Place.leave`."""
         places = self._places[place.tenant]
         del places[place]
         if not places:
@@ -116,9 +116,9 @@ class Queue:
             self._taken_at.append(self._clock())
 
     def _wait_s(self) -> float:
-        """Return how long half of the queue should take: then there is room for a burst."""
+        """Return how long half of the queue should take, after which there is room for a burst."""
         if len(self._taken_at) < 2:
             return LONGEST_WAIT_S if self._taken_at else SHORTEST_WAIT_S
-        # To now and not to the last one: if nothing has been taken lately, the rate falls.
+        # Up to now, not up to the last one: if none was accepted lately, the rate falls.
         each_s = (self._clock() - self._taken_at[0]) / len(self._taken_at)
         return min(max(SHORTEST_WAIT_S, each_s * self._most / 2), LONGEST_WAIT_S)

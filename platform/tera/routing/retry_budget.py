@@ -1,11 +1,12 @@
-"""How much of a model's traffic may be tried again, so that an outage is not multiplied."""
+"""Bounds how much of a model's traffic may be retries, so that an outage is not multiplied."""
 
 RETRIES_PER_GENERATION = 0.2
-"""Retries stay under this part of the traffic."""
+"""Retries stay below this fraction of the traffic."""
 FIRST_BALANCE = 10.0
 """A model with little traffic may still retry a few times."""
 LARGEST_BALANCE = 100.0
-"""What hours of health save up is no licence to send everything thrice when an outage begins."""
+"""Bounds what hours of health save up: otherwise an outage would begin with everything sent three
+times."""
 
 
 class RetryBudget:
@@ -15,7 +16,7 @@ class RetryBudget:
         self._balance = FIRST_BALANCE
 
     def earn(self) -> None:
-        """Take note of a new generation."""
+        """Add a new generation's contribution."""
         self._balance = min(self._balance + RETRIES_PER_GENERATION, LARGEST_BALANCE)
 
     @property

@@ -1,25 +1,26 @@
-"""One generation's way over a model's replicas, to its end.
+"""Runs one generation to its end, over as many of a model's replicas as it takes.
 
-A generation is its prompt, its sampling and the ids generated so far, and all three live here, in
-the gateway. So the death of the replica that makes its tokens is no end. Step by step:
+A generation is its prompt, its sampling and the ids generated so far, and all three are kept here,
+in the gateway. So it survives the death of the replica that generates its tokens. Step by step:
 
 1. A `Run` takes a seat at a replica (`Fleet`) and sends it the generation over the replica's link.
-   The replica answers with an empty delta, «I have it», and then with a frame for each engine step;
-   each delta goes straight into the run's sink and adds to `generated`.
+   The replica confirms with an empty delta, and then sends a frame for each engine step; each delta
+   goes straight into the run's sink and adds to `generated`.
 2. The replica dies. Its connection breaks at once; or, where nothing closes it (a frozen process, a
    node that is gone), no heartbeat comes for `wire.SILENCE_S` and the link is closed here.
-3. `ReplicaLink.connection_lost` takes the replica off the switchboard first, so that nothing is
-   sent there again, and then fails each run that was under way on that link.
-4. The run wakes up and asks `after_loss`, which knows no time and no I/O: was it the replica's
-   first word or the tenth second, the first loss or the third? It says retry, resume or give up.
-5. To resume, the run takes another seat. It does not wait behind what is new, and not for room
-   either: replicas take what others have lost beyond their number.
-6. The new replica gets prompt and generated ids as its prompt, with a new generation id, so late
-   frames of the old attempt find nobody. It continues after them: the sink goes on with the next
-   id, and the client sees a gap of one prefill. No id comes twice.
-7. If `max_tokens` ids had come and only the word that the last was the last is missing, nothing is
-   sent anywhere: the run says it itself.
-8. Meanwhile the fleet asks the replica to connect again until Serve has taken it away and started
+3. `ReplicaLink.connection_lost` first takes the replica off the switchboard, so that nothing is
+   sent there again, and then fails each run that was in progress on that link.
+4. The run wakes up and asks `after_loss`, a pure function, whether to retry, resume or give up.
+That
+   depends on how long the replica had had the generation, and on how many losses it has seen.
+5. To resume, the run takes another seat. It waits neither behind new generations nor for room:
+   replicas accept what others have lost beyond their usual number.
+6. The new replica gets prompt and generated ids as its prompt, with a new generation id, so that
+   late frames of the old attempt match nothing. It continues after these ids: the sink gets the
+   next id, and the client sees a gap of one prefill. No id is delivered twice.
+7. If all `max_tokens` ids had arrived and only the final delta was lost, nothing is sent to another
+   replica: the run finishes by itself.
+8. Meanwhile the fleet asks the lost replica to reconnect until Serve has removed it and started
    another, which connects before it is given work.
 """
 
@@ -50,10 +51,10 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Where a generation's tokens go, from inside of the frame that brings them."""
+    """Receives a generation's tokens, while the frame that brings them is being read."""
 
     def push(self, delta: TokenDelta) -> bool:
-        """Take what is new, at once and without waiting; return whether that is enough."""
+        """Take new tokens, without waiting; return whether the generation can stop."""
         ...
 
 
@@ -62,15 +63,15 @@ class DispatchLimits:
     """How long and how often one generation is tried."""
 
     deadline_s: float
-    """For all of it, from the request's arrival at the gateway on, queueing included."""
+    """Time for all of it, from the request's arrival at the gateway, including queueing."""
     first_token_deadline_s: float
-    """From when it is sent to a replica on, if nothing has been generated yet."""
+    """Time to the first token, from when it is sent to a replica."""
     cold_start_deadline_s: float
-    """Until a replica has room for it; from its start, or the loss of the replica that had it."""
+    """Time until a replica has room, from its start or from the loss of its last replica."""
     retries: int
-    """Further replicas after one that had taken the generation has failed."""
+    """How many more replicas are tried after one that had accepted the generation failed."""
     most_queued: int = 256
-    """Generations that may wait here until a replica takes them."""
+    """Generations that may wait here until a replica accepts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Dispatcher:
         self.budget = RetryBudget()
 
     def run(self, work: Work, sink: Sink) -> "Run":
-        """Return a generation that is ready to go; see `Run.to_end`."""
+        """Return a generation that is ready to start; see `Run.to_end`."""
         return Run(self, work, sink)
 
 
@@ -116,18 +117,19 @@ class Run:
         self._outcome: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self.replica_switches = 0
-        """Times that another replica had to go on, for the ledger and metrics."""
+        """How often another replica had to continue, for ledger and metrics."""
 
     async def to_end(self) -> None:
-        """Push the generation's deltas into the sink, whatever happens to replicas on the way.
+        """Push the generation's deltas into the sink, surviving the loss of replicas.
 
         Returns when the sink has had enough or the delta with the finish reason. Cancelling it
         stops the engine's work.
 
         Raises:
-            EngineOverloadedError: too many wait for the model, or the place there went to a tenant
-                with fewer.
-            BackendFailureError: retries, their budget or a deadline were used up, or the request
+            EngineOverloadedError: the model's queue is full, or a tenant with fewer generations in
+            it
+                got this one's place.
+            BackendFailureError: retries, their budget or a deadline are used up, or the request
                 itself seems to make engines fail.
             InvalidRequestError: the engine refuses the parameters.
         """
@@ -150,7 +152,7 @@ class Run:
             place.leave()
 
     def receive(self, delta: TokenDelta) -> None:
-        """Hear of new tokens; see `Listener`."""
+        """Handle new tokens; see `Listener`."""
         if self._outcome.done():
             return
         if self._taken_at is None:
@@ -161,7 +163,7 @@ class Run:
         try:
             enough = self._sink.push(delta)
         except Exception:
-            # Whatever it is, it is this request's: the link has others' tokens to deliver.
+            # Any error concerns only this request: the link must deliver others' tokens too.
             log.exception("Request %s: its tokens could not be passed on.", self._work.request_id)
             self.fail(InternalError("The server failed on this request."))
             return
@@ -169,25 +171,25 @@ class Run:
             self._outcome.set_result(None)
 
     def fail(self, error: TeraError) -> None:
-        """Hear that the attempt has failed; see `Listener`."""
+        """Handle the failure of the attempt; see `Listener`."""
         if not self._outcome.done():
             self._outcome.set_exception(error)
 
     def refuse(self) -> None:
-        """Hear that the replica has no room or no more time; see `Listener`."""
+        """Handle that the replica has no room or time left; see `Listener`."""
         if not self._outcome.done():
             self._refused = True
             self.fail(ReplicaLostError("The engine replica has no room."))
 
     def _is_complete(self) -> bool:
-        """Return whether every token has come, and say so if the replica could not any more."""
+        """Return whether every token has arrived; finish if only the final delta was lost."""
         if len(self._generated) < self._work.sampling.max_tokens:
             return False
         self._sink.push(TokenDelta(0, [], FinishReason.LENGTH))
         return True
 
     async def _seat(self, place: Place, *, again: bool) -> Seat:
-        """Return a seat at a replica; `again` says that it had its turn before, in vain.
+        """Return a seat at a replica; `again` means that it already had a turn, in vain.
 
         Raises:
             BackendFailureError: no replica had room before the deadline.
@@ -209,7 +211,7 @@ class Run:
             raise _too_late() from None
 
     async def _attempt(self, seat: Seat) -> None:
-        """Have one replica run what is missing; returns at the end of the generation."""
+        """Run what is missing on one replica; return at the end of the generation."""
         self._outcome = self._loop.create_future()
         self._taken_at, self._refused = None, False
         began = self._loop.time()
@@ -224,7 +226,7 @@ class Run:
             self._timer.cancel()
 
     def _generation(self) -> Generation:
-        """Return what another replica needs to go on after what has been generated."""
+        """Return what another replica needs to continue after the ids so far."""
         generated, sampling = self._generated, self._work.sampling
         if generated:
             sampling = msgspec.structs.replace(
@@ -239,7 +241,7 @@ class Run:
         )
 
     def _check_time(self) -> None:
-        """Fail the attempt if its time is up: one timer is cheaper than a time-out per token."""
+        """Fail the attempt if its time is up; one timer is cheaper than a time-out per token."""
         if self._generated and self._loop.time() < self._end_by:
             self._timer = self._loop.call_at(self._end_by, self._check_time)
         else:
@@ -249,10 +251,10 @@ class Run:
         """Prepare the next attempt.
 
         Raises:
-            BackendFailureError: there is none.
+            BackendFailureError: there will be no further attempt.
         """
         if self._refused:
-            # No failure: a replica that drains gives back what it has no time for.
+            # Not a failure: a draining replica gives back what it has no time for.
             self._moved |= self._taken_at is not None
             self.replica_switches += self._taken_at is not None
             return

@@ -1,4 +1,4 @@
-"""Gives the generations of one model to its replicas, at one gateway replica."""
+"""Assigns the generations of one model to its replicas, in one gateway replica."""
 
 import asyncio
 from collections import deque
@@ -11,19 +11,19 @@ from tera.routing.fair_queue import FairQueue
 from tera.routing.prefix_index import PrefixIndex, fingerprints
 
 FULL_CACHE_RATIO = 0.95
-"""KV use from which on the engine preempts what runs to make room."""
+"""KV cache use from which the engine preempts running generations."""
 FULL_CACHE_LOAD = 8
-"""Generations that a full KV cache counts as."""
+"""A full KV cache counts as this many generations."""
 ASLEEP_LOAD = 8
-"""Generations that an engine counts as which waits for its turn on a shared GPU."""
+"""Waiting for a turn on a shared GPU counts as this many generations."""
 MOVED_ROOM = 2.0
-"""A replica takes what others have lost beyond its capacity, up to so many times that: engines
-queue, and a stream that has begun should not wait for others to end."""
+"""A replica accepts what others have lost up to this multiple of its capacity: engines queue, and a
+stream that has begun should not wait for others to end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Who waits, and how much of the replicas is theirs beside that of others who wait."""
+    """A waiting tenant, and its weight relative to other waiting tenants."""
 
     tenant: str
     weight: float = 1
@@ -31,15 +31,15 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What the choice of a replica is made of."""
+    """What a replica is chosen by."""
 
     share: Share
     token_ids: list[int]
-    """The prompt, with what has been generated."""
+    """The prompt and what has been generated so far."""
     tokens: int
-    """The most that it can cost."""
+    """The largest number of tokens that it can cost."""
     moved: bool = False
-    """Another replica has lost it: it does not wait for room, within bounds."""
+    """Whether another replica has lost it: within bounds, it does not wait for room."""
 
 
 @dataclass(slots=True)
@@ -48,10 +48,10 @@ class _Replica:
     mine: int = 0
     """Generations of this gateway replica."""
     others: int = 0
-    """Generations of others, as of its last report."""
+    """Generations of other gateway replicas, as of the last report."""
     penalty: int = 0
     connected: bool = False
-    """Nothing is given to a replica that is not, or may be lost."""
+    """Whether it may be given work: it is connected and not suspected to be lost."""
 
     @property
     def load(self) -> int:
@@ -67,8 +67,8 @@ class _Waiting:
 class Switchboard:
     """Chooses a replica for each generation, or holds it until one has room.
 
-    What each replica has to do is counted here and corrected by what replicas report, those of
-    other gateway replicas included. Whoever takes a replica releases it.
+    Each replica's load is counted here and corrected by its reports, which include the generations
+    of other gateway replicas. Every `take` must be followed by a `release`.
     """
 
     def __init__(self, *, prefix_affinity: bool = True) -> None:
@@ -79,10 +79,10 @@ class Switchboard:
         self._index = PrefixIndex()
         self._waiting: FairQueue[_Waiting] = FairQueue(lambda each: not each.granted.done())
         self._moved: deque[_Waiting] = deque()
-        """Those of them that another replica has lost, in order; some may wait no more."""
+        """Waiting generations that another replica has lost, in order; some may wait no more."""
 
     def set_replicas(self, capacities: Mapping[str, int]) -> None:
-        """Take note of which replicas there are and how much each takes at a time."""
+        """Set which replicas exist and how many generations each runs at a time."""
         for replica_id in self._replicas.keys() - capacities.keys():
             self.drop(replica_id)
         for replica_id, capacity in capacities.items():
@@ -92,12 +92,12 @@ class Switchboard:
         self._grant()
 
     def capacity(self, replica_id: str) -> int:
-        """Return how many generations a replica takes at a time; 0 if it is not there."""
+        """Return how many generations a replica runs at a time; 0 if it does not exist."""
         replica = self._replicas.get(replica_id)
         return 0 if replica is None else replica.capacity
 
     def take_now(self, route: Route) -> str | None:
-        """Return a replica that has room now, if nobody waits who came before."""
+        """Return a replica that has room now, unless earlier generations are waiting."""
         if not route.moved and self._waiting.first() is not None:
             return None
         return self._give(self._prints(route), moved=route.moved)
@@ -129,7 +129,7 @@ class Switchboard:
         return fingerprints(route.token_ids) if self.prefix_affinity else []
 
     def release(self, replica_id: str) -> None:
-        """Take note that a replica is done with one generation, or never got it."""
+        """Record that a replica is done with one generation, or never got it."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
             replica.mine = max(0, replica.mine - 1)
@@ -137,13 +137,13 @@ class Switchboard:
             self._grant()
 
     def report(self, replica_id: str, load: ReplicaLoad) -> None:
-        """Take note of what a replica's engine says that it has to do."""
+        """Record the load that a replica's engine reports."""
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
         before = replica.load
         replica.others = max(0, load.running + load.waiting - replica.mine)
-        # What waits in an engine waits behind all that runs there: it counts twice.
+        # What waits in an engine waits behind everything that runs there: it counts twice.
         full = load.kv_usage_ratio >= FULL_CACHE_RATIO
         replica.penalty = (
             load.waiting + (FULL_CACHE_LOAD if full else 0) + (ASLEEP_LOAD if load.asleep else 0)
@@ -161,7 +161,7 @@ class Switchboard:
             self._post(replica_id, replica)
 
     def lost(self, replica_id: str) -> None:
-        """Give a replica nothing: it is not connected any more."""
+        """Stop using a replica: it is no longer connected."""
         replica = self._replicas.get(replica_id)
         if replica is not None and replica.connected:
             replica.connected = False
@@ -169,7 +169,7 @@ class Switchboard:
             self._post(replica_id, replica)
 
     def connected(self, replica_id: str) -> None:
-        """Use a replica: it is connected."""
+        """Start using a replica: it is connected."""
         replica = self._replicas.get(replica_id)
         if replica is not None and not replica.connected:
             replica.connected = True
@@ -188,9 +188,9 @@ class Switchboard:
             self._board.remove(replica_id)
 
     def _grant(self) -> None:
-        """Give replicas to those who wait, moved ones first and then in turn, while there is room.
+        """Assign replicas to waiting generations while there is room: moved ones first.
 
-        Moved ones may go beyond it, so none of the others may stand before them.
+        Moved ones may exceed the room, so no other may be ahead of them.
         """
         while self._moved:
             if not self._granted(self._moved[0], moved=True):
@@ -202,7 +202,7 @@ class Switchboard:
             self._waiting.pop()
 
     def _granted(self, waiting: _Waiting, *, moved: bool) -> bool:
-        """Return whether one who waits needs to wait no more."""
+        """Return whether a waiting generation need wait no longer."""
         if not waiting.granted.done():
             replica_id = self._give(waiting.prints, moved=moved)
             if replica_id is None:
@@ -211,7 +211,7 @@ class Switchboard:
         return True
 
     def _give(self, prints: list[int], *, moved: bool) -> str | None:
-        """Return the replica that gets a prompt, and count it there; None if none has room."""
+        """Assign a prompt to a replica and count it there; return None if none has room."""
         replica_id = choose(self._board, self._index, prints)
         if replica_id is None and moved:
             replica_id = self._board.least(MOVED_ROOM)
