@@ -309,7 +309,7 @@ def test_pool_that_is_removed_makes_a_new_cluster() -> None:
     )
     change = only(plan(old, new))
     assert (change.effect, change.paths) == ("cluster_replaced", ("gpuPools.l4",))
-    assert "running cluster takes no such edit" in change.note
+    assert "cannot be applied to a running cluster" in change.note
 
 
 def platform_form(whole: PlatformConfig, section: str) -> Object:

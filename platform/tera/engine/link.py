@@ -216,7 +216,7 @@ class GatewayLinks:
         await asyncio.shield(task)
 
     def drain(self) -> None:
-        """Tell all gateway replicas, even ones yet to connect, that this one accepts nothing new."""
+        """Tell all gateway replicas, even ones yet to connect, that this one is draining."""
         self._draining = True
         for task in self._links.values():
             if _is_open(task):

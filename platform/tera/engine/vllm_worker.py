@@ -12,7 +12,7 @@ class WorkerExtension:
     use_v2_model_runner: bool
 
     def count_resumed_tokens(self) -> None:
-        """Make penalties count other replicas' tokens of a generation; called once, after loading."""
+        """Make penalties count tokens from other replicas too; called once, after loading."""
         if not self.use_v2_model_runner:
             count_resumed_in_v1(self.model_runner)
         elif self.model_runner.sampler is not None:  # only the last pipeline stage samples

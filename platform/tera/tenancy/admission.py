@@ -1,8 +1,8 @@
-"""Who may start a request now, and what each request holds until it is settled.
+"""Decides which requests may start now, and keeps what each one holds until it is settled.
 
-With Redis a request makes one call to be admitted and one, which nobody waits for, to be settled.
-Without it (away, frozen, slow or full) this replica goes on with its share of every limit, or
-refuses, as `limits.onRedisError` says.
+With Redis, a request makes one call to be admitted and one, which no client waits for, to be
+settled. Without it (away, frozen, slow or full) this replica enforces its share of every limit, or
+refuses requests, as `limits.onRedisError` says.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ from tera.tenancy.usage import UsageRecord, encode_record
 logger = logging.getLogger(__name__)
 
 AT_A_TIME: Final = 256
-"""Requests that are being admitted at a time: a few tens of milliseconds of Redis's time. More of
-them would only wait in Redis, and take memory there and here."""
+"""Requests being admitted at a time: a few tens of milliseconds of Redis's time. More would only
+wait in Redis, and use memory there and here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """How often is done what goes on beside the requests, in seconds."""
+    """Intervals of the background work, in seconds."""
 
     probe_s: float = 1.0
     renew_s: float = 10.0
@@ -57,7 +57,7 @@ _INTERVALS: Final = Intervals()
 
 
 class Reservation:
-    """What one running request holds; `settle` gives it back, whatever came of the request."""
+    """What one running request holds; it must be settled, whatever happened to the request."""
 
     def __init__(
         self,
@@ -70,19 +70,19 @@ class Reservation:
         self.progress = progress
         """What has been used so far."""
         self.local_scopes = local_scopes
-        """Where it was counted by this replica alone, while Redis was away; else None."""
+        """The scopes, if it was counted only by this replica, while Redis was away; else None."""
         self._admissions = admissions
         self._settled = False
 
     @property
     def local(self) -> bool:
-        """It was admitted by this replica alone."""
+        """Whether it was admitted by this replica alone."""
         return self.local_scopes is not None
 
     def settle(self, record: UsageRecord) -> None:
-        """Give back what is held, charge what `record` says, and write it to the ledger.
+        """Release what is held, charge what `record` says, and write it to the ledger.
 
-        Returns at once: it is done soon, or as soon as Redis is back. Only the first call counts.
+        Returns at once; the work is done soon, or when Redis is back. Only the first call counts.
         """
         if not self._settled:
             self._settled = True
@@ -101,15 +101,15 @@ class Admissions:
         clock: Callable[[], float] = time.time,
         intervals: Intervals = _INTERVALS,
     ) -> None:
-        """`redis` is a client with a time-out; it stays the caller's to close.
+        """`redis` is a client with a time-out, which the caller closes.
 
         Args:
-            redis: where limits and ledger are; requests use a connection of their own to it.
-            keyring: what is stored of tenants.
-            config: what the values say, asked at each request.
-            replica_id: under which this replica counts as alive.
+            redis: holds limits and ledger; requests use a separate connection to it.
+            keyring: knows what is stored about tenants.
+            config: returns the limits in the values, called for each request.
+            replica_id: names this replica's heartbeat.
             clock: Unix seconds.
-            intervals: how often is done what goes on beside the requests.
+            intervals: of the background work.
         """
         self._config = config
         self._calls = PipelinedRedis(redis.connection_pool)
@@ -131,17 +131,17 @@ class Admissions:
 
     @property
     def degraded(self) -> bool:
-        """Redis is away: limits hold by this replica's share of them."""
+        """Whether Redis is away, so that this replica enforces its share of the limits."""
         return self._watch.away
 
     @property
     def outages(self) -> int:
-        """Times since the start that Redis was found to be away."""
+        """How often Redis has been found to be away since the start."""
         return self._watch.outages
 
     @property
     def replicas(self) -> int:
-        """Gateway replicas that were alive when Redis was last asked."""
+        """How many gateway replicas were alive when Redis was last asked."""
         return self._heartbeat.replicas
 
     @property
@@ -155,7 +155,7 @@ class Admissions:
         return self._settler.given_up
 
     async def __aenter__(self) -> Self:
-        """Connect, and begin what goes on beside the requests.
+        """Connect, and start the background work.
 
         Raises:
             InternalError: the installed redis-py cannot be used.
@@ -166,7 +166,7 @@ class Admissions:
                 await self._calls.open()
             except RedisError as error:
                 self._watch.mark_away(error)
-            # Left in the opposite order: what has ended is settled when all else has stopped.
+            # Left in reverse order: ended requests are settled after everything else has stopped.
             stack.push_async_callback(self._settler.drain)
             for part in (self._watch, self._settler, *self._beside):
                 await stack.enter_async_context(part)
@@ -179,7 +179,7 @@ class Admissions:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Settle what has ended, for some seconds at the most, and stop."""
+        """Settle ended requests, for some seconds at most, and stop."""
         await self._stack.aclose()
 
     async def admit(
@@ -191,14 +191,14 @@ class Admissions:
         progress: Callable[[], Progress],
         told: Callable[[Admission], None],
     ) -> Reservation:
-        """Return what the request holds from now on, until it is settled.
+        """Admit a request; return what it holds until it is settled.
 
         Args:
             key: whose request it is.
-            opening: its record, as it stands if nobody ever settles it.
+            opening: its record, which remains if it is never settled.
             tokens: the most that it can use.
-            progress: tells what it has used so far.
-            told: hears what is left of the limits, whether it is admitted or not.
+            progress: returns what it has used so far.
+            told: called with what is left of the limits, whether it is admitted or not.
 
         Raises:
             TeraError: a limit is reached (429), or Redis is away and the policy is `closed`.
@@ -224,15 +224,15 @@ class Admissions:
         return held
 
     def scopes(self, key: ApiKey, model: str) -> list[Scope]:
-        """Return what limits a request of this key for this model, as of now."""
+        """Return the scopes that now limit a request of this key for this model."""
         return self._scopes.of(key, model)
 
     def weight(self, key: ApiKey, model: str) -> int:
-        """Return the share of the key's tenant while requests wait for replicas, as of now."""
+        """Return the current weight of the key's tenant in the queue for replicas."""
         return self._scopes.weight(key, model)
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
-        """Return how many tokens a request can ever be admitted with; None is any number."""
+        """Return the most tokens that the limits can ever admit; None means no limit."""
         return self._scopes.most_tokens(key, model)
 
     def settle(self, held: Reservation, record: UsageRecord) -> None:
@@ -246,17 +246,17 @@ class Admissions:
     async def _ask(
         self, tenant: str, opening: UsageRecord, scopes: list[Scope], tokens: int
     ) -> Admission | None:
-        """Return what Redis says of a request, or None if it is away."""
+        """Return Redis's answer to a request, or None if Redis is away."""
 
         def give_back(admission: Admission) -> None:
-            """Settle what a request was admitted to after its client had left."""
+            """Settle a request that was admitted after its client had left."""
             if admission.refusal is None:
                 record = structs.replace(opening, status="cancelled", prompt_tokens=0)
                 self._settler.add(record, None)
 
         async with self._at_a_time:
             if self._watch.away:
-                return None  # found out while this request waited for its turn
+                return None  # found to be away while this request waited for its turn
             try:
                 return await self._limiter.admit(
                     tenant,
@@ -276,7 +276,7 @@ class Admissions:
     def _admit_here(
         self, tenant: str, opening: UsageRecord, scopes: list[Scope], tokens: int
     ) -> Admission:
-        """Return what this replica says by its share of the limits."""
+        """Return the answer of this replica's share of the limits."""
         if self._config().on_redis_error == "closed":
             raise InternalError("The platform cannot check limits at the moment.")
         return self._local.admit(
@@ -284,7 +284,7 @@ class Admissions:
         )
 
     def _progress(self) -> dict[str, dict[str, Progress]]:
-        """Return what running requests that Redis admitted have used, by tenant and id."""
+        """Return what the running requests admitted by Redis have used, by tenant and id."""
         by_tenant: dict[str, dict[str, Progress]] = defaultdict(dict)
         for request_id, held in self._running.items():
             if not held.local:

@@ -1,4 +1,4 @@
-"""How many gateway replicas there are, by the heartbeat that each of them leaves in Redis."""
+"""Counts the gateway replicas by the heartbeat that each of them writes to Redis."""
 
 import asyncio
 import logging
@@ -20,19 +20,19 @@ LIFE_S: Final = 10.0
 
 
 class Heartbeat(Background):
-    """Counts as alive while its block runs, and knows how many replicas do."""
+    """Keeps this replica counted as alive while its block runs, and counts the others."""
 
     def __init__(
         self, redis: Redis, replica_id: str, clock: Callable[[], float], interval_s: float
     ) -> None:
-        """`redis` stays the caller's to close; `clock` gives Unix seconds."""
+        """The caller closes `redis`; `clock` gives Unix seconds."""
         self._redis = redis
         self._replica_id = replica_id
         self._clock = clock
         self._interval_s = interval_s
         self._attempts = Attempts("The heartbeat of this gateway replica")
         self.replicas = 1
-        """Those that were alive when Redis was last asked, this one included."""
+        """How many were alive when Redis was last asked, including this one."""
 
     async def __aexit__(
         self,

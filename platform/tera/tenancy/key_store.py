@@ -1,4 +1,4 @@
-"""Makes, lists, rotates and revokes API keys in Redis; `keys.py` has the layout."""
+"""Creates, lists, rotates and revokes API keys in Redis; `keys.py` describes the layout."""
 
 import logging
 import math
@@ -37,13 +37,14 @@ from tera.tenancy.redis import reaching
 logger = logging.getLogger(__name__)
 
 GRACE_S: Final = 24 * 3600.0
-"""How long a rotated key goes on working unless said."""
+"""How long a rotated key keeps working by default."""
 
 _KEY_ID = re.compile(r"key_[0-9a-f]{24}")
 _KEY_HASH = re.compile(r"[0-9a-f]{64}")
 _STORE: Final = "The API keys' store"
 
-# The former record as it was read, or '' for none: what happened meanwhile is never undone.
+# ARGV[3]: the former record as it was read, or '' for none, so that a change made meanwhile by
+# others is never undone.
 _PUT_SCRIPT: Final = """
 if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 1 then return 'revoked' end
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 'changed' end
@@ -78,7 +79,7 @@ return 1
 
 
 class KeyNotFoundError(TeraError):
-    """There is no key with this id: it never was, or it has been revoked."""
+    """There is no key with this id: it never existed, or it has been revoked."""
 
     status = 404
     type = "invalid_request_error"
@@ -86,7 +87,7 @@ class KeyNotFoundError(TeraError):
 
 
 class KeyRevokedError(TeraError):
-    """The key to import was revoked, and stays so."""
+    """The key to import was revoked and stays revoked."""
 
     status = 404
     type = "invalid_request_error"
@@ -95,22 +96,22 @@ class KeyRevokedError(TeraError):
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """A key in the place of another."""
+    """A key that replaces another."""
 
     new: NewKey
     old_key_id: str
     old_expires_s: float
-    """Unix seconds at which the old one ends, or ended."""
+    """Unix seconds at which the old key expires or expired."""
 
 
 class KeyStore:
-    """Makes, lists, rotates and revokes keys.
+    """Creates, lists, rotates and revokes keys.
 
     Every method raises InternalError when Redis cannot be reached.
     """
 
     def __init__(self, redis: Redis, pepper: str, clock: Callable[[], float]) -> None:
-        """`redis` stays the caller's to close; `clock` gives Unix seconds."""
+        """The caller closes `redis`; `clock` gives Unix seconds."""
         require_pepper(pepper)
         self._redis = redis
         self._pepper = pepper
@@ -124,10 +125,10 @@ class KeyStore:
         limits: Limits | None = None,
         expires_in_s: float | None = None,
     ) -> NewKey:
-        """Make a key for `tenant`; gateway replicas accept it within a second.
+        """Create a key for `tenant`; gateway replicas accept it within a second.
 
         Raises:
-            ConfigError: the tenant's name, the models or the lifetime are not possible.
+            ConfigError: the tenant's name, the models or the lifetime are invalid.
         """
         key = generate_key()
         record = self.record_of(
@@ -145,18 +146,18 @@ class KeyStore:
         limits: Limits | None = None,
         expires_s: float | None = None,
     ) -> ApiKey:
-        """Return the record of a key from elsewhere, which `import_record` takes.
+        """Return the record of an externally managed key, for `import_record`.
 
         Args:
-            tenant: whom the key belongs to.
+            tenant: the tenant the key belongs to.
             key: the key itself; either this or `key_hash`.
             key_hash: its `hash_key` under this platform's pepper.
-            models: the ids that clients may send; None allows all.
-            limits: of this key alone, beside its tenant's.
-            expires_s: Unix seconds; None never expires.
+            models: the model ids that the key may use; None allows all.
+            limits: of this key, in addition to its tenant's.
+            expires_s: Unix seconds; None means never.
 
         Raises:
-            ConfigError: not one well-formed key or hash, or a setting is not possible.
+            ConfigError: there is not exactly one well-formed key or hash, or a setting is invalid.
         """
         require_tenant(tenant)
         if (key is None) == (key_hash is None):
@@ -180,11 +181,11 @@ class KeyStore:
         )
 
     async def import_record(self, imported: ApiKey) -> ApiKey:
-        """Make sure that a key from elsewhere exists with these settings; return its record.
+        """Make sure that an externally managed key exists with these settings; return its record.
 
-        Importing it again changes nothing, or only the settings that differ. A key that was
-        rotated here keeps its end, and one that was revoked here stays revoked: what brings keys
-        is read again and again, and knows nothing of either.
+        Importing it again changes only the settings that differ, if any. A key that was rotated
+        here keeps its expiry, and one that was revoked here stays revoked: the keys file is read
+        again and again, and knows of neither.
 
         Raises:
             KeyRevokedError: it was revoked.
@@ -196,7 +197,7 @@ class KeyStore:
                 return wanted
 
     async def has_file(self, digest: str) -> bool:
-        """Return whether a keys file with this digest was imported, and that is not lost."""
+        """Return whether Redis remembers importing a keys file with this digest."""
         async with reaching(_STORE):
             return bool(await self._redis.sismember(FILES, digest))
 
@@ -206,7 +207,7 @@ class KeyStore:
             await self._redis.sadd(FILES, digest)
 
     async def list(self) -> list[ApiKey]:
-        """Return all keys that are not revoked, expired ones too, the oldest first."""
+        """Return all keys that are not revoked, including expired ones, oldest first."""
         async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(KEYS)
             pipeline.hgetall(LAST_USED)
@@ -231,7 +232,7 @@ class KeyStore:
         return known
 
     async def revoke(self, key_id: str) -> None:
-        """End a key: gateway replicas refuse it within seconds, and it cannot come back.
+        """Revoke a key for good: gateway replicas refuse it within seconds.
 
         Raises:
             KeyNotFoundError: there is none with this id.
@@ -247,19 +248,19 @@ class KeyStore:
     async def rotate(
         self, key_id: str, *, grace_s: float = GRACE_S, expires_in_s: float | None = None
     ) -> Rotation:
-        """Make a key with the same tenant, models and limits, and let the old one end.
+        """Create a key with the same tenant, models and limits, and let the old one expire.
 
-        Both happen at once. The new key expires when the old one would have, unless a lifetime
+        Both changes are atomic. The new key expires when the old one would have, unless a lifetime
         is given.
 
         Args:
             key_id: the old key.
-            grace_s: how long it still works; 0 revokes it.
+            grace_s: how long the old key keeps working; 0 revokes it.
             expires_in_s: the new key's lifetime.
 
         Raises:
             KeyNotFoundError: there is no key with this id.
-            ConfigError: the old key was rotated before or has expired, or a time is not possible.
+            ConfigError: the old key was already rotated or has expired, or a duration is invalid.
         """
         if not 0 <= grace_s < math.inf:
             raise ConfigError("The old key must expire after a number of seconds that is not < 0.")
@@ -303,7 +304,7 @@ class KeyStore:
         return self._clock() + expires_in_s
 
     async def _find(self, key_id: str) -> tuple[bytes, ApiKey | None]:
-        """Return what is stored, empty for nothing, and the record if it can be read."""
+        """Return the stored bytes, empty if there are none, and the record if it can be read."""
         async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.hget(KEYS, key_id)
             pipeline.hget(LAST_USED, key_id)
@@ -314,7 +315,7 @@ class KeyStore:
         return stored, with_last_used(records[0], last_used) if records else None
 
     async def _put(self, record: ApiKey, stored: bytes) -> bool:
-        """Write a record in the place of `stored`; return whether that was still there."""
+        """Replace the record `stored`; return whether it was still there."""
         async with reaching(_STORE):
             outcome = await self._redis.eval(
                 _PUT_SCRIPT,
@@ -342,7 +343,7 @@ def records_of(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
     """Return the records of a keys file's entries.
 
     Raises:
-        ConfigError: an entry is not possible; the message begins with its path.
+        ConfigError: an entry is invalid; the message begins with its path.
     """
     records = []
     for position, entry in enumerate(entries):
@@ -362,9 +363,9 @@ def records_of(store: KeyStore, entries: Iterable[KeyEntry]) -> list[ApiKey]:
 
 
 async def import_records(store: KeyStore, records: Iterable[ApiKey]) -> list[ApiKey]:
-    """Make sure that keys exist, as `KeyStore.import_record` does for one; return them.
+    """Import several keys with `KeyStore.import_record`; return their records.
 
-    A key that was revoked is left out, with a warning in the log.
+    A revoked key is skipped, with a warning in the log.
 
     Raises:
         InternalError: Redis cannot be reached.
@@ -406,6 +407,6 @@ def _model_ids(models: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _not_found(key_id: str) -> KeyNotFoundError:
-    # Only an id is repeated: someone may well paste the key itself here.
+    # Only ids are repeated: someone may have pasted the key itself.
     named = key_id if _KEY_ID.fullmatch(key_id) else "with this id; ids look like key_0123…"
     return KeyNotFoundError(f"There is no API key {named}.")

@@ -1,16 +1,16 @@
-"""API keys: their form, and what is known of each.
+"""API keys: their format, and the record of each.
 
 `key_store.py` writes them, `snapshot.py` follows, both with tenants (`tenants.py`). In Redis:
 
     tera:keys            hash     key id → JSON record, without the key itself
-    tera:keys:version    counter  raised by every change, of a key or of a tenant
-    tera:keys:changed    channel  told of every change
+    tera:keys:version    counter  incremented by every change of a key or tenant
+    tera:keys:changed    channel  notified of every change
     tera:keys:last_used  hash     key id → seconds; apart, so that use never rewrites a record
-    tera:keys:revoked    hash     key id → seconds; what an import must not bring back
-    tera:keys:files      set      digests of keys files that were imported
+    tera:keys:revoked    hash     key id → seconds; what an import must not restore
+    tera:keys:files      set      digests of imported keys files
     tera:tenants         hash     tenant → JSON of its limits, in the form of the values file
 
-A change is one script: record, version and message happen together or not at all.
+Each change is one script: record, version and message change together or not at all.
 """
 
 import hmac
@@ -42,20 +42,20 @@ TENANTS: Final = "tera:tenants"
 
 PREFIX: Final = "sk-tera-"
 KEY_PATTERN: Final = r"sk-tera-[0-9A-Za-z]{42}"
-"""What a secret scanner looks for; the last 6 characters are a checksum of all before them."""
+"""For secret scanners; the last 6 characters are a checksum of all before them."""
 
 _ALPHABET: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _RANDOM_CHARS: Final = 36
 """214 bits; the 4 random characters and the checksum part that the hint shows leave 166."""
 _CHECKSUM_CHARS: Final = 6
-"""62**6 is over 2**32: every CRC-32 fits."""
+"""62**6 exceeds 2**32, so every CRC-32 fits."""
 
 _WELL_FORMED = re.compile(KEY_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is known of one key; the key itself is not. Times are Unix seconds."""
+    """The record of one key, without the key itself. Times are Unix seconds."""
 
     key_id: str
     tenant: str
@@ -63,20 +63,20 @@ class ApiKey:
     hint: str
     """The first 12 and last 4 characters; empty for a key that came as a hash."""
     models: tuple[str, ...] | None
-    """The ids that clients may send as `model`; None allows all."""
+    """The model ids that the key may use; None allows all."""
     created_s: float
     expires_s: float | None = None
     last_used_s: float | None = None
-    """Within about a minute; filled by `KeyStore` only."""
+    """Accurate to about a minute; only `KeyStore` fills it in."""
     limits: Limits | None = None
-    """Of this key alone, beside its tenant's; None has none."""
+    """Limits of this key, in addition to its tenant's; None means none."""
     replaced_by: str | None = None
-    """Id of the key that took this one's place; this one expires."""
+    """Id of the key that replaced this one, which will expire."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made: the only time that it can be shown."""
+    """A new key; this is the only time that it can be shown."""
 
     key: str = field(repr=False)
     record: ApiKey
@@ -89,7 +89,7 @@ def generate_key() -> str:
 
 
 def is_well_formed(key: str) -> bool:
-    """Tell whether `key` could be a key; with a mistyped or two swapped characters it could not.
+    """Return whether `key` is well formed; a typo or two swapped characters are detected.
 
     CRC-32 finds every error burst of up to 32 bits (Koopman, DSN 2002), four characters.
     """
@@ -102,18 +102,18 @@ def is_well_formed(key: str) -> bool:
 def hash_key(key: str, pepper: str) -> str:
     """Return the HMAC-SHA-256 of `key` under `pepper`, in hex: the form that Redis holds.
 
-    A slow password hash would add nothing: the key has more random bits than can be tried.
+    A slow password hash would add nothing: the key has more random bits than anyone can try.
     """
     return hmac.digest(pepper.encode(), key.encode(), "sha256").hex()
 
 
 def hint_of(key: str) -> str:
-    """Return what may be shown of a key, so that its owner knows it again."""
+    """Return the part of a key that may be shown, by which its owner recognises it."""
     return f"{key[:12]}…{key[-4:]}"
 
 
 def id_of(key_hash: str) -> str:
-    """Return the id that belongs to a hash: importing a key twice finds the first."""
+    """Return the id derived from a hash, so that importing a key twice finds the first."""
     return "key_" + sha256(b"tera key id:" + key_hash.encode()).hexdigest()[:24]
 
 
@@ -127,17 +127,17 @@ def _checksum(body: str) -> str:
 
 
 def encode_key(record: ApiKey) -> bytes:
-    """Return the JSON record that Redis holds: all but the last use."""
+    """Return the JSON record that Redis holds: everything but the last use."""
     stored = {item.name: getattr(record, item.name) for item in fields(record)}
     del stored["last_used_s"]
     return msgspec.json.encode(stored, enc_hook=_encode_limits)
 
 
 def decode_keys(stored: Mapping[bytes, bytes]) -> list[ApiKey]:
-    """Return what can be read; a damaged record is logged and never takes the others along.
+    """Return the readable records; a damaged one is logged and does not affect the others.
 
-    Fields that a later version added are ignored, but not within `limits`: a limit that is not
-    understood would be none, so the key is refused.
+    Fields that a later version added are ignored, except within `limits`: ignoring an unknown limit
+    would lift it, so the key is refused.
     """
     records = []
     for key_id, data in stored.items():
@@ -153,7 +153,7 @@ def decode_keys(stored: Mapping[bytes, bytes]) -> list[ApiKey]:
 
 
 def with_last_used(record: ApiKey, last_used: bytes | None) -> ApiKey:
-    """Return the record with its last use as `LAST_USED` holds it."""
+    """Return the record with its last use, from the value in `LAST_USED`."""
     return record if last_used is None else replace(record, last_used_s=float(last_used))
 
 

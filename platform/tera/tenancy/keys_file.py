@@ -1,4 +1,4 @@
-"""Keeps the keys of a keys file in Redis: when the file changes, and when Redis has lost them."""
+"""Imports a keys file into Redis, whenever the file changes or Redis has lost the keys."""
 
 import asyncio
 import logging
@@ -15,33 +15,34 @@ from tera.tenancy.keys import ApiKey
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S: Final = 5.0
-"""A mounted Secret is changed by swapping a link, of which nothing tells on every file system."""
+"""Polling interval: a mounted Secret changes by swapping a link, which not every file system
+reports."""
 
 
 class KeysFile(Background):
-    """Imports the keys of a file, and again as long as the block runs.
+    """Imports the keys of a file, repeatedly while the block runs.
 
-    Nodes get a new version of a Secret at different times. So a version that is there is imported
-    only by a replica that has just found it, or when Redis has lost it: otherwise old and new
-    replicas would undo each other's.
+    Nodes get a new version of a Secret at different times. So a version is imported only by a
+    replica that has just found it, or when Redis has lost it: otherwise replicas with the old and
+    the new version would undo each other's imports.
     """
 
     def __init__(self, path: Path, store: KeyStore, interval_s: float = POLL_INTERVAL_S) -> None:
-        """`interval_s` is the time between two looks at file and Redis."""
+        """`interval_s` is how often file and Redis are checked."""
         self._path = path
         self._store = store
         self._interval_s = interval_s
         self._seen = ""
         self._digest = ""
-        """Of the last version without a fault."""
+        """Digest of the last valid version."""
         self._records: list[ApiKey] = []
         self._imported = False
 
     async def __aenter__(self) -> Self:
-        """Import the keys and begin to follow the file.
+        """Import the keys and start following the file.
 
         Raises:
-            ConfigError: the file has a fault.
+            ConfigError: the file is invalid.
             InternalError: Redis cannot be reached.
         """
         await self._look()
@@ -55,17 +56,17 @@ class KeysFile(Background):
             except ConfigError as error:
                 logger.error("The keys file's former version stays in force: %s", error.message)
             except InternalError as error:
-                # Whoever follows the keys warns of it, once; the next look tries again.
+                # The key snapshot warns of it, once; the next check tries again.
                 logger.debug("The keys file is not compared with Redis now: %s", error.message)
             except Exception:
-                # The edge of this task: were it to end, no later version would ever be read.
+                # The edge of this task: if it ended, no later version would ever be read.
                 logger.exception("Following the keys file failed; trying again.")
 
     async def _look(self) -> None:
         # In a thread: YAML of thousands of keys takes seconds.
         digest = await asyncio.to_thread(_digest_of, self._path)
         if digest != self._seen:
-            self._seen = digest  # now, so that a fault is told once
+            self._seen = digest  # set first, so that a fault is logged only once
             self._records = await asyncio.to_thread(self._load)
             self._digest, self._imported = digest, False
         if self._imported and await self._store.has_file(self._digest):
@@ -86,4 +87,4 @@ def _digest_of(path: Path) -> str:
     try:
         return sha256(path.read_bytes()).hexdigest()
     except OSError:
-        return "unreadable"  # what is wrong tells who loads it
+        return "unreadable"  # loading it will say what is wrong

@@ -1,4 +1,4 @@
-"""Leases: running requests keep theirs, and what dead gateway replicas held is taken back."""
+"""Leases: renews those of running requests, and reclaims what dead gateway replicas held."""
 
 import asyncio
 import random
@@ -14,14 +14,14 @@ from tera.tenancy.redis_limits import RedisLimiter, tenants_with_leases
 from tera.tenancy.redis_watch import RedisWatch
 
 RECLAIMING: Final = "tera:reclaiming"
-"""Held by the replica that looks for what others have left."""
+"""Lock of the replica that looks for requests that others have left behind."""
 
 Running = Mapping[str, Mapping[str, Progress]]
-"""By tenant and request id, what requests that Redis admitted have used so far."""
+"""What the requests admitted by Redis have used so far, by tenant and request id."""
 
 
 class LeaseRenewal(Background):
-    """Says every few seconds that this replica's requests still run, and what they have used."""
+    """Reports every few seconds that this replica's requests still run, and what they have used."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class LeaseRenewal(Background):
         running: Callable[[], Running],
         interval_s: float,
     ) -> None:
-        """`interval_s` is a third of a lease, so that two renewals may be lost."""
+        """`interval_s` should be a third of a lease, so that two renewals may be lost."""
         self._limiter = limiter
         self._watch = watch
         self._running = running
@@ -48,12 +48,12 @@ class LeaseRenewal(Background):
 
 
 class Reclaimer(Background):
-    """Closes what dead replicas left of tenants that send nothing more; one replica does it."""
+    """Closes requests of dead replicas for tenants that send no more; one replica does it."""
 
     def __init__(
         self, redis: Redis, limiter: RedisLimiter, replica_id: str, interval_s: float
     ) -> None:
-        """One look in `interval_s`, over all replicas; `redis` stays the caller's to close."""
+        """Looks once per `interval_s`, over all replicas; the caller closes `redis`."""
         self._redis = redis
         self._limiter = limiter
         self._replica_id = replica_id
@@ -62,7 +62,7 @@ class Reclaimer(Background):
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s * random.uniform(0.5, 1))  # noqa: S311  no secret
+            await asyncio.sleep(self._interval_s * random.uniform(0.5, 1))  # noqa: S311  not a secret
             await self._attempts.make(self._reclaim())
 
     async def _reclaim(self) -> None:

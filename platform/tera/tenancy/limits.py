@@ -1,8 +1,8 @@
-"""Limits of requests and tokens: what a request is counted in, and what a limit answers to it.
+"""Limits of requests and tokens: what a request is counted for, and the answers of limits.
 
-A request is admitted against *scopes*: its tenant, its model where the tenant has limits of its
-own for it, and its key. `redis_limits.py` counts them over all gateway replicas, and
-`local_limits.py` in this process alone, while Redis is away.
+A request is admitted against *scopes*: its tenant, its model if the tenant has separate limits for
+it, and its key. `redis_limits.py` counts them over all gateway replicas, and `local_limits.py` in
+this process only, while Redis is away.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ from tera.errors import (
 )
 
 MOST: Final = 2**53 - 1
-"""Numbers over it are taken for it: Redis's scripts count in doubles, exact up to here."""
+"""Larger numbers are cut to this: Redis's scripts count in doubles, which are exact up to here."""
 
 Kind = Literal["requests", "tokens", "concurrency", "budget"]
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Something that requests are counted for, and what it may use at most."""
+    """Something that requests are counted for, and its limits."""
 
     name: str
     """`tenant`, `model:<short name>` or `key:<key id>`."""
@@ -37,7 +37,7 @@ class Scope:
 
     @cached_property
     def line(self) -> str:
-        """What `limits.lua` is told of it; kept, for a scope lives as long as its limits."""
+        """Its form for `limits.lua`; cached, since a scope lives as long as its limits."""
         limits = self.limits
         period = limits.budget_period or "month"
         numbers = (
@@ -50,31 +50,31 @@ class Scope:
         return f"{self.name} {written} {period}"
 
 
-# Structs where every request makes some: they are made ten times as fast as frozen dataclasses.
+# Structs where every request creates some: that is ten times as fast as with frozen dataclasses.
 
 
 class Allowance(msgspec.Struct, frozen=True, gc=False):
-    """What is left of a limit of a minute, for the headers."""
+    """What is left of a per-minute limit, for the headers."""
 
     limit: int
     remaining: int
     reset_us: int
-    """Until all of it is, if running requests use what they hold; 0 for a limit of 0."""
+    """Time until all of it is back, if running requests use what they hold; 0 for a limit of 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The limit that refuses a request; of several the one with the longest wait."""
+    """The limit that refuses a request; of several, the one with the longest wait."""
 
     kind: Kind
     scope: str
     limit: int
     wait_us: int | None
-    """The request passes after it, if it is alone; None never lets it pass."""
+    """Time after which the request passes, if no others come; None means never."""
     tokens: int
     """The most that the request could use."""
     period: Literal["day", "month"] = "month"
-    """Of a budget."""
+    """The period of a budget."""
 
     @property
     def retryable(self) -> bool:
@@ -82,7 +82,7 @@ class Refusal:
         return self.wait_us is not None
 
     def error(self) -> RateLimitError:
-        """Return it as the client sees it."""
+        """Return the error that the client sees."""
         wait_s = None if self.wait_us is None else self.wait_us / 1e6
         return _ERRORS[self.kind](self._message(wait_s), retry_after_s=wait_s)
 
@@ -110,44 +110,44 @@ class Spent(msgspec.Struct, frozen=True, gc=False):
 
     scope: str
     period: str
-    """Such as 2027-01 or 2027-01-31, in UTC."""
+    """The month or day in UTC, such as 2027-01 or 2027-01-31."""
     used: int
     held: int
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """The answer to a request, and what is left of the limits after it."""
+    """The answer to a request, and what is then left of the limits."""
 
     requests: Allowance | None
-    """Of the scope with the least part remaining; None where there is no limit."""
+    """For the scope with the smallest share remaining; None if there is no limit."""
     tokens: Allowance | None
     refusal: Refusal | None = None
     """None if it was admitted; otherwise nothing was spent."""
     budgets: tuple[Spent, ...] = ()
-    """Of the scopes that have one."""
+    """For the scopes that have a budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a running request has used so far: what it is charged if its end is never told."""
+    """What a running request has used so far, which is charged if its end is never reported."""
 
     prompt_tokens: int
-    """Those that would be charged, if it ended now."""
+    """Prompt tokens that would be charged if it ended now."""
     completion_tokens: int
 
 
 def scopes_of(
     tenant_limits: TenantLimits, key_limits: Limits | None, key_id: str, model_name: str
 ) -> list[Scope]:
-    """Return the scopes that a request is counted in.
+    """Return the scopes that a request is counted for.
 
-    A limit that the tenant has for this model counts the model's requests alone, in the place of
-    the tenant's own; a key's limits count beside both. A scope without any limit is left out.
+    A limit that the tenant has for this model counts only the model's requests, and replaces the
+    tenant's own; a key's limits apply in addition. Scopes without any limit are left out.
 
     Args:
-        tenant_limits: what is in force for the tenant.
-        key_limits: of the key alone; None has none.
-        key_id: the key's.
+        tenant_limits: the limits in force for the tenant.
+        key_limits: the key's own limits; None means none.
+        key_id: the key's id.
         model_name: the model's short name.
     """
     of_model = tenant_limits.models.get(model_name, _UNLIMITED)

@@ -1,9 +1,8 @@
-"""The same limits in this process alone, for while Redis is away.
+"""The same limits, counted in this process only, while Redis is away.
 
 Each gateway replica then has its share of every limit, and of what was left of a budget when Redis
-last told it. The arithmetic is that of `limits.lua`, in
-Python's whole numbers: it is also what the script is tested against. There are no leases: a
-process that ends takes all of it along.
+last reported it. The arithmetic is that of `limits.lua`, in Python's integers; the script is tested
+against it. There are no leases: everything is gone when the process ends.
 """
 
 import time
@@ -16,14 +15,14 @@ from typing import Final, NamedTuple
 from tera.tenancy.limits import MOST, Admission, Allowance, Kind, Refusal, Scope, Spent, refusal_of
 
 PARTS: Final = 60_000_000
-"""A limit of L a minute drains L of these parts of one request or token in each µs."""
+"""One request or token is this many parts: a limit of L a minute drains L parts per µs."""
 _SECOND_US: Final = 1_000_000
 _FORGET_ABOVE: Final = 64
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What a scope has: debts in parts as of `at_us`, tokens held and requests open."""
+    """The state of a scope: debts in parts as of `at_us`, tokens held and requests open."""
 
     at_us: int = 0
     request_rate: int = 0
@@ -33,10 +32,10 @@ class _Counts:
     held: int = 0
     open: int = 0
     ahead_us: int = 0
-    """How far the clock was set back: nothing drains until it has caught up."""
+    """How far the clock has been set back: nothing drains until it has caught up."""
 
     def advance(self, now_us: int, request_limit: int = 0, token_limit: int = 0) -> None:
-        """Let debts drain until now, by these limits or the last ones that were not 0."""
+        """Let debts drain until now, at these limits' rates or the last ones that were not 0."""
         self.request_rate = request_limit or self.request_rate
         self.token_rate = token_limit or self.token_rate
         elapsed_us = max(0, now_us - self.at_us)
@@ -46,7 +45,7 @@ class _Counts:
         self.at_us = max(self.at_us, now_us)
 
     def from_now(self, wait_us: int) -> int:
-        """Return a wait from now on, of a debt that drains only once the clock has caught up."""
+        """Return a wait from now, for a debt that drains only once the clock has caught up."""
         return min(self.ahead_us + wait_us, MOST)
 
 
@@ -56,12 +55,12 @@ class _Budget:
     held: int = 0
     known_used: int = 0
     known_held: int = 0
-    """As Redis told it, of all gateway replicas."""
+    """As Redis reported it, over all gateway replicas."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
-    """What an open request has to return."""
+    """What an open request must release."""
 
     tokens: int
     scopes: tuple[str, ...]
@@ -79,12 +78,12 @@ class _Tenant:
 class _Limit(NamedTuple):
     whole: int
     share: int
-    """What this process may use of it; of a budget, of its rest."""
+    """What this process may use of the limit; for a budget, of what was left of it."""
 
 
 @dataclass(slots=True)
 class _Counted:
-    """One scope in one decision: its limits, and copies of its numbers."""
+    """One scope in one decision: its limits, and copies of its counts."""
 
     name: str
     requests: _Limit | None
@@ -97,7 +96,7 @@ class _Counted:
 
 
 class _Wait(NamedTuple):
-    """A limit that refuses, and the wait in µs, None for ever."""
+    """A limit that refuses, and the wait in µs; None means for ever."""
 
     kind: Kind
     scope: str
@@ -110,17 +109,17 @@ def _wall_clock_us() -> int:
 
 
 class LocalLimiter:
-    """Admits and settles requests against limits that are counted here."""
+    """Admits and settles requests against limits that are counted in this process."""
 
     def __init__(self, clock_us: Callable[[], int] = _wall_clock_us) -> None:
-        """`clock_us` gives µs since 1970; budgets go by its days and months in UTC."""
+        """`clock_us` gives µs since 1970; it decides the UTC days and months of budgets."""
         self._clock_us = clock_us
         self._tenants: dict[str, _Tenant] = {}
         self._forget_above = _FORGET_ABOVE
 
     @property
     def tenants(self) -> int:
-        """How many are remembered."""
+        """How many tenants are remembered."""
         return len(self._tenants)
 
     def admit(
@@ -137,7 +136,7 @@ class LocalLimiter:
         Args:
             tenant: whose request it is.
             request_id: unique.
-            scopes: as `scopes_of` has them.
+            scopes: from `scopes_of`.
             tokens: the most that it can use.
             replicas: how many gateway replicas share each limit. A share is at least 1, unless
                 the limit is 0; what only a share refuses may be tried again.
@@ -157,9 +156,9 @@ class LocalLimiter:
         return _admission(counted)
 
     def know(self, tenant: str, budgets: Sequence[Spent]) -> None:
-        """Take over what Redis has counted of a tenant's budgets.
+        """Adopt what Redis has counted of a tenant's budgets.
 
-        It has been charged what was used here, or is about to be.
+        Redis has already been charged what was used here, or is about to be.
         """
         now_us = self._clock_us()
         self._forget(now_us)
@@ -172,7 +171,7 @@ class LocalLimiter:
             budget.known_used, budget.known_held, budget.used = told.used, told.held, 0
 
     def settle(self, tenant: str, request_id: str, used_tokens: int) -> bool:
-        """End a request: return what it holds, charge what it used; return whether it was open."""
+        """End a request: release what it holds, charge what it used; return whether it was open."""
         mine = self._tenants.get(tenant)
         hold = mine.open.pop(request_id, None) if mine else None
         if mine is None or hold is None:
@@ -192,7 +191,7 @@ class LocalLimiter:
         return True
 
     def _forget(self, now_us: int) -> None:
-        """Drop tenants of whom nothing is owed, when there are twice as many as last time."""
+        """Drop tenants with no debts, once there are twice as many as last time."""
         if len(self._tenants) <= self._forget_above:
             return
         periods = _periods(now_us)
@@ -249,7 +248,7 @@ def _drop_past_budgets(mine: _Tenant, now_us: int) -> None:
 
 
 def _waits(it: _Counted, tokens: int) -> Iterator[_Wait]:
-    """Yield the limits that refuse a request of so many tokens."""
+    """Yield the limits that refuse a request of `tokens` tokens."""
     counts = it.counts
     if it.requests is not None:
         yield from _wait("requests", it, it.requests, _request_wait(counts, it.requests))
@@ -266,7 +265,7 @@ def _wait(kind: Kind, it: _Counted, limit: _Limit, wait_us: int | None) -> Itera
     if limit.whole == 0:
         wait_us = None
     if wait_us != 0:
-        # Of a budget the share is what is left, and no limit that its tenant knows.
+        # For a budget the share is a part of what is left, which is not a limit the tenant knows.
         told = limit.whole if kind == "budget" else limit.share
         yield _Wait(kind, it.name, told, wait_us)
 
@@ -285,7 +284,7 @@ def _token_wait(counts: _Counts, limit: _Limit, tokens: int) -> int | None:
     if counts.held <= level:
         wait_us = _time_to(counts.tokens, level - counts.held, limit.share)
         return counts.from_now(wait_us) if wait_us else 0
-    # Others hold too much; when they end, what they have used is owed.
+    # Other requests hold too much; when they end, what they have used becomes debt.
     return max(_SECOND_US, counts.from_now(_time_to(counts.tokens, level, limit.share)))
 
 
@@ -317,7 +316,7 @@ def _more(debt: int, number: int) -> int:
 
 
 def _time_to(debt: int, level: int, rate: int) -> int:
-    """Return the µs until a debt has drained to `level` whole ones; 0 if it never moves."""
+    """Return the µs until a debt has drained to `level` requests or tokens; 0 at a rate of 0."""
     over = debt - level * PARTS
     return min(-(-over // rate), MOST) if over > 0 and rate else 0
 
@@ -359,7 +358,7 @@ def _allowance(limit: int, debt: int, counts: _Counts) -> Allowance:
 
 
 def _least(allowances: Iterator[Allowance]) -> Allowance | None:
-    """Return the one of which the least part remains."""
+    """Return the allowance with the smallest share remaining."""
     return min(allowances, key=lambda it: it.remaining / it.limit if it.limit else 0, default=None)
 
 

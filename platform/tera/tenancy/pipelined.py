@@ -1,16 +1,16 @@
-"""Calls to Redis over one connection, for what every request asks of it.
+"""Pipelined calls to Redis over one connection, for the calls that every request makes.
 
-redis-py takes a connection out of its pool for each command, under locks, with a task and two
-time-outs: half a millisecond of CPU for a request's two calls, five times what Redis itself needs.
-Here a call is a future in a queue (docs/decisions/0007):
+For each command, redis-py takes a connection from its pool, with locks, a task and two time-outs:
+half a millisecond of CPU for a request's two calls, five times what Redis itself needs. Here a call
+is a future in a queue (docs/decisions/0007):
 
-1. Calls of one turn of the event loop leave in one write.
-2. Redis answers in the order of the calls, so each reply belongs to the first that waits. One whose
-   caller was cancelled stays in the queue until its reply has been read.
-3. One timer watches over all that wait (`silence.py`). When Redis is silent for too long, all calls
-   fail and the connection is closed, as when it is lost: what a reply would be for is not known
-   any more.
-4. The next call opens the next connection. redis-py opens it, as the Redis URL says.
+1. The calls of one turn of the event loop are sent in one write.
+2. Redis answers in the order of the calls, so each reply belongs to the first waiting call. A call
+   whose caller was cancelled stays in the queue until its reply has been read.
+3. One timer watches all waiting calls (`silence.py`). If Redis is silent for too long, all calls
+   fail and the connection is closed, as when it is lost, since later replies could no longer be
+   matched to calls.
+4. The next call opens a new connection, through redis-py and as the Redis URL says.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Argument = str | bytes | int
 Unheard = Callable[[Any], None]
-"""Called with the reply to a call whose caller was cancelled while it waited; not with an error."""
+"""Called with the reply to a call whose caller was cancelled while waiting; not with errors."""
 
 _UNFINISHED: Final = object()
 _PATIENCE: Final = Patience()
@@ -42,19 +42,19 @@ _PATIENCE: Final = Patience()
 class PipelinedRedis:
     """Makes calls over one connection, which is opened when there is none.
 
-    Callers bound how many calls wait at a time. A call is tried once: whoever gets an error makes
-    it again if it wants to, since Redis may or may not have done what it was asked for.
+    Callers bound how many calls wait at a time. A call is tried once: the caller decides whether to
+    repeat it after an error, since Redis may or may not have executed it.
     """
 
     def __init__(self, pool: ConnectionPool, patience: Patience = _PATIENCE) -> None:
         """Nothing is sent yet.
 
         Args:
-            pool: says how to connect, as `tenancy.redis.connect` makes it; it stays the caller's.
+            pool: knows how to connect; from `tenancy.redis.connect`, and closed by the caller.
             patience: how long a call may wait.
 
         Raises:
-            InternalError: the installed redis-py cannot be used so.
+            InternalError: the installed redis-py cannot be used this way.
         """
         redis_py.check()
         self._pool = pool
@@ -69,16 +69,16 @@ class PipelinedRedis:
 
     @property
     def closed(self) -> bool:
-        """There is no connection, and none is being opened: the next call opens one."""
+        """Whether there is no connection, open or opening: the next call opens one."""
         return self._connection is None or self._connection.error is not None
 
     def call(self, *command: Argument, unheard: Unheard | None = None) -> asyncio.Future[Any]:
-        """Send a command; return its reply to come, in which simple strings are bytes.
+        """Send a command; return its future reply, in which simple strings are bytes.
 
-        A connection that has to be opened first is part of the wait.
+        The wait includes opening a connection, if there is none.
 
         The reply raises:
-            ResponseError: Redis refuses, in its own words.
+            ResponseError: Redis refuses the command.
             TimeoutError: of redis-py; no answer in time.
             ConnectionError: of redis-py; the connection was lost, or cannot be opened.
         """
@@ -96,7 +96,7 @@ class PipelinedRedis:
             raise connection.error
 
     async def aclose(self) -> None:
-        """Close the connection; calls that wait fail."""
+        """Close the connection; waiting calls fail."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.fail(RedisConnectionError("the connection was closed"))
@@ -117,7 +117,7 @@ class PipelinedRedis:
         except RedisError as error:
             connection.fail(error)
         except Exception as error:
-            # Whatever it is, those who wait must not wait for ever.
+            # Whatever the error, the callers must not wait for ever.
             logger.exception("Opening a connection to Redis failed.")
             connection.fail(RedisConnectionError(f"{type(error).__name__}: {error}"))
         else:
@@ -125,18 +125,18 @@ class PipelinedRedis:
 
 
 _Call = tuple[asyncio.Future[Any], Unheard | None, int]
-"""The reply to come, who else hears it, and the connection's slice in which it was called for."""
+"""The future reply, who gets it if that is cancelled, and the slice in which the call was made."""
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, from the first call on that needs it to its end."""
+    """One connection, from the first call that needs it to its end."""
 
     def __init__(self, patience: Patience) -> None:
         self.error: RedisError | None = None
-        """Why it is of no use any more."""
+        """Why it can no longer be used."""
         self.opening: asyncio.Task[None] | None = None
         self.lost = asyncio.Event()
-        """Its transport is gone, or there was none."""
+        """Set when its transport is gone, or was never opened."""
         self._loop = asyncio.get_running_loop()
         self._patience = patience
         self._silence = Silence(patience, self._loop.time)
@@ -156,7 +156,7 @@ class _Connection(asyncio.Protocol):
         return len(self._waiting)
 
     def call(self, command: tuple[Argument, ...], unheard: Unheard | None) -> asyncio.Future[Any]:
-        """Send a command, with the others of this turn, or as soon as the connection is open."""
+        """Send a command together with this turn's others, or once the connection is open."""
         packed = pack_command(command)  # type: ignore[arg-type]  # its stub has one argument
         reply = self._loop.create_future()
         self._waiting.append((reply, unheard, self._slice))
@@ -169,8 +169,8 @@ class _Connection(asyncio.Protocol):
         return reply
 
     def take_over(self, stream: asyncio.StreamWriter) -> None:
-        """Read and write a stream that has just been opened."""
-        if self.error is not None:  # it was given up meanwhile
+        """Take over a stream that has just been opened."""
+        if self.error is not None:  # given up meanwhile
             stream.transport.abort()
             return
         self._stream = stream
@@ -183,17 +183,17 @@ class _Connection(asyncio.Protocol):
             self._unsent.clear()
 
     def data_received(self, data: bytes) -> None:
-        """Deliver the replies that are complete; the reader keeps the beginning of another."""
+        """Deliver complete replies; the reader keeps the beginning of an incomplete one."""
         self._reader.feed(data)
         try:
             while self.error is None and (answer := self._reader.gets()) is not _UNFINISHED:
                 self._deliver(answer)
         except InvalidResponse as error:
-            # It has lost its place: nothing after it can be trusted.
+            # The stream is out of step: nothing after this can be trusted.
             self.fail(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail what waits."""
+        """Fail the waiting calls."""
         self.lost.set()
         self.fail(RedisConnectionError(f"the connection was lost: {exc or 'closed by Redis'}"))
 
@@ -212,10 +212,10 @@ class _Connection(asyncio.Protocol):
             try:
                 unheard(answer)
             except Exception:
-                # One caller's fault must not take the connection from all others.
+                # One caller's defect must not cost all others the connection.
                 logger.exception("A reply that came after its caller had gone is lost.")
         if refused and is_read_only(answer):
-            # After a failover the same address leads to another server, but not this connection.
+            # After a failover the address leads to another server, but this connection does not.
             self.fail(RedisConnectionError("the server has become read-only"))
 
     def _end_slice(self) -> None:
@@ -231,7 +231,7 @@ class _Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(self._patience.slice_s, self._end_slice)
 
     def fail(self, error: RedisError) -> None:
-        """End the connection; every call that waits gets an error of its own, like this one."""
+        """End the connection; every waiting call gets its own copy of the error."""
         if self.error is not None:
             return
         self.error = error

@@ -1,4 +1,4 @@
-"""How Tera connects to Redis: bounded waits, no hidden second tries, and failing over."""
+"""How Tera connects to Redis: bounded waits, no hidden retries, and failover."""
 
 import asyncio
 import logging
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HEALTH_CHECK_INTERVAL_S = 10
-"""A connection that was idle for longer is tried with a PING before it is used."""
+"""A connection that was idle for longer is checked with a PING before it is used."""
 _MAX_CONNECTIONS = 32
-"""More would not make Redis, which runs one command at a time, any faster."""
+"""More would be no faster, since Redis runs one command at a time."""
 _ATTEMPT_TIMEOUT_S = 2.0
 _READ_ONLY: Final = re.compile(r"(?:^|-)READONLY ")
 
@@ -30,14 +30,14 @@ _READ_ONLY: Final = re.compile(r"(?:^|-)READONLY ")
 def connect(url: str, *, timeout_s: float) -> Redis:
     """Return a client that answers or fails within about `timeout_s` per round trip.
 
-    Nothing is sent yet: an unreachable server shows at the first command. A command is tried
-    once, because a second try would double the wait that `timeout_s` promises, and the first
-    may have taken effect. A connection to a server that has become read-only is not used again:
+    Nothing is sent yet: an unreachable server is noticed at the first command. A command is tried
+    once, because a retry would double the wait that `timeout_s` promises, and the first try may
+    have taken effect. A connection to a server that has become read-only is not used again:
     after a failover the same address leads to another one. Replies are bytes, so that one
     damaged value cannot make a whole reply unreadable. The caller owns the client and closes it
     with `aclose()`, after everything that was built on it is closed.
 
-    Before Python 3.12 a command may lose a cancellation that comes just as it is sent: cancel
+    Before Python 3.12, a command may lose a cancellation that arrives just as it is sent: cancel
     again where that matters, as `tera.background.end` does.
 
     Args:
@@ -63,7 +63,7 @@ def connect(url: str, *, timeout_s: float) -> Redis:
             protocol=2,
         )
     except ValueError:
-        # The cause is dropped: it may quote the URL, and with it a password.
+        # The cause is dropped: it may quote the URL, which may contain a password.
         raise ConfigError(
             "The Redis URL is not valid; it must look like redis://host:port/0, "
             "rediss://host:port/0 or unix:///path."
@@ -72,11 +72,11 @@ def connect(url: str, *, timeout_s: float) -> Redis:
 
 
 class _Following(AbstractConnection):
-    """Notes that its server takes no writes."""
+    """Notices that its server accepts no writes."""
 
     read_only = False
     failovers = 0
-    """Of those that its pool knew of when it was opened."""
+    """How many failovers its pool had seen when it was opened."""
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         try:
@@ -87,10 +87,10 @@ class _Following(AbstractConnection):
 
 
 class _FollowingPool(BlockingConnectionPool):
-    """Opens its connections anew once one of them has met a server that has become read-only.
+    """Reopens its connections once one of them has met a server that has become read-only.
 
-    Nobody else would: when an address leads to another server, connections that are open stay
-    where they are, and a primary that was made a replica goes on answering.
+    Nothing else would: when an address leads to another server, open connections stay where they
+    are, and a primary that was made a replica keeps answering.
     """
 
     _failovers = 0
@@ -117,13 +117,13 @@ class _FollowingPool(BlockingConnectionPool):
 _CANNOT_SERVE: Final = re.compile(
     r"(?:^|-)(?:OOM|READONLY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|BUSY|NOAUTH|NOPERM)\b"
 )
-"""In an error that the next call would meet as well; a script's is quoted by older servers."""
+"""Errors that the next call would meet too; older servers quote them within a script's error."""
 
 
 def is_refusal(error: RedisError) -> bool:
-    """Return whether Redis refuses one call, and is not away for all of them.
+    """Return whether Redis refuses just this call, rather than being away for all calls.
 
-    Data of another kind under one tenant's keys must not take the limits from everybody.
+    Data of the wrong type under one tenant's keys must not disable everybody's limits.
     """
     if not isinstance(error, ResponseError) or isinstance(error, OutOfMemoryError | ReadOnlyError):
         return False
@@ -132,16 +132,16 @@ def is_refusal(error: RedisError) -> bool:
 
 def is_read_only(error: ResponseError) -> bool:
     """Return whether a server refuses a write because it is a replica."""
-    # A script's error quotes it, first on newer servers and after others' words on older ones.
+    # A script's error quotes it: at the beginning on newer servers, later on older ones.
     return isinstance(error, ReadOnlyError) or _READ_ONLY.search(str(error)) is not None
 
 
 @asynccontextmanager
 async def reaching(what: str) -> AsyncGenerator[None]:
-    """Make an error of ours of any of Redis's in the block; `what` begins the sentence.
+    """Turn any Redis error in the block into an `InternalError`; `what` begins its message.
 
     Raises:
-        InternalError: Redis cannot be reached, or does not do what it is told.
+        InternalError: Redis cannot be reached, or refuses a command.
     """
     try:
         yield
@@ -150,15 +150,15 @@ async def reaching(what: str) -> AsyncGenerator[None]:
 
 
 class Attempts:
-    """Work against Redis that is done again and again; that it fails is told once in a row."""
+    """Repeated work against Redis; of several failures in a row only the first is a warning."""
 
     def __init__(self, what: str) -> None:
-        """`what` begins the sentence in the log."""
+        """`what` begins the log message."""
         self._what = what
         self._failing = False
 
     async def make(self, work: Awaitable[T]) -> T | None:
-        """Return what the work gives; None, when Redis fails: it is tried again later."""
+        """Return the result of the work; None if Redis fails, in which case it is retried later."""
         try:
             async with asyncio.timeout(_ATTEMPT_TIMEOUT_S):
                 result = await work

@@ -1,4 +1,4 @@
-"""Limits that hold over all gateway replicas: one call to Redis admits a request, one settles it.
+"""Limits over all gateway replicas: one call to Redis admits a request, one settles it.
 
 `limits.lua` checks and spends all of a request's limits together; in Redis, of each tenant:
 
@@ -28,58 +28,58 @@ from tera.tenancy.usage import stream_of
 
 LEASE_S: Final = 30.0
 LEASES: Final = "tera:{*}:leases"
-"""Matches the leases of all tenants; braces mean nothing to Redis's patterns."""
+"""Matches the leases of all tenants; braces have no meaning in Redis's patterns."""
 _LEASES_AFFIXES: Final = (len("tera:{"), -len("}:leases"))
 _RENEWALS: Final = 500
-"""At most this many in one call: Redis does nothing else meanwhile, some milliseconds here."""
+"""Most renewals in one call, which keeps Redis busy for some milliseconds."""
 
 _SCRIPT: Final = Path(__file__).with_name("limits.lua").read_text(encoding="utf-8")
 _SCRIPT_SHA: Final = sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 _FIGURES: Final = 10
-"""The script tells so many of every request; what has been spent of budgets comes after them."""
+"""How many figures the script returns for every request; spent budgets come after them."""
 
 Argument = str | bytes | int
 Given = tuple[Argument, ...]
-"""What the script is given: the number of keys, the keys, the arguments."""
+"""Arguments of the script: the number of keys, the keys, and the arguments proper."""
 Unheard = Callable[[Any], None]
 
 
 class Calls(Protocol):
-    """What makes the limiter's calls to Redis; `PipelinedRedis` does."""
+    """Makes the limiter's calls to Redis; implemented by `PipelinedRedis`."""
 
     def call(self, *command: Argument, unheard: Unheard | None = None) -> asyncio.Future[Any]:
-        """Send a command; return its reply to come. `unheard` hears it if that is cancelled."""
+        """Send a command; return its future reply, which `unheard` gets if that is cancelled."""
         ...
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """A request that has ended, as Redis is told of it."""
+    """A request that has ended, in the form that is sent to Redis."""
 
     tenant: str
     request_id: str
     used_tokens: int
     record: bytes
-    """Its final one, for the ledger."""
+    """Its final record, for the ledger."""
     scopes: Sequence[Scope] | None = None
-    """Those of a request that ran without Redis, which is charged now; None is one that Redis
-    admitted, which is settled."""
+    """The scopes of a request that ran without Redis and is charged now; None for a request that
+    Redis admitted, which is settled."""
 
 
 class RedisLimiter:
     """Admits and settles requests against limits that Redis keeps.
 
-    Time is Redis's. Every method lets RedisError pass; what it asked for may have been done
-    nevertheless, and may be asked for again: a request is admitted, settled and charged once.
+    Time is Redis's. Every method may raise RedisError; the operation may have succeeded
+    nevertheless, and may be repeated: a request is admitted, settled and charged only once.
     """
 
     def __init__(self, redis: Calls, lease_s: float = LEASE_S, now_us: int | None = None) -> None:
-        """`redis` stays the caller's to close.
+        """The caller closes `redis`.
 
         Args:
             redis: makes the calls.
             lease_s: how long a request is open without being renewed.
-            now_us: the time in the place of Redis's, in µs since 1970; for tests.
+            now_us: a time to use instead of Redis's, in µs since 1970; for tests.
         """
         self._redis = redis
         self._lease_us = round(lease_s * 1e6)
@@ -99,11 +99,11 @@ class RedisLimiter:
 
         Args:
             tenant: whose request it is.
-            request_id: unique; an open request that is admitted again is told so, at no cost.
-            scopes: as `scopes_of` has them.
+            request_id: unique; admitting an open request again succeeds and costs nothing.
+            scopes: from `scopes_of`.
             tokens: the most that it can use; held until it is settled.
-            record: the ledger's, as it is if the request is lost.
-            unheard: hears the answer if the caller is cancelled before it comes.
+            record: the ledger's record in case the request is lost.
+            unheard: gets the answer if the caller is cancelled before it arrives.
         """
 
         def read(reply: Any) -> None:
@@ -116,10 +116,10 @@ class RedisLimiter:
         return _admission(await self._call(given, read), tokens, scopes)
 
     async def settle(self, tenant: str, request_id: str, used_tokens: int, record: bytes) -> bool:
-        """End a request: return what it holds, charge what it used, write its final record.
+        """End a request: release what it holds, charge what it used, write its final record.
 
-        A request that is not open (settled before, or counted as lost) is not charged; its record
-        is written nevertheless, and is the one that counts.
+        A request that is not open (already settled, or counted as lost) is not charged; its record
+        is written nevertheless, and replaces the earlier one.
 
         Returns:
             whether it was open.
@@ -130,7 +130,7 @@ class RedisLimiter:
         """Settle or charge several requests in one round trip; see `settle` and `charge`.
 
         Returns:
-            for each what went wrong, None for nothing.
+            For each request the error, or None.
         """
         given = [self._ending(each) for each in requests]
         replies = [self._send(each) for each in given]
@@ -140,7 +140,7 @@ class RedisLimiter:
             ]
         finally:
             for reply in replies:
-                reply.cancel()  # those that are not awaited any more, if this was cancelled
+                reply.cancel()  # those no longer awaited, if this was cancelled
 
     async def _failure(self, given: Given, reply: asyncio.Future[Any]) -> RedisError | None:
         try:
@@ -150,7 +150,7 @@ class RedisLimiter:
         return None
 
     async def renew(self, tenant: str, progress: Mapping[str, Progress]) -> frozenset[str]:
-        """Keep a tenant's requests open, by id; return the ids of those that are not open."""
+        """Renew a tenant's open requests, by id; return the ids of those that are not open."""
         gone: set[str] = set()
         requests = list(progress.items())
         for first in range(0, len(requests), _RENEWALS):
@@ -162,10 +162,10 @@ class RedisLimiter:
         return frozenset(gone)
 
     async def reclaim(self, tenant: str) -> int:
-        """End a tenant's requests that were not renewed in time; return how many.
+        """End those of a tenant's requests that were not renewed in time; return how many.
 
-        What they hold returns, what they had used when they were last renewed is charged, and
-        their opening record is written, as `lost`. `admit` does the same for some at a time.
+        Their holds are released, what they had used at the last renewal is charged, and their
+        opening record is written as `lost`. `admit` also does this, for a few at a time.
         """
         ended = 0
         while batch := await self._call(self._given("reclaim", tenant, ())):
@@ -182,8 +182,8 @@ class RedisLimiter:
     ) -> bool:
         """Charge a request that ran without Redis, and write its final record.
 
-        It is counted once, however often it is charged within a day, and now, whenever it ran.
-        What is over a limit of a minute is not owed: most of it was used longer ago.
+        It is counted once, however often this is called within a day, and as of now, whenever it
+        ran. What exceeds a per-minute limit does not become debt: most of it was used earlier.
 
         Returns:
             whether it was counted.
@@ -229,19 +229,19 @@ class RedisLimiter:
         except ResponseError as error:
             if not str(error).startswith("NOSCRIPT"):
                 raise
-        # A Redis that was just started, or another one, does not know the script yet.
+        # A Redis that has just started, or another one, does not know the script yet.
         return await self._redis.call("EVAL", _SCRIPT, *given, unheard=unheard)
 
 
 async def tenants_with_leases(redis: Redis) -> AsyncGenerator[str]:
-    """Yield each tenant that has open requests; one may come twice, as SCAN has it."""
+    """Yield each tenant that has open requests; SCAN may return one twice."""
     start, end = _LEASES_AFFIXES
     async for key in redis.scan_iter(match=LEASES, count=1000, _type="ZSET"):
         yield key.decode()[start:end]
 
 
 def _admission(reply: Sequence[Any], tokens: int, scopes: Sequence[Scope]) -> Admission:
-    """Return the script's answer to a request that could use so many tokens."""
+    """Return the script's answer to a request that could use `tokens` tokens."""
     requests, requests_left, requests_reset, limit, left, reset = reply[:6]
     kind, name, reached, wait_us = reply[6:10]
     return Admission(

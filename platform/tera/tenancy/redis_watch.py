@@ -1,4 +1,4 @@
-"""Whether Redis is away, as one gateway replica finds out."""
+"""Tracks whether Redis is away, as seen by one gateway replica."""
 
 import asyncio
 import logging
@@ -13,15 +13,15 @@ from tera.tenancy.pipelined import PipelinedRedis
 logger = logging.getLogger(__name__)
 
 PROBE: Final = "tera:probe:"
-"""Key that a probe writes, with the replica's id after it."""
+"""Prefix of the key that a probe writes; the replica's id follows."""
 _PROBE_LIFE_S: Final = 10
 
 
 class RedisWatch(Background):
-    """Is told when a call finds Redis away, and finds out by one probe a second when it is back.
+    """Is told when a call finds Redis away, and probes once a second until it is back.
 
-    A probe is a write, over the connection that requests will use: a server that is full, or was
-    made a replica, answers and is of no use.
+    A probe is a write, over the connection that requests will use: a server that is full, or has
+    become a replica, answers but is of no use.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class RedisWatch(Background):
         clock: Callable[[], float],
         probe_interval_s: float,
     ) -> None:
-        """Redis counts as there, until somebody finds that it is not.
+        """Redis counts as available until a call fails.
 
         Args:
-            redis: what is probed.
-            replica_id: names the key that is written.
+            redis: the connection to probe.
+            replica_id: part of the key that is written.
             clock: seconds, for the log.
-            probe_interval_s: from finding it away to the first probe, and between two of them.
+            probe_interval_s: time from finding it away to the first probe, and between probes.
         """
         self._redis = redis
         self._key = PROBE + replica_id
@@ -46,19 +46,19 @@ class RedisWatch(Background):
         self._gone, self._back = asyncio.Event(), asyncio.Event()
         self._back.set()
         self.outages = 0
-        """Times since the start that Redis was found to be away."""
+        """How often Redis has been found to be away since the start."""
 
     @property
     def away(self) -> bool:
-        """Redis is away: nobody is to wait for it."""
+        """Whether Redis is away, so that nothing should wait for it."""
         return self._gone.is_set()
 
     async def wait_until_back(self) -> None:
-        """Return when Redis is not away, at once if it is not."""
+        """Return when Redis is available, at once if it is."""
         await self._back.wait()
 
     def mark_away(self, error: BaseException) -> None:
-        """Tell that a call has failed as the next one would."""
+        """Report that a call has failed in a way that the next one would too."""
         if not self.away:
             self.outages += 1
             self._back.clear()
@@ -78,7 +78,7 @@ class RedisWatch(Background):
         while True:
             await asyncio.sleep(self._probe_interval_s)
             try:
-                # Apart from the write, for a login may take longer than any call may wait.
+                # Connect before the write: a login may take longer than any call may wait.
                 await self._redis.open()
                 await self._redis.call("SET", self._key, 1, "EX", _PROBE_LIFE_S)
             except RedisError as error:

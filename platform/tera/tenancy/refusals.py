@@ -1,4 +1,4 @@
-"""Refusals that hold for a while: a flood of refused requests need not ask Redis each time."""
+"""Repeats refusals that last a while, so that a flood of refused requests does not reach Redis."""
 
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,12 +11,12 @@ from tera.tenancy.limits import Admission, Allowance, Scope
 BLOCKED_S: Final = 1.0
 """How long a refusal by a limit of 0 is repeated without asking Redis."""
 MAX_KNOWN: Final = 50_000
-"""Pairs of key and model whose refusal is kept, about 30 MB."""
+"""Pairs of key and model whose refusal is remembered, about 30 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What Redis said to a request over its limit, which holds for all until it has drained."""
+    """Redis's refusal of a request, which applies to all others until the debt has drained."""
 
     scopes: list[Scope]
     admission: Admission
@@ -24,7 +24,7 @@ class _Known:
     until: float
 
     def again(self, now: float) -> Admission:
-        """Return what Redis would say now."""
+        """Return what Redis would answer now."""
         passed_us = round(1e6 * (now - self.at))
         refusal = self.admission.refusal
         assert refusal is not None
@@ -37,21 +37,21 @@ class _Known:
 
 
 class Refusals:
-    """Remembers refusals that nothing but time can end, by key and model.
+    """Remembers refusals that only time can end, by key and model.
 
-    Those are the ones by requests per minute, whose debt only drains, and by a limit of 0. Tokens
-    and slots come back when a request ends. Times are seconds of one clock.
+    These are refusals by requests per minute, whose debt only drains, and by a limit of 0. Tokens
+    and slots, in contrast, are freed when a request ends. Times are seconds of one clock.
     """
 
     def __init__(self, most_known: int = MAX_KNOWN) -> None:
-        """`most_known` of them are kept; one more forgets all."""
+        """Up to `most_known` are kept; one more clears all."""
         self._most_known = most_known
         self._known: dict[tuple[str, str], _Known] = {}
 
     def again(self, key: ApiKey, model: str, scopes: list[Scope], now: float) -> Admission | None:
-        """Return the refusal that Redis would give; None where it has to be asked.
+        """Return the refusal that Redis would give; None if it must be asked.
 
-        It holds for the very scopes that it was given for: others are other limits.
+        A refusal applies only to the same scope objects: other objects mean other limits.
         """
         known = self._known.get((key.key_id, model))
         if known is None:
@@ -64,7 +64,7 @@ class Refusals:
     def remember(
         self, key: ApiKey, model: str, scopes: list[Scope], refused: Admission, asked_at: float
     ) -> None:
-        """Keep a refusal, if it lasts; `asked_at` is when Redis was asked, or before."""
+        """Keep a refusal, if it lasts; `asked_at` is when Redis was asked, or earlier."""
         refusal = refused.refusal
         assert refusal is not None
         if refusal.limit == 0:

@@ -1,4 +1,4 @@
-"""What limits a key's request for a model, worked out once as long as nothing changes."""
+"""The scopes that limit a key's requests for a model, cached until something changes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from tera.tenancy.limits import Scope, scopes_of
 from tera.tenancy.tenants import effective_limits
 
 MAX_KNOWN: Final = 50_000
-"""Pairs of key and model whose scopes are kept, about 30 MB."""
+"""Pairs of key and model whose scopes are cached, about 30 MB."""
 
 
 class Keyring(Protocol):
     """What admission asks of the key snapshot."""
 
     def tenant_limits(self, name: str) -> TenantLimits | None:
-        """Return what is stored of a tenant's limits; one object until it changes."""
+        """Return a tenant's stored limits; the same object until they change."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """The scopes of a key and a model, and what they were worked out from."""
+    """The scopes of a key and a model, and what they were derived from."""
 
     config: LimitsConfig
     stored: TenantLimits | None
@@ -32,7 +32,7 @@ class _Known:
     weight: int
 
     def made_of(self, config: LimitsConfig, stored: TenantLimits | None, key: ApiKey) -> bool:
-        # The same objects, not equal ones: comparing would cost as much as working it out.
+        # Identity, not equality: comparing would cost as much as deriving them again.
         return self.config is config and self.stored is stored and self.key is key
 
 
@@ -42,12 +42,12 @@ class EffectiveScopes:
     def __init__(
         self, keyring: Keyring, config: Callable[[], LimitsConfig], most_known: int = MAX_KNOWN
     ) -> None:
-        """Know nothing yet.
+        """Start with an empty cache.
 
         Args:
-            keyring: what is stored of tenants.
-            config: what the values say, asked at each request.
-            most_known: pairs of key and model that are kept; one more forgets all.
+            keyring: knows what is stored about tenants.
+            config: returns the limits in the values, called for each request.
+            most_known: pairs of key and model that are cached; one more clears all.
         """
         self._keyring = keyring
         self._config = config
@@ -55,15 +55,15 @@ class EffectiveScopes:
         self._known: dict[tuple[str, str], _Known] = {}
 
     def of(self, key: ApiKey, model: str) -> list[Scope]:
-        """Return what limits a request of this key for this model; one list until it changes."""
+        """Return the scopes of a key and model; the same list until something changes."""
         return self._current(key, model).scopes
 
     def weight(self, key: ApiKey, model: str) -> int:
-        """Return the share of the key's tenant while requests wait for replicas."""
+        """Return the weight of the key's tenant in the queue for replicas."""
         return self._current(key, model).weight
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
-        """Return how many tokens a request can ever be admitted with; None is any number."""
+        """Return the most tokens that the limits can ever admit; None means no limit."""
         bounds = [
             scope.limits.tokens_per_minute
             for scope in self.of(key, model)

@@ -1,4 +1,4 @@
-"""What becomes of requests that have ended: Redis is told of each, soon or when it is back."""
+"""Reports ended requests to Redis: soon, or when it is back."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_UNSETTLED: Final = 100_000
 """Ended requests kept while Redis is away, about 100 MB; after that the oldest are given up."""
 BATCH: Final = 100
-"""Requests settled in one round trip: Redis does nothing else meanwhile, a few milliseconds."""
+"""Requests settled in one round trip, which keeps Redis busy for a few milliseconds."""
 GATHER_S: Final = 0.01
 DRAIN_S: Final = 5.0
 
@@ -28,7 +28,7 @@ DRAIN_S: Final = 5.0
 class _Unsettled(NamedTuple):
     record: UsageRecord
     scopes: Sequence[Scope] | None
-    """Of a request that ran without Redis."""
+    """The scopes of a request that ran without Redis."""
 
     def ended(self) -> Ended:
         record = self.record
@@ -44,7 +44,7 @@ class _Unsettled(NamedTuple):
 class Settler(Background):
     """Settles ended requests in the order in which they ended, many in one round trip.
 
-    Settling twice charges once, so whatever is in doubt is settled again.
+    Settling twice charges once, so if in doubt, a request is settled again.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Settler(Background):
         most_unsettled: int = MAX_UNSETTLED,
         drain_s: float = DRAIN_S,
     ) -> None:
-        """Nothing has ended yet.
+        """Start with no ended requests.
 
         Args:
-            limiter: what is told of them.
-            watch: tells when to wait for Redis, and is told when it fails.
-            most_unsettled: of more than these the oldest are given up.
+            limiter: settles them.
+            watch: says when to wait for Redis, and is told when it fails.
+            most_unsettled: if there are more, the oldest are given up.
             drain_s: how long leaving the block may take.
         """
         self._limiter = limiter
@@ -71,7 +71,7 @@ class Settler(Background):
         self._settling: list[_Unsettled] = []
         self._work = asyncio.Event()
         self.given_up = 0
-        """Records given up since the start: they are in the log, and not in the ledger."""
+        """Records given up since the start: they are in the log but not in the ledger."""
 
     @property
     def unsettled(self) -> int:
@@ -79,18 +79,18 @@ class Settler(Background):
         return len(self._unsettled) + len(self._settling)
 
     def add(self, record: UsageRecord, scopes: Sequence[Scope] | None) -> None:
-        """Take on a request that has ended; `scopes` if it ran without Redis."""
+        """Add an ended request, with its `scopes` if it ran without Redis."""
         self._unsettled.append(_Unsettled(record, scopes))
         if len(self._unsettled) > self._most_unsettled:
             self._give_up(self._unsettled.popleft(), "Redis has been away for too long")
         self._work.set()
 
     async def drain(self) -> None:
-        """Settle what there is, for some seconds at the most; what is left is given up."""
+        """Settle what is left, for some seconds at most; the rest is given up."""
         before = len(self._unsettled) + 1
         try:
             async with asyncio.timeout(self._drain_s):
-                while 0 < len(self._unsettled) < before:  # as long as it helps
+                while 0 < len(self._unsettled) < before:  # as long as there is progress
                     before = len(self._unsettled)
                     await self._settle_some()
         except TimeoutError:
@@ -104,13 +104,14 @@ class Settler(Background):
             if not self._unsettled:
                 self._work.clear()
                 await self._work.wait()
-                # Nobody waits for it, and many at a time cost Redis and this process less.
+                # Nobody waits for this, and settling many at a time is cheaper for Redis and for
+                # us.
                 await asyncio.sleep(GATHER_S)
                 continue
             try:
                 await self._settle_some()
             except Exception:
-                # The edge of this task: were it to end, nothing would be settled any more.
+                # The edge of this task: if it ended, nothing would be settled any more.
                 logger.exception("Settling failed; trying again.")
                 await asyncio.sleep(1.0)
 
@@ -118,7 +119,7 @@ class Settler(Background):
         batch = self._settling = [
             self._unsettled.popleft() for _ in range(min(BATCH, len(self._unsettled)))
         ]
-        again = batch  # unless it is known of each what came of it
+        again = batch  # unless the outcome of each is known
         try:
             failures = await self._limiter.end_all(each.ended() for each in batch)
             again = [
@@ -131,7 +132,7 @@ class Settler(Background):
             self._unsettled.extendleft(reversed(again))  # first in line again
 
     def _is_final(self, each: _Unsettled, failure: RedisError) -> bool:
-        """Return whether a request can never be settled; then its record is given up."""
+        """Return whether a request can never be settled, so that its record is given up."""
         if is_refusal(failure):
             self._give_up(each, failure)
             return True
@@ -139,6 +140,6 @@ class Settler(Background):
         return False
 
     def _give_up(self, each: _Unsettled, reason: object) -> None:
-        """Leave a record to the log alone, so that it can be put into the ledger by hand."""
+        """Write a record only to the log, from which it can be added to the ledger by hand."""
         self.given_up += 1
         logger.error("Not in the ledger (%s): %s", reason, encode_record(each.record).decode())

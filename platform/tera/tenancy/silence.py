@@ -1,10 +1,10 @@
-"""Whether Redis is silent, or only this process was not there to hear it.
+"""Tells whether Redis is silent, or this process was just not able to hear it.
 
-Time goes by in slices. Redis counts as away when it leaves calls unanswered for some slices in
-which this process was there to read. A slice that ends late does not count, for then the process
-was busy and the answer may be waiting for it; nor one in which this thread had to wait for a CPU,
-for then a Redis on this machine had to as well; and one in which a call was answered begins the
-count anew.
+Time is divided into slices. Redis counts as away if it leaves calls unanswered for some slices in
+which this process was able to read. A slice that ends late does not count: the process was busy and
+the answer may be waiting for it. Nor does a slice in which this thread had to wait for a CPU: a
+Redis on this machine probably had to as well. A slice in which a call was answered restarts the
+count.
 """
 
 from collections.abc import Callable
@@ -21,23 +21,23 @@ class Patience:
 
     slice_s: float = 0.025
     slices: int = 3
-    """75 ms; with the slice in which the call came it is never more than 100 ms."""
+    """75 ms; including the slice in which the call was made, never more than 100 ms."""
     most_slices: int = 40
-    """A call waits for no more of them, whether they count or not."""
+    """A call never waits longer than this, whether the slices count or not."""
 
     @property
     def late_s(self) -> float:
-        """How late the end of a slice may be, and still this process was there."""
+        """How late a slice may end and still count."""
         return self.slice_s / 2
 
     @property
     def starved_s(self) -> float:
-        """Wait for a CPU in one slice above which the machine is overloaded; else it is 0.1 ms."""
+        """A longer wait for a CPU in a slice means an overloaded machine; normal is 0.1 ms."""
         return self.slice_s / 5
 
 
 def waited_for_cpu_s() -> float:
-    """Return how long this thread has been ready to run and without a CPU; 0 where Linux is not."""
+    """Return how long this thread has waited for a CPU in all; 0 unless on Linux."""
     try:
         return int(SCHEDULER_STATISTICS.read_bytes().split()[1]) / 1e9
     except OSError:
@@ -45,7 +45,7 @@ def waited_for_cpu_s() -> float:
 
 
 class Silence:
-    """Counts the slices in a row in which Redis could have been heard, and was not."""
+    """Counts consecutive slices in which Redis could have been heard but was not."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class Silence:
         clock: Callable[[], float],
         waited_for_cpu_s: Callable[[], float] = waited_for_cpu_s,
     ) -> None:
-        """Begin with no slice under way.
+        """Start without a current slice.
 
         Args:
             patience: how long a slice is, and how many are too many.
-            clock: seconds, by which slices begin and end.
-            waited_for_cpu_s: seconds in all that this thread was kept from running.
+            clock: seconds; it decides when slices begin and end.
+            waited_for_cpu_s: returns how long this thread has waited for a CPU in all.
         """
         self._patience = patience
         self._clock = clock
@@ -67,16 +67,16 @@ class Silence:
         self._answered = self._silent = 0
 
     def begin(self, answered: int) -> None:
-        """Begin to count, and a first slice.
+        """Start counting, with a first slice.
 
         Args:
-            answered: how many calls have been answered up to now.
+            answered: how many calls have been answered so far.
         """
         self._silent = 0
         self._begin_slice(answered)
 
     def lasts(self, answered: int) -> bool:
-        """End a slice and begin the next; return whether Redis has been silent for too long."""
+        """End a slice and start the next; return whether Redis has been silent for too long."""
         if answered != self._answered:
             self._silent = 0
         elif self._was_there():

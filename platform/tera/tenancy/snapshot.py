@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _BEARER = re.compile(rf"[ \t]*(?i:bearer)[ \t]+({KEY_PATTERN})[ \t]*")
 
 _RETRY_INTERVAL_S: Final = 1.0
-"""While Redis is away it is tried this often, however many requests come (contract L-8)."""
+"""How often Redis is tried while it is away, however many requests arrive (contract L-8)."""
 _LAST_USED_INTERVAL_S: Final = 60.0
 
 _MISSING_TEXT: Final = (
@@ -47,8 +47,8 @@ _INVALID_TEXT: Final = (
     "or ask your administrator for a new key."
 )
 
-# Gateway replicas write in any order, so the later use wins; a key that was revoked meanwhile
-# leaves nothing behind.
+# Gateway replicas write in any order, so the later use wins; nothing is written for a key that was
+# revoked meanwhile.
 _TOUCH_SCRIPT: Final = """
 for i = 1, #ARGV, 2 do
   local known = tonumber(redis.call('HGET', KEYS[2], ARGV[i]) or '-inf')
@@ -62,9 +62,9 @@ end
 class KeySnapshot(Background):
     """All keys and tenants' limits in this process's memory, following Redis while the block runs.
 
-    A request costs no I/O. While Redis is away the last snapshot stays in force. When Redis
-    comes back with fewer keys or none, they are gone here as well, with an error in the log:
-    a lost key can be made again, a revoked one must not live on.
+    A request costs no I/O. While Redis is away, the last snapshot stays in force. If Redis comes
+    back with fewer keys or none, they are dropped here too, with an error in the log: a lost key
+    can be created again, but a revoked one must not live on.
 
         async with KeySnapshot(redis, pepper, time.time) as snapshot:
             api_key = snapshot.authenticate(header)
@@ -77,13 +77,13 @@ class KeySnapshot(Background):
         clock: Callable[[], float],
         reread_interval_s: float = 2.0,
     ) -> None:
-        """Take a client from `connect` (it must time out); it stays the caller's to close.
+        """`redis` is a client from `connect`, since it must time out; the caller closes it.
 
         Args:
-            redis: where keys and tenants are.
+            redis: stores keys and tenants.
             pepper: the same as the `KeyStore`'s.
             clock: Unix seconds; decides what has expired.
-            reread_interval_s: how long a lost message can hide a change.
+            reread_interval_s: the longest time for which a lost message can hide a change.
         """
         require_pepper(pepper)
         self._redis = redis
@@ -104,41 +104,41 @@ class KeySnapshot(Background):
 
     @property
     def ready(self) -> bool:
-        """There has been a snapshot; until then every key is refused."""
+        """Whether there is a snapshot; until then every key is refused."""
         return self._ready
 
     @property
     def degraded(self) -> bool:
-        """Redis is away now, and what is known here grows old."""
+        """Whether Redis is away, so that the snapshot is getting old."""
         return self._degraded_since_s is not None
 
     @property
     def degraded_since_s(self) -> float | None:
-        """Unix seconds at which Redis was found to be away; None when it is not."""
+        """Unix seconds at which Redis was found to be away; None if it is not."""
         return self._degraded_since_s
 
     @property
     def version(self) -> int:
-        """The version of keys and tenants that is in force; 0 before any."""
+        """The version of keys and tenants in force; 0 before the first snapshot."""
         return self._version
 
     def tenant_limits(self, name: str) -> TenantLimits | None:
-        """Return what is stored of a tenant's limits; None leaves it to the values.
+        """Return a tenant's stored limits; None means that the values decide.
 
-        The same object until it is changed, so what is derived from it can be kept by identity.
+        It is the same object until it changes, so derived data can be cached by identity.
         """
         return self._tenants.get(name)
 
     def authenticate(self, authorization: str | None) -> ApiKey:
-        """Return the key that an `Authorization` header shows, without I/O.
+        """Return the key in an `Authorization` header, without I/O.
 
-        Each refusal costs the same work: one checksum, one HMAC over one length, one look-up. So
-        its time does not tell how near a guess was. The look-up itself may compare as it likes:
-        nobody without the pepper can steer what is compared.
+        Each refusal takes the same work: one checksum, one HMAC over one length, one look-up. So
+        its time does not reveal how close a guess was. The look-up itself need not take constant
+        time: without the pepper, nobody can control what is compared.
 
         Raises:
             MissingApiKeyError: there is no such header.
-            InvalidApiKeyError: it does not show a key that is valid now, for whatever reason.
+            InvalidApiKeyError: the key is not valid now, for whatever reason.
         """
         if authorization is None:
             raise MissingApiKeyError(_MISSING_TEXT)
@@ -159,12 +159,12 @@ class KeySnapshot(Background):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop following, and write down when each key was last used."""
+        """Stop following, and store when each key was last used."""
         await super().__aexit__(exc_type, exc, traceback)
         try:
             await self._write_last_used(self._used_s.copy())
         except RedisError as error:
-            # They may be off by a minute anyway.
+            # Last uses may be off by a minute anyway.
             logger.warning("When keys were last used is not written down: %s", error)
 
     async def _run(self) -> None:
@@ -177,19 +177,19 @@ class KeySnapshot(Background):
             except RedisError as error:
                 self._mark_away(error)
             except Exception as error:
-                # The edge of this task. Were it to end, revocations would never arrive here.
+                # The edge of this task: if it ended, revocations would never arrive here.
                 logger.exception("Following the API keys failed; trying again.")
                 self._mark_away(error)
-            # A connection that had lasted is replaced at once: a key made now must work soon.
+            # A connection that had lasted is replaced at once: a new key must work soon.
             await asyncio.sleep(max(0.0, next_try_s - loop.time()))
 
     async def _follow_connection(self, pubsub: PubSub) -> None:
         """Follow until the connection is lost; never returns.
 
-        1. SUBSCRIBE goes out first; Redis may run it after the first read, on another
-           connection, and a change between the two would tell nobody.
-        2. So its confirmation is not ignored: it comes as a message and causes a second read.
-        3. A message, and a new connection, read everything: behind either there may be a
+        1. SUBSCRIBE is sent first, but Redis may run it after the first read, which uses another
+           connection, and would notify nobody of a change in between.
+        2. So the confirmation of SUBSCRIBE counts as a message and causes a second read.
+        3. Every message and every new connection reads everything: either may come from a
            server that lost its data and has counted up to the same version again.
         """
         await pubsub.subscribe(CHANGED)
@@ -201,7 +201,7 @@ class KeySnapshot(Background):
             await self._write_last_used(self._due_last_used())
             changed = await pubsub.get_message(timeout=self._reread_interval_s) is not None
             while changed and await pubsub.get_message(timeout=0) is not None:
-                pass  # One read answers all messages that are here already.
+                pass  # One read serves all messages that have already arrived.
 
     async def _stored_version(self) -> int:
         return int(await self._redis.get(VERSION) or 0)
@@ -233,9 +233,9 @@ class KeySnapshot(Background):
                 del times[key_id]
 
     def _read_keys(self, stored: dict[bytes, bytes]) -> None:
-        """Take over what differs: most changes are of one record among thousands.
+        """Update only what differs: most changes are of one record among thousands.
 
-        Reading 10,000 records anew would hold up every stream of this process for 60 ms.
+        Parsing 10,000 records again would delay every stream of this process for 60 ms.
         """
         changed = {
             key_id: data for key_id, data in stored.items() if self._stored_keys.get(key_id) != data
@@ -255,7 +255,7 @@ class KeySnapshot(Background):
         for name, data in stored.items():
             if self._stored_tenants.get(name) != data:
                 limits = decode_tenant(name, data)
-                # Unlimited is what a damaged record must not mean.
+                # A damaged record must not mean that the tenant is unlimited.
                 known_name = name.decode(errors="replace")
                 self._tenants[known_name] = BLOCKED if limits is None else limits
         self._stored_tenants = stored
@@ -293,6 +293,6 @@ class KeySnapshot(Background):
         now_s = self._clock()
         for key_id, time_s in used_s.items():
             self._last_used_written_s[key_id] = now_s
-            # A use while the write was under way stays marked for the next one.
+            # A use during the write stays marked for the next write.
             if self._used_s.get(key_id) == time_s:
                 del self._used_s[key_id]

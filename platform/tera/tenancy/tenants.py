@@ -1,6 +1,7 @@
-"""Tenants' limits: those that were set in Redis, and how they go together with the values'.
+"""Tenants' limits: those set in Redis, and how they combine with those of the values.
 
-The hash is in `keys.py`: tenants share the keys' version and channel, so `KeySnapshot` has both.
+`keys.py` describes the hash: tenants share the keys' version and channel, so `KeySnapshot` has
+both.
 """
 
 import logging
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 BLOCKED: Final = TenantLimits(requests_per_minute=0)
 """In force for a tenant whose record cannot be read."""
 
-# The former record as it was read, or '' for none: two editors never undo each other.
+# ARGV[3]: the former record as it was read, or '' for none, so that two editors never undo each
+# other's changes.
 _SET_SCRIPT: Final = """
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
@@ -36,7 +38,7 @@ return 1
 
 
 class TenantNotFoundError(TeraError):
-    """Nothing is stored of this tenant; the values may still say something of it."""
+    """Nothing is stored for this tenant; the values may still give it limits."""
 
     status = 404
     type = "invalid_request_error"
@@ -44,17 +46,17 @@ class TenantNotFoundError(TeraError):
 
 
 class TenantStore:
-    """Sets and removes the limits of tenants; gateway replicas follow within seconds.
+    """Sets and removes tenants' limits; gateway replicas follow within seconds.
 
     Every method raises InternalError when Redis cannot be reached.
     """
 
     def __init__(self, redis: Redis) -> None:
-        """`redis` stays the caller's to close."""
+        """The caller closes `redis`."""
         self._redis = redis
 
     async def get(self, name: str) -> TenantLimits | None:
-        """Return what is stored of a tenant; None when nothing is.
+        """Return a tenant's stored limits; None if there are none.
 
         Raises:
             ConfigError: what is stored cannot be read.
@@ -62,7 +64,7 @@ class TenantStore:
         return _readable(name, await self._stored(name))
 
     async def list(self) -> dict[str, TenantLimits]:
-        """Return all that is stored, by tenant; what cannot be read is logged and `BLOCKED`."""
+        """Return all stored limits, by tenant; an unreadable record is logged and `BLOCKED`."""
         async with reaching("The tenants' store"):
             stored: Any = await self._redis.hgetall(TENANTS)
         found = {
@@ -72,10 +74,10 @@ class TenantStore:
         return dict(sorted(found.items()))
 
     async def set(self, name: str, limits: TenantLimits) -> None:
-        """Store these limits in the place of what is stored.
+        """Store these limits in place of any others.
 
         Raises:
-            ConfigError: the name or the limits are not possible.
+            ConfigError: the name or the limits are invalid.
         """
         require_tenant(name)
         data = _encode(limits)
@@ -83,13 +85,13 @@ class TenantStore:
             pass
 
     async def edit(self, name: str, change: Callable[[TenantLimits], TenantLimits]) -> TenantLimits:
-        """Store what `change` makes of what is stored; return it.
+        """Apply `change` to the stored limits; return the result.
 
-        `change` gets limits that say nothing where nothing is stored. It runs again when
-        somebody else wrote meanwhile.
+        `change` gets empty limits if none are stored. It runs again if somebody else has written
+        meanwhile.
 
         Raises:
-            ConfigError: the name or the limits are not possible, or what is stored cannot be read.
+            ConfigError: the name or the limits are invalid, or what is stored cannot be read.
         """
         require_tenant(name)
         while True:
@@ -99,7 +101,7 @@ class TenantStore:
                 return limits
 
     async def remove(self, name: str) -> None:
-        """Forget what is stored; the values decide from now on.
+        """Remove the stored limits; the values apply from now on.
 
         Raises:
             TenantNotFoundError: nothing is stored.
@@ -125,10 +127,10 @@ class TenantStore:
 def effective_limits(
     default: TenantLimits, from_values: TenantLimits | None, stored: TenantLimits | None
 ) -> TenantLimits:
-    """Return a tenant's limits: each one from the first place that says it.
+    """Return a tenant's limits, each from the first source that gives it.
 
-    What is stored goes before `gateway.limits.tenants.<name>`, and that before
-    `gateway.limits.default`; a model's limits likewise, model by model and limit by limit.
+    The sources are what is stored, then `gateway.limits.tenants.<name>`, then
+    `gateway.limits.default`; likewise for a model's limits, model by model and limit by limit.
     """
     layers = [layer for layer in (stored, from_values, default) if layer is not None]
     names = dict.fromkeys(name for layer in layers for name in layer.models)
@@ -172,5 +174,7 @@ def _readable(name: str, stored: bytes) -> TenantLimits | None:
 
 def _encode(limits: TenantLimits) -> bytes:
     values = limits.file_form(exclude_none=True)
-    TenantLimits.parse(values)  # `model_copy` checks nothing; what readers refuse is not stored
+    TenantLimits.parse(
+        values
+    )  # `model_copy` validates nothing, and what readers would refuse must not be stored
     return msgspec.json.encode(values)

@@ -1,12 +1,12 @@
-"""The ledger of requests: one record for each, and its sums.
+"""The usage ledger: one record per request, and sums of them.
 
-A record is appended when its request ends (`limits.lua`), to a stream for each tenant:
+When a request ends, its record is appended (`limits.lua`) to a stream per tenant:
 
     tera:{<tenant>}:usage     stream   entries of two fields: `id` of the request, `r`, its JSON
     tera:{<tenant>}:exported  string   the last entry that `usage_export.py` has in a file
 
-It is written at least once. Of several entries of one request the last one is right: a request
-may be counted as lost while its gateway replica is frozen, and end well later.
+It is written at least once. If a request has several entries, the last one is right: a request may
+be counted as lost while its gateway replica is frozen, and finish normally later.
 """
 
 import logging
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 Status = Literal["finished", "failed", "cancelled", "lost"]
 
 STREAMS: Final = "tera:{*}:usage"
-"""Matches the streams of all tenants; braces mean nothing to Redis's patterns."""
+"""Matches the streams of all tenants; braces have no meaning in Redis's patterns."""
 _STREAM = re.compile(rb"tera:\{([a-z0-9._-]+)\}:usage")
 
 PAGE_ENTRIES: Final = 1000
 PASS_ENTRIES: Final = 1_000_000
-"""Request ids remembered at a time: about 100 MB."""
+"""Request ids remembered in one pass: about 100 MB."""
 CLOCK_SKEW_S: Final = 300.0
 """How far a gateway replica's clock may be ahead of Redis's."""
 STORE: Final = "The usage ledger"
@@ -39,17 +39,17 @@ _YEAR_10000_S: Final = 253_402_300_800
 
 
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):
-    """What one request used. Nothing of the prompt or the answer is in it.
+    """What one request used; contains nothing of the prompt or the answer.
 
-    The record that is kept while a request runs has the status `lost`: that is what becomes of
-    it when nobody writes another.
+    The record that is kept while a request runs has the status `lost`, which is right if no other
+    record is ever written.
     """
 
     request_id: str
     tenant: str
     key_id: str
     model: str
-    """Short name; empty when the request failed before it was known."""
+    """Short name; empty if the request failed before it was known."""
     route: str
     status: Status
     started_s: float
@@ -58,19 +58,19 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int = 0
     completion_tokens: int = 0
     code: str = ""
-    """The error's, as the client saw it."""
+    """Code of the error that the client saw."""
     first_token_s: float | None = None
     """Seconds from the start."""
     duration_s: float = 0.0
     replica_switches: int = 0
     user: str = ""
-    """As the client named it."""
+    """The client's name for its end user."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.started_s < _YEAR_10000_S:
             raise ValueError("started_s is no time")
-        # Lua writes 14 digits: with more, a request that was first counted as lost would appear
-        # to have begun at another time, maybe in another hour's file.
+        # Lua writes 14 digits: with more, a request that was first counted as lost would seem to
+        # have begun at another time, and perhaps belong to another hour's file.
         msgspec.structs.force_setattr(self, "started_s", round(self.started_s, 3))
 
 
@@ -84,10 +84,10 @@ def encode_record(record: UsageRecord) -> bytes:
 
 
 def decode_record(data: bytes) -> UsageRecord:
-    """Return the record; members that a later version added are ignored.
+    """Return the record; unknown members, from a later version, are ignored.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: it is not a record.
     """
     return _decoder.decode(data)
 
@@ -98,24 +98,24 @@ def stream_of(tenant: str) -> str:
 
 
 def position_of(tenant: str) -> str:
-    """Return the name of the key that has the last exported entry of a tenant."""
+    """Return the name of the Redis key that holds a tenant's last exported entry."""
     return f"tera:{{{tenant}}}:exported"
 
 
 def day_of(record: UsageRecord) -> str:
-    """Return the day in UTC on which the request began, such as 2027-01-31."""
+    """Return the UTC day on which the request began, such as 2027-01-31."""
     return time.strftime("%Y-%m-%d", time.gmtime(record.started_s))
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Sums of a tenant's requests to one model that began on one day in UTC."""
+    """Sums of a tenant's requests to one model that began on one UTC day."""
 
     tenant: str
     model: str
     day: str
     requests: int = 0
-    """All of them, whatever became of them."""
+    """All requests, whatever their outcome."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -131,7 +131,7 @@ class UsageLedger:
     """
 
     def __init__(self, redis: Redis) -> None:
-        """`redis` stays the caller's to close."""
+        """The caller closes `redis`."""
         self._redis = redis
 
     async def tenants(self) -> list[str]:
@@ -146,15 +146,15 @@ class UsageLedger:
         since_s: float = 0.0,
         until_s: float | None = None,
     ) -> AsyncGenerator[UsageRecord]:
-        """Yield each request that began in the time once, as its last entry has it.
+        """Yield the last record of each request that began in a time range.
 
-        They come tenant by tenant, mostly the newest first; what is appended while this runs is
-        left out. Memory is bounded: a longer stream is read in several passes.
+        Records come tenant by tenant, mostly newest first; those appended meanwhile are left out.
+        Memory is bounded: a longer stream is read in several passes.
 
         Args:
-            tenant: None has all.
+            tenant: None means all tenants.
             since_s: Unix seconds.
-            until_s: Unix seconds, exclusive; None is now.
+            until_s: Unix seconds, exclusive; None means now.
         """
         for name in [tenant] if tenant is not None else await self.tenants():
             async with reaching(STORE):
@@ -189,9 +189,9 @@ class UsageLedger:
     async def _backwards(
         self, tenant: str, newest: bytes, since_s: float
     ) -> AsyncGenerator[UsageRecord]:
-        """Yield all entries from the last one back to those that are too old.
+        """Yield all entries from the last one backwards, until they are too old.
 
-        An entry is written when its request ends, so none of interest is before the start.
+        An entry is written when its request ends, so older entries cannot be in the time range.
         """
         oldest = str(max(0, int((since_s - CLOCK_SKEW_S) * 1000)))
         until = newest
@@ -210,7 +210,7 @@ class UsageLedger:
 
 
 class Sums:
-    """Adds records up by tenant, model and day."""
+    """Sums records by tenant, model and day."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str, str], list[int]] = {}
@@ -237,14 +237,14 @@ class Sums:
 
 
 def total_of(rows: Iterable[UsageRow]) -> UsageRow:
-    """Return the sum of all rows, under no name."""
+    """Return the sum of all rows, with empty names."""
     kept = list(rows)
     counts = [field.name for field in fields(UsageRow) if field.type is int]
     return UsageRow("", "", "", *(sum(getattr(row, name) for row in kept) for name in counts))
 
 
 async def tenants_with_records(redis: Redis) -> AsyncGenerator[str]:
-    """Yield each tenant that has a stream; one may come twice, as SCAN has it."""
+    """Yield each tenant that has a stream; SCAN may return one twice."""
     async for name in redis.scan_iter(match=STREAMS, count=PAGE_ENTRIES, _type="STREAM"):
         found = _STREAM.fullmatch(name)
         if found is not None:
@@ -261,5 +261,5 @@ def readable(tenant: str, data: bytes) -> UsageRecord | None:
 
 
 def began_in(record: UsageRecord, since_s: float, until_s: float | None) -> bool:
-    """Tell whether the request began in the time, the end exclusive and None for ever."""
+    """Return whether the request began in the range; `until_s` is exclusive, None means no end."""
     return since_s <= record.started_s and (until_s is None or record.started_s < until_s)

@@ -1,16 +1,16 @@
-"""The ledger as files: JSON Lines, one file for each hour in which requests began.
+"""Exports the ledger to files: JSON Lines, one file per hour in which requests began.
 
     <directory>/<YYYY>/<MM>/<DD>/<HH>.jsonl        UTC, of all tenants
 
-At least once, in this order:
+Entries are exported at least once, in this order:
 
 1. A page of entries is appended to the files and synced.
-2. The position in the stream is remembered in Redis.
-3. What is before the position and older than the retention is trimmed.
+2. The position in the stream is stored in Redis.
+3. Entries before the position that are older than the retention are trimmed.
 
-So an end between 1 and 2 writes entries again, and an end within 1 leaves a torn line. Each line
-has `entry`, its place in the stream, and a request's lines are all in one file; `read_export` takes
-the one with the highest place and skips what is torn.
+So if the process ends between 1 and 2, entries are written again, and if it ends during 1, there
+may be a torn line. Each line has `entry`, its place in the stream, and a request's lines are all in
+one file; `read_export` takes the one with the highest place and skips torn lines.
 """
 
 import asyncio
@@ -48,13 +48,13 @@ LOCK: Final = "tera:usage:exporter"
 
 _LOCK_S: Final = 30.0
 _TRIM_ENTRIES: Final = 10_000
-"""Trimmed in one call at the most: about a millisecond of Redis's time."""
+"""Most entries trimmed in one call: about a millisecond of Redis's time."""
 _PASS_BYTES: Final = 256 * 1024 * 1024
-"""A larger file is read in several passes, each of which remembers a part of the request ids."""
+"""Larger files are read in several passes, each of which remembers a part of the request ids."""
 _FILES: Final = "[0-9][0-9][0-9][0-9]/[0-9][0-9]/[0-9][0-9]/[0-9][0-9].jsonl"
 
-# The lock has a holder's token, or `resting` between the passes: then another pass would find
-# little, and only one by hand is let in (ARGV[3]).
+# The lock contains its holder's token, or `resting` between passes: then another pass would find
+# little, so only one started by hand (ARGV[3]) may take it.
 _ACQUIRE_SCRIPT: Final = """
 local holder = redis.call('GET', KEYS[1])
 if holder and not (holder == 'resting' and ARGV[3] == '1') then return 0 end
@@ -86,9 +86,9 @@ local function before(a, b)
 end
 """
 
-# KEYS: stream, position. ARGV: page size, retention in ms, 1 when it is exported, most to trim.
-# Trims, then returns what was trimmed and the next page. A stream with nothing left is removed
-# with its position: an idle tenant costs nothing.
+# KEYS: stream, position. ARGV: page size, retention in ms, 1 if entries are exported, most to trim.
+# Trims, then returns the number of trimmed entries and the next page. An empty stream is removed
+# together with its position, so that an idle tenant costs nothing.
 _PAGE_SCRIPT: Final = (
     _PLACES
     + """
@@ -114,7 +114,8 @@ return {trimmed, redis.call('XRANGE', KEYS[1], '(' .. position, '+', 'COUNT', AR
 """
 )
 
-# Never back: of two exporters, one of which was frozen, both have synced what they remember.
+# Never moves back: if an exporter was frozen while another one ran, both have synced what they
+# store.
 _ADVANCE_SCRIPT: Final = (
     _PLACES
     + """
@@ -133,7 +134,7 @@ class ExportedRecord(UsageRecord, frozen=True, gc=False):
     """A line of a file."""
 
     entry: str = ""
-    """Place in the tenant's stream: of a request's lines the highest is right."""
+    """Place in the tenant's stream; of a request's lines, the one with the highest is right."""
 
 
 _encoder: Final = msgspec.json.Encoder()
@@ -141,16 +142,16 @@ _decoder: Final = msgspec.json.Decoder(ExportedRecord)
 
 
 class UsageExporter(Background):
-    """Copies the ledger to files and trims it, as long as the block runs.
+    """Copies the ledger to files and trims it, while the block runs.
 
-    All gateway replicas may have one; one at a time is at work. Without a directory the ledger
-    is only trimmed.
+    All gateway replicas may have one; only one at a time works. Without a directory, the ledger is
+    only trimmed.
     """
 
     def __init__(
         self, redis: Redis, config: Callable[[], UsageConfig], interval_s: float = 60.0
     ) -> None:
-        """`redis` stays the caller's to close; `config` is asked before each pass."""
+        """The caller closes `redis`; `config` is called before each pass."""
         self._redis = redis
         self._config = config
         self._interval_s = interval_s
@@ -164,12 +165,12 @@ class UsageExporter(Background):
             except (TeraError, OSError) as error:
                 logger.warning("The usage ledger is not exported now: %s", error)
             except Exception:
-                # The edge of this task: were it to end, the ledger would grow without bound.
+                # The edge of this task: if it ended, the ledger would grow without bound.
                 logger.exception("Exporting the usage ledger failed; trying again.")
             await asyncio.sleep(self._interval_s)
 
     async def export(self) -> int:
-        """Make one pass now; return the number of entries written.
+        """Run one pass now; return the number of entries written.
 
         Raises:
             ExportBusyError: another exporter is at work.
@@ -218,7 +219,7 @@ class UsageExporter(Background):
 
 
 class _Lock:
-    """Held by one exporter; ends by itself soon after its holder does."""
+    """A lock held by one exporter; it expires soon after its holder ends."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -246,12 +247,12 @@ class _Lock:
         try:
             await self._redis.eval(_RELEASE_SCRIPT, 1, LOCK, self._token, int(rest_s * 1000))
         except RedisError as error:
-            # It ends by itself, and what went wrong before is what to raise.
+            # It expires by itself, and an earlier error is the one to raise.
             logger.info("The exporter's lock is held for %.0f s more: %s", _LOCK_S, error)
 
 
 def _write(directory: Path, tenant: str, entries: list[Any]) -> None:
-    """Append entries to the files of their hours; when this returns they are on the disk."""
+    """Append entries to the files of their hours; on return they are on disk."""
     lines: dict[str, list[bytes]] = {}
     for entry, pairs in entries:
         fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -277,7 +278,7 @@ def _append(directory: Path, path: Path, data: bytes) -> None:
     try:
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
-            data = b"\n" + data  # Ends the line that a crash has torn; readers skip it.
+            data = b"\n" + data  # terminates a line that a crash has torn; readers skip it
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
@@ -292,7 +293,7 @@ def _append(directory: Path, path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: a synced file that no folder names is lost."""
+    """Sync a folder's names to disk: a synced file that no folder names is lost."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -303,14 +304,14 @@ def _sync_folder(folder: Path) -> None:
 def read_export(
     directory: Path, *, since_s: float = 0.0, until_s: float | None = None
 ) -> Iterator[UsageRecord]:
-    """Yield each request of the files once, hour by hour.
+    """Yield each exported request once, hour by hour.
 
-    Memory is bounded: that of one hour's request ids, and of a part of them if there are many.
+    Memory is bounded by one hour's request ids, or a part of them if there are many.
 
     Args:
         directory: where `UsageExporter` writes.
-        since_s: Unix seconds at which requests began.
-        until_s: Unix seconds, exclusive; None is for ever.
+        since_s: only requests that began at this Unix time or later.
+        until_s: Unix seconds, exclusive; None means no end.
     """
     for path in sorted(directory.glob(_FILES)):
         hour_s = _hour_of(path)

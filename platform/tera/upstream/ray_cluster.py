@@ -1,7 +1,7 @@
-"""What Tera uses of Ray and Ray Serve that is private there: starting them, and letting go of them.
+"""Tera's uses of private parts of Ray and Ray Serve: starting them, and disconnecting from them.
 
-Ray is imported inside of the functions: Serve reads its settings, `serve_environment`, when it is
-imported, so they have to be set before. See docs/upgrading-ray-and-vllm.md.
+Ray is imported inside the functions: Serve reads its settings, `serve_environment`, when it is
+imported, so they must be set before. See docs/upgrading-ray-and-vllm.md.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ REQUIRED = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
-"""What Serve has to be set to wherever Tera runs, on one machine or on a cluster."""
+"""Serve's settings wherever Tera runs, on one machine or on a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Ports:
     haproxy_metrics: int
     haproxy_stats: int
     fallback_http: int
-    """Where HAProxy sends what comes while it knows of no replica, such as for a moment when it is
-    loaded anew. Ray's own number is the same for all platforms, and listeners share it."""
+    """Where HAProxy sends requests while it knows of no replica, such as for a moment after a
+    reload. Ray's own default is the same for all platforms, and their listeners would share it."""
     fallback_grpc: int
     replicas_http: int
     replicas_grpc: int
@@ -39,14 +39,14 @@ class Ports:
 def serve_environment(
     haproxy: str, scratch: Path, ports: Ports, longest_stream_s: int
 ) -> dict[str, str]:
-    """Return what Ray and Serve have to find in the environment; see docs/architecture.md.
+    """Return the environment that Ray and Serve need; see docs/architecture.md.
 
     Args:
-        haproxy: the program that Serve starts as its HAProxy; see `tera.haproxy`.
-        scratch: directory of this platform's own.
-        ports: of this platform's own.
-        longest_stream_s: whatever changes the gateway's replicas reloads HAProxy, and the process
-            that has the old connections is stopped after so long, with what still runs through it.
+        haproxy: the program that Serve starts as HAProxy; see `tera.haproxy`.
+        scratch: a directory for this platform only.
+        ports: for this platform only.
+        longest_stream_s: every change of the gateway's replicas reloads HAProxy, and the process
+            with the old connections is stopped after this time, with any streams left on it.
     """
     last = ports.count
     return {
@@ -66,19 +66,19 @@ def serve_environment(
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas_http + last),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replicas_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replicas_grpc + last),
-        # Nobody but HAProxy has to hear that a gateway leaves, and it is told at once.
+        # Only HAProxy needs to know that a gateway leaves, and it is told at once.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_worker_niceness": "0",
     }
 
 
 def serve_client() -> "ServeControllerClient":
-    """Return the client of the Serve that this process is connected to.
+    """Return a client of the Serve that this process is connected to.
 
-    Serve's public functions deploy one application each, and read no details of replicas.
+    Serve's public functions deploy one application at a time, and return no details of replicas.
 
     Raises:
-        ConfigError: this process is connected to none.
+        ConfigError: this process is not connected to Ray Serve.
     """
     from ray.serve.context import _get_global_client
 
@@ -89,7 +89,7 @@ def serve_client() -> "ServeControllerClient":
 
 
 def stop_listening() -> None:
-    """Keep Ray from printing here what it thinks of the end that it is asked for."""
+    """Keep Ray from printing errors here about the shutdown that it was asked for."""
     from ray._private.worker import global_worker
 
     global_worker.threads_stopped.set()

@@ -1,10 +1,10 @@
-"""What Tera uses of redis-py that redis-py does not promise to keep: a connection's stream.
+"""Tera's use of a private part of redis-py: a connection's stream.
 
 redis-py opens a connection and logs in on it as the Redis URL says: user, password, database, TLS,
-unix socket, keep-alive. Then `tera.tenancy.pipelined` reads and writes in its place, which costs a
-fifth (docs/decisions/0007). There is no public way to a connection's stream.
+unix socket, keep-alive. Then `tera.tenancy.pipelined` reads and writes instead, at a fifth of the
+cost (docs/decisions/0007). There is no public access to a connection's stream.
 
-Tried with redis-py 8.1; `_reader` and `_writer` have been there since redis-py took over aioredis
+Tested with redis-py 8.1; `_reader` and `_writer` have existed since redis-py absorbed aioredis
 (4.2). Without them a gateway does not start: see docs/upgrading-ray-and-vllm.md.
 """
 
@@ -20,10 +20,10 @@ _STREAMS: Final = ("_reader", "_writer")
 
 
 def check() -> None:
-    """Look whether the installed redis-py has what is used here.
+    """Check that the installed redis-py has what is used here.
 
     Raises:
-        InternalError: it has not.
+        InternalError: it does not.
     """
     connection = Connection()
     missing = [name for name in _STREAMS if not hasattr(connection, name)]
@@ -35,10 +35,10 @@ def check() -> None:
 
 
 async def opened_stream(pool: ConnectionPool) -> asyncio.StreamWriter:
-    """Open a connection as the pool says and return its stream: logged in, nothing left to read.
+    """Open a connection with the pool's settings; return its stream, logged in and fully read.
 
-    It is the caller's from then on, who may give its transport another protocol, and closes it.
-    The pool does not count it.
+    The caller owns it, may give its transport another protocol, and closes it. The pool does not
+    count it.
 
     Raises:
         RedisError: as the connection's `connect` does.
@@ -49,6 +49,6 @@ async def opened_stream(pool: ConnectionPool) -> asyncio.StreamWriter:
         await connection.disconnect(nowait=True)
         raise RedisConnectionError("The server says more than it was asked for.")
     stream: asyncio.StreamWriter = connection._writer
-    # So it closes nothing when it is collected.
+    # So that it does not close the stream when it is garbage-collected.
     connection._reader = connection._writer = None
     return stream

@@ -1,9 +1,9 @@
-"""What another package must have for Tera to work with it, and whether it has it.
+"""Declares what Tera needs of other packages' private parts, and checks that it exists.
 
-Ray and vLLM move every few weeks, and some of what Tera needs of them they never promised. Each
-such thing is a `Symbol` beside the code that uses it. They are looked for in the package's source,
-which takes milliseconds where an import takes seconds: `check` does so when a process starts, and
-`tests/upstream` for all of them at once.
+Ray and vLLM release every few weeks, and Tera uses some parts of them that are not public API. Each
+such part is a `Symbol` next to the code that uses it. Symbols are looked up in the package's
+source, which takes milliseconds where an import takes seconds: `check` does so when a process
+starts, and `tests/upstream` for all of them at once.
 """
 
 import ast
@@ -22,22 +22,22 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """One thing that a module of another package has to define.
+    """Something that a module of another package must define.
 
-    A function's parameters are told in one of two ways. `call` are those that we give a value, by
-    place or by name: all must be there, and no other one may be needed. `exact` are all that there
-    are, in order, of what we put something of our own in the place of.
+    A function's parameters are given in one of two ways. `call` lists those that we pass, by
+    position or name: all must exist, and no other may be required. `exact` lists all parameters in
+    order, for a function that we replace.
     """
 
     module: str
     name: str
-    """Such as `run`, `Engine.run` or, for an attribute that its methods set, `Engine.load`."""
+    """Such as `run`, `Engine.run` or, for an attribute set in methods, `Engine.load`."""
     why: str
     call: str | None = None
-    """Names with spaces between; an empty text is a call without any."""
+    """Names separated by spaces; empty for a call without arguments."""
     exact: str | None = None
     awaited: bool = False
-    """Of a function: whether it is a coroutine."""
+    """Whether a function is a coroutine function."""
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -45,7 +45,7 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """A text that a module has to hold, such as the name of an environment variable."""
+    """A string that a module must contain, such as the name of an environment variable."""
 
     module: str
     text: str
@@ -59,10 +59,10 @@ Need = Symbol | Literal
 
 
 def check(needs: Iterable[Need]) -> None:
-    """Return if the installed packages have all of `needs`.
+    """Check that the installed packages have all of `needs`.
 
     Raises:
-        StartError: they do not; the message names each and the page that says what to do.
+        StartError: they do not; the message names each missing one and the page with instructions.
     """
     faults = list(missing(needs))
     _tree.cache_clear()  # a module's tree takes megabytes
@@ -80,7 +80,7 @@ def missing(needs: Iterable[Need]) -> Iterator[str]:
 
 
 def _fault(need: Need) -> str | None:
-    """Return what is wrong, or None."""
+    """Return what is wrong with a need, or None."""
     tree = _tree(need.module)
     if tree is None:
         return "there is no such module"
@@ -105,7 +105,7 @@ def _fault(need: Need) -> str | None:
 
 @lru_cache(maxsize=64)
 def _tree(module: str) -> ast.Module | None:
-    """Return a module's syntax tree, without importing it or what it is in."""
+    """Return a module's syntax tree, without importing it or its package."""
     package, *inner = module.split(".")
     spec = importlib.util.find_spec(package)
     for root in spec.submodule_search_locations or [] if spec is not None else []:
@@ -130,9 +130,9 @@ def _definition(tree: ast.Module | ast.ClassDef, path: list[str]) -> ast.AST | N
 
 
 def _statements(tree: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
-    """Yield the statements of a body, the last first, since it is the last definition that holds.
+    """Yield the statements of a body, last first, since the last definition counts.
 
-    What stands under an `if` or a `try` counts, as one of the ways in which it may be defined.
+    Statements within an `if` or `try` are included, as possible definitions.
     """
     for node in reversed(tree.body):
         if isinstance(node, ast.If | ast.Try):
@@ -155,7 +155,7 @@ def _defined(node: ast.stmt) -> set[str]:
 
 
 def _attribute(owner: ast.ClassDef, name: str) -> ast.AST | None:
-    """Return where a method sets `self.name`."""
+    """Return the node where a method sets `self.name`."""
     for node in ast.walk(owner):
         if (
             isinstance(node, ast.Attribute)

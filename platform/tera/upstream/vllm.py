@@ -1,6 +1,6 @@
-"""vLLM's engine as Tera runs it: what is used of it that vLLM does not promise to keep.
+"""Tera's uses of private parts of vLLM's engine.
 
-Seen to work with vLLM 0.32. `vllm_text`, `vllm_grammar` and `vllm_penalties` have the rest: the
+Tested with vLLM 0.32. `vllm_text`, `vllm_grammar` and `vllm_penalties` have the rest: the
 text side, structured output, and penalties. To move to another vLLM, see `symbols.PAGE`.
 """
 
@@ -31,7 +31,7 @@ _SAMPLING = "vllm.sampling_params"
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "tera"
-"""The entry point by which vLLM's own processes come to `tera.engine.vllm_plugin`."""
+"""The entry point through which vLLM's own processes load `tera.engine.vllm_plugin`."""
 
 NEEDS = (
     Symbol(
@@ -140,10 +140,10 @@ NEEDS = (
 
 
 def check_engine() -> None:
-    """Return if this vLLM is one whose engine Tera can run.
+    """Check that Tera can run the engine of this version of vLLM.
 
     Raises:
-        StartError: it is not, or it would not load Tera's plugin.
+        StartError: it cannot, or vLLM would not load Tera's plugin.
         ConfigError: `VLLM_PLUGINS` leaves Tera's plugin out.
     """
     check(NEEDS)
@@ -153,12 +153,13 @@ def check_engine() -> None:
 
 
 def check_plugin(allowed: list[str] | None) -> None:
-    """Return if vLLM's processes will load Tera's plugin.
+    """Check that vLLM's processes will load Tera's plugin.
 
-    Without it vLLM runs as ever, and answers that moved to another replica do not fit their format.
+    Without it, vLLM would run as usual, but structured answers that moved to another replica would
+    not fit their format.
 
     Args:
-        allowed: what `VLLM_PLUGINS` names; None if it is not set, and all are loaded.
+        allowed: the plugins named in `VLLM_PLUGINS`; None if it is not set, so that all are loaded.
 
     Raises:
         StartError: vLLM cannot find it.
@@ -177,7 +178,7 @@ def argument_names() -> set[str]:
     """Return the names of vLLM's engine arguments from its source; none if there is no vLLM.
 
     Raises:
-        StartError: they are not where they were.
+        StartError: they are not where they used to be.
     """
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or not vllm.submodule_search_locations:
@@ -198,15 +199,15 @@ def argument_names() -> set[str]:
 def deliver(
     collector: "RequestOutputCollector", put: "Callable[[RequestOutput | Exception], None]"
 ) -> None:
-    """Have `put` called with each output of a request, from vLLM's own loop over a step's outputs.
+    """Call `put` with each output of a request, from vLLM's own loop over a step's outputs.
 
-    `AsyncLLM.generate` waits on the collector instead, which wakes a task for each token of each
-    request. What vLLM has put into the collector before this call is delivered at once.
+    `AsyncLLM.generate` instead waits on the collector, which wakes a task for each token of each
+    request. Outputs that vLLM put into the collector before this call are delivered at once.
     """
     early: RequestOutput | Exception | None
     try:
         early = collector.get_nowait()  # type: ignore[assignment]  # no pooling request is made
-    except Exception as error:  # noqa: BLE001  the request's own end, which is delivered
+    except Exception as error:  # noqa: BLE001  the error that ended the request is delivered
         early = error
     collector.put = put  # type: ignore[method-assign,assignment]
     if early is not None:
@@ -217,12 +218,12 @@ def stat_logger(record: Callable[[Any], None]) -> "type[StatLoggerBase]":
     """Return a class for `AsyncLLM` that calls `record` after each step.
 
     Args:
-        record: is given vLLM's `SchedulerStats`, or None where a step has made none.
+        record: called with vLLM's `SchedulerStats`, or None if a step produced none.
     """
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class StepLogger(StatLoggerBase):
-        """Stands beside vLLM's own loggers."""
+        """Runs beside vLLM's own loggers."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             del vllm_config, engine_index
@@ -243,7 +244,7 @@ def stat_logger(record: Callable[[Any], None]) -> "type[StatLoggerBase]":
 
 
 def engine_processes(llm: "AsyncLLM") -> list[BaseProcess]:
-    """Return the processes of the engine core, which have the workers as children."""
+    """Return the processes of the engine core; the workers are their children."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     manager = llm.engine_core.resources.engine_manager

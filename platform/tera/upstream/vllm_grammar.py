@@ -1,7 +1,7 @@
-"""Structured outputs that go on where another replica's ended.
+"""Makes structured outputs continue where another replica's ended.
 
-vLLM begins a request's grammar at the request's first generated token. A resumed generation has its
-first tokens in the prompt, so here the grammar is led through them before it is used.
+vLLM starts a request's grammar at its first generated token. A resumed generation has its first
+tokens in the prompt, so here the grammar is advanced through them before it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -49,10 +49,10 @@ NEEDS = (
 
 
 def lead_grammars() -> None:
-    """Lead grammars through what has been generated; harmless if it is done already.
+    """Patch vLLM to advance grammars through resumed tokens; calling it twice is harmless.
 
     Raises:
-        StartError: this vLLM is not one that Tera works with.
+        StartError: Tera does not work with this version of vLLM.
     """
     check(NEEDS)
     from vllm.v1.structured_output import StructuredOutputManager
@@ -75,7 +75,7 @@ def lead_grammars() -> None:
 
 
 def _constrained(manager: "StructuredOutputManager", request: "Request") -> list[int]:
-    """Return the resumed tokens that the format holds for: those after the model's reasoning."""
+    """Return the resumed tokens that the format applies to: those after the reasoning."""
     resumed = resumed_tokens(request.sampling_params)
     token_ids = request.prompt_token_ids or []
     if not resumed:
@@ -84,7 +84,7 @@ def _constrained(manager: "StructuredOutputManager", request: "Request") -> list
     reasoner = None if manager.enable_in_reasoning else manager._get_reasoner(request)
     if reasoner is None:
         return token_ids[prompt_tokens:]
-    # The shortest beginning that ends the reasoning: once it has ended it stays so.
+    # Find the shortest prefix in which the reasoning has ended; once ended, it stays so.
     low, high = prompt_tokens, len(token_ids) + 1
     while low < high:
         middle = (low + high) // 2

@@ -1,11 +1,11 @@
-"""Penalties over what another replica has generated.
+"""Makes penalties count tokens that another replica has generated.
 
 vLLM's presence and frequency penalties count the tokens that a request has generated, and a resumed
-generation has its first ones in the prompt. A bias per token would do the same, but vLLM takes at
-most 1,024 of those, and ends the engine at one more. So the sampler is told which of the prompt's
-last tokens were generated; vLLM has to know the like itself, for requests that it has preempted.
+generation has its first ones in the prompt. A bias per token would do the same, but vLLM accepts at
+most 1,024 of those, and one more ends the engine. So the sampler is told which of the prompt's
+last tokens were generated; vLLM itself needs that too, for requests that it has preempted.
 
-vLLM has two model runners, «V1» and «V2», of which either may run a model.
+vLLM has two model runners, "V1" and "V2", either of which may run a model.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ NEEDS = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker.use_v2_model_runner", "which runner it is"),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.model_runner", "the runner"),
 )
-"""What a worker has to have, whichever its model runner is."""
+"""What a worker must have, whichever model runner it uses."""
 
 V1_NEEDS = (
     Symbol(
@@ -104,7 +104,7 @@ V2_NEEDS = (
 )
 
 RESUMED: Final = "tera_resumed_tokens"
-"""In `SamplingParams.extra_args`: how many of the prompt's last tokens were generated."""
+"""Key in `SamplingParams.extra_args`: how many of the prompt's last tokens were generated."""
 
 
 def resumed_tokens(params: "SamplingParams | None") -> int:
@@ -116,12 +116,12 @@ def resumed_tokens(params: "SamplingParams | None") -> int:
 
 
 def count_resumed_in_v1(runner: "GPUModelRunner") -> None:
-    """Have a V1 model runner's sampler see resumed tokens before those generated here.
+    """Make a V1 model runner's sampler see resumed tokens before those generated here.
 
     V1 gives the sampler each request's generated tokens as a list, at each step.
 
     Raises:
-        StartError: this vLLM is not one that Tera works with.
+        StartError: Tera does not work with this version of vLLM.
     """
     check((*NEEDS, *V1_NEEDS))
     sample: Callable[[torch.Tensor | None, Any], Any] = runner._sample
@@ -132,7 +132,7 @@ def count_resumed_in_v1(runner: "GPUModelRunner") -> None:
         resumed = {} if metadata.no_penalties else _resumed_by_row(runner)
         if not resumed:
             return sample(logits, spec_decode_metadata)
-        # Real ids in place of what async scheduling has put there meanwhile; `_sample` does it too.
+        # Fill in real ids for the placeholders of async scheduling, as `_sample` itself does.
         batch.update_async_output_token_ids()
         batch.sampling_metadata = dataclasses.replace(
             metadata,
@@ -160,19 +160,19 @@ def _resumed_by_row(runner: "GPUModelRunner") -> Mapping[int, list[int]]:
 
 
 def count_resumed_in_v2(penalties: "PenaltiesState") -> None:
-    """Have a V2 model runner's penalties begin to count before the end of the prompt.
+    """Make a V2 model runner's penalties start counting before the end of the prompt.
 
-    V2 counts on the GPU, once when a request enters the batch: from `prompt_len` on.
+    V2 counts on the GPU, once when a request enters the batch, starting at `prompt_len`.
 
     Raises:
-        StartError: this vLLM is not one that Tera works with.
+        StartError: Tera does not work with this version of vLLM.
     """
     check((*NEEDS, *V2_NEEDS))
     import torch
     from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
     shared = penalties.req_states
-    # Its own, since the same figure tells others of the runner how long the prompt is.
+    # A separate copy, since other parts of the runner use the same figure as the prompt's length.
     prompt_len = UvaBackedTensor(shared.max_num_reqs, dtype=torch.int32)
     penalties.req_states = dataclasses.replace(shared, prompt_len=prompt_len)
     add_request, apply_staged_writes = penalties.add_request, penalties.apply_staged_writes

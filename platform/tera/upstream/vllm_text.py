@@ -1,7 +1,7 @@
 """vLLM's renderer, detokeniser and parsers, used without an engine.
 
-They are parts of vLLM's own server, which makes no promise of them. All of `vllm` that a gateway
-imports is imported here, when a model with such text is loaded: it costs seconds and 0.7 GB.
+They are private parts of vLLM's own server. Everything of `vllm` that a gateway imports is imported
+here, when a vllm model is loaded: it costs seconds and 0.7 GB.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,10 +27,10 @@ CHAT_FIELDS = (
     "reasoning_effort",
     "response_format",
 )
-"""What vLLM's renderer and parsers read of a request; a `Conversation` has the same names."""
+"""Request fields that vLLM's renderer and parsers read; a `Conversation` has the same names."""
 
 STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-"""What an engine can be held to, as vLLM and the records of `Sampling` name it."""
+"""Kinds of structured output, as vLLM and the records of `Sampling` name them."""
 
 NEEDS = (
     Symbol(
@@ -159,21 +159,21 @@ NEEDS = (
         call="",
     ),
 )
-"""What this file uses. No signature shows that a detokeniser reads no more of a request than
+"""What this file uses. No signature shows whether a detokeniser reads more of a request than
 `_Completion` has."""
 
 
 class Encode(Protocol):
-    """A tokenizer's way from text to token ids."""
+    """Encodes text with a tokenizer."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Awaitable[list[int]]:
-        """Return the ids of a text, with the special tokens of a raw prompt if asked to."""
+        """Return the ids of a text, with the special tokens of a raw prompt if requested."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """What vLLM's detokeniser reads of sampling parameters; stop strings are looked for here."""
+    """Sampling parameters that vLLM's detokeniser reads; the gateway finds stop strings itself."""
 
     skip_special_tokens: bool
     spaces_between_special_tokens: bool = True
@@ -184,7 +184,7 @@ class _Decoding:
 
 @dataclass(frozen=True, slots=True)
 class _Completion:
-    """What vLLM's detokeniser reads of an engine request."""
+    """The parts of an engine request that vLLM's detokeniser reads."""
 
     prompt_token_ids: list[int]
     sampling_params: _Decoding
@@ -209,7 +209,7 @@ class VllmDetokenizer:
 
 
 class VllmParser:
-    """vLLM's reasoning and tool parsers over one answer."""
+    """vLLM's reasoning and tool parsers, applied to one answer."""
 
     def __init__(self, parser: Any, request: Any, prompt_token_ids: list[int]) -> None:
         self._parser = parser
@@ -292,11 +292,11 @@ class VllmText:
         return cls(model_config, online)
 
     def encode_by(self, encode: Encode | None, check: Callable[[str], Awaitable[None]]) -> None:
-        """Have rendered text looked at by `check`, which may refuse it, and encoded by `encode`.
+        """Have rendered text checked by `check`, which may refuse it, and encoded by `encode`.
 
-        It is looked at as rendered, since a template may leave out parts of a conversation. What is
-        more than a text, such as one with images, is encoded vLLM's own way, and so is all of it
-        without `encode`.
+        It is checked once rendered, since a template may leave out parts of a conversation. Prompts
+        that are more than text, such as ones with images, are encoded by vLLM itself, and so are
+        all prompts without `encode`.
         """
         renderer = self._online.renderer
         otherwise: Callable[[Sequence[Any], Any], Awaitable[list[Any]]]
@@ -322,10 +322,10 @@ class VllmText:
         renderer.tokenize_prompts_async = tokenize
 
     async def render(self, fields: Mapping[str, Any]) -> VllmConversation:
-        """Return a conversation through the model's chat template.
+        """Return a conversation as rendered by the model's chat template.
 
         Args:
-            fields: of vLLM's `ChatCompletionRequest`.
+            fields: those of vLLM's `ChatCompletionRequest`.
 
         Raises:
             InvalidValueError: vLLM, or the template, refuses it.
@@ -363,7 +363,7 @@ class VllmText:
         return VllmParser(parser, request, conversation.token_ids)
 
     def token_texts(self, token_ids: list[int]) -> list[str]:
-        """Return the text of each token alone."""
+        """Return the text of each token by itself."""
         from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
         texts: list[str] = convert_ids_list_to_tokens(self.tokenizer, token_ids)
@@ -379,7 +379,7 @@ def byte_symbols() -> dict[str, int]:
 
 
 def _structured(request: Any) -> dict[str, Any] | None:
-    """Return vLLM's structured outputs as the record of `Sampling` has them."""
+    """Return vLLM's structured outputs in the form of `Sampling`."""
     outputs = request.extract_structured_outputs()
     if outputs is None:
         return None
@@ -388,7 +388,7 @@ def _structured(request: Any) -> dict[str, Any] | None:
 
 
 def _refused(text: str) -> InvalidValueError | UnsupportedParameterError:
-    """Return our error for vLLM's: a missing template is a matter of the model."""
+    """Translate vLLM's error; a missing template is the model's fault, not the conversation's."""
     if "chat template" in text and ("not" in text or "no longer" in text):
         return UnsupportedParameterError(
             "'messages' is not supported: the model has no chat template. "
