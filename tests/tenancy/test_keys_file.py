@@ -91,7 +91,7 @@ async def test_a_new_version_is_in_force_without_a_restart(secret: Secret, store
     [
         pytest.param("- tenant: 'acme", "invalid YAML in line 1", id="syntax"),
         pytest.param("- {tenant: acme}", "0: give either key or keyHash", id="entry"),
-        pytest.param(keys(TWO, TWO[:-1] + "!"), "1: The key to import is no Tera key", id="key"),
+        pytest.param(keys(TWO, TWO[:-1] + "!"), "1: The key to import is not a Tera key", id="key"),
         pytest.param(keys(TWO, models=[""]), "0: Name at least one model id", id="models"),
         pytest.param(None, "cannot be read", id="missing"),
     ],

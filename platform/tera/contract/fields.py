@@ -131,7 +131,7 @@ def _biases(value: Any) -> dict[int, float]:
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            invalid(f"the key {key[:32]!r} is no token id")
+            invalid(f"the key {key[:32]!r} is not a token id")
         if not is_number(bias):
             wrong_type("a number", bias, f".{key}")
         if not -100 <= bias <= 100:

@@ -30,7 +30,7 @@ def check_biases(text: TextModel, biases: Iterable[int] | None) -> None:
     for token_id in biases or ():
         if token_id >= text.vocab_size:
             raise InvalidValueError(
-                f"Invalid 'logit_bias': the key '{token_id}' is no token id of the model; they "
+                f"Invalid 'logit_bias': the key '{token_id}' is not a token id of the model; they "
                 f"go from 0 to {text.vocab_size - 1}.",
                 param="logit_bias",
             )

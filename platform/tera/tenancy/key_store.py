@@ -161,11 +161,13 @@ class KeyStore:
         """
         require_tenant(tenant)
         if (key is None) == (key_hash is None):
-            raise ConfigError("Import a key by itself or by its hash: give one of both.")
+            raise ConfigError("Import a key either by itself or by its hash, not both.")
         hint = ""
         if key is not None:
             if not is_well_formed(key):
-                raise ConfigError("The key to import is no Tera key; its checksum may be mistyped.")
+                raise ConfigError(
+                    "The key to import is not a Tera key, or it has a typo: its checksum is wrong."
+                )
             key_hash, hint = hash_key(key, self._pepper), hint_of(key)
         if key_hash is None or not _KEY_HASH.fullmatch(key_hash):
             raise ConfigError("A key's hash must be 64 hexadecimal digits in lower case.")
@@ -263,7 +265,7 @@ class KeyStore:
             ConfigError: the old key was already rotated or has expired, or a duration is invalid.
         """
         if not 0 <= grace_s < math.inf:
-            raise ConfigError("The old key must expire after a number of seconds that is not < 0.")
+            raise ConfigError("The old key must expire after 0 or more seconds.")
         while True:
             stored, old = await self._find(key_id)
             if old is None:
@@ -279,7 +281,9 @@ class KeyStore:
 
     def _successor(self, old: ApiKey, now_s: float, expires_in_s: float | None) -> NewKey:
         if old.replaced_by is not None:
-            raise ConfigError(f"{old.key_id} was rotated already: {old.replaced_by} replaced it.")
+            raise ConfigError(
+                f"{old.key_id} has already been rotated: {old.replaced_by} replaced it."
+            )
         expires_s = self._end(expires_in_s) or old.expires_s
         if expires_s is not None and expires_s <= now_s:
             raise ConfigError(f"{old.key_id} has expired; give the new key a lifetime.")
