@@ -157,7 +157,7 @@ def test_edit_restarts_what_the_plan_says_and_nothing_else(platform: Platform) -
         ),
         pytest.param(
             edited(three={"id": "hub/three", "source": "hf://hub/three"}),
-            "models.three: it runs without a model from a hub",
+            "models.three: it started without a model from a hub",
             id="hub",
         ),
     ],

@@ -64,6 +64,7 @@ class ChoiceText:
         if self._held is not None:
             delta, self._held = merge(self._held, delta), None
         if self._answer.blocked:
+            # The client does not keep up: merge what comes instead of queueing it.
             self._held = delta
             return False
         return self._add(delta)
@@ -87,6 +88,7 @@ class ChoiceText:
         self._exchange.completion_tokens += used
         finish = FinishReason.STOP if stopped else delta.finish_reason
         if finish is not None and not stopped:
+            # No stop string came, so what looked like the beginning of one is text.
             text += self._stops.flush()
         logprobs = self._logprobs(delta, used) if self._choice.logprobs else None
         if self._first:

@@ -61,6 +61,7 @@ class TextEncoder:
         if backend is None or not hasattr(backend, "encode_batch_fast"):
             return None
         state = backend.to_str()
+        # A copy: padding and truncation of the original must stay as they are for other users.
         own = type(backend).from_str(state)
         own.no_padding()
         own.no_truncation()
@@ -124,6 +125,7 @@ class TextEncoder:
                 self._remembered_characters += len(segment)
             self._remembered[segment] = ids
             self._remembered.move_to_end(segment)
+        # The least recently used segments are first in the dictionary.
         while self._remembered_characters > REMEMBERED_CHARACTERS:
             oldest, _ = self._remembered.popitem(last=False)
             self._remembered_characters -= len(oldest)

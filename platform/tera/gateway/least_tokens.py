@@ -121,10 +121,12 @@ def least_tokens(tokenizer: Any) -> LeastTokens | None:
         return None
     state = json.loads(backend.to_str())
     added = state["added_tokens"]
+    # Such special tokens absorb spaces, which then are part of no token.
     if any(token["lstrip"] or token["rstrip"] for token in added):
         return None
     parts = [*_parts(state["normalizer"]), *_parts(state["pre_tokenizer"])]
     model = state["model"]
+    # Other models, such as WordPiece, have one unknown token for a whole word.
     if model["type"] != "BPE" or not all(_keeps_all(part) for part in parts):
         return None
     byte_level = any(part["type"] == "ByteLevel" for part in parts)

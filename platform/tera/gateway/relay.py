@@ -202,7 +202,7 @@ class Events:
         try:
             waits_for = sending.send(None)
         except StopIteration:
-            return
+            return  # it never had to wait: the connection took everything
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
             # Any error concerns only this stream: the others still have to be flushed.
             self._broke(error)

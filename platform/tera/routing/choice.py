@@ -77,6 +77,7 @@ class LoadBoard:
         last = group.pop()
         place = self._place.pop(replica_id)
         if last != replica_id:
+            # The last one moves into the gap, so that removal takes constant time.
             group[place] = last
             self._place[last] = place
         if not group:
@@ -111,6 +112,7 @@ class LoadBoard:
         """
         if not self._load:
             return None
+        # A load changes by one or a few, so this takes few steps.
         while self._lowest not in self._by_load:
             self._lowest += 1
         replica_id = self.draw(self._by_load[self._lowest])
@@ -139,6 +141,7 @@ def choose(board: LoadBoard, index: PrefixIndex, prints: Sequence[int]) -> str |
         return board.least()
     bound = board.bound()
     known = index.known(prints)
+    # Holders of the whole known prefix first, then of half of it, then of its first block.
     for depth in dict.fromkeys((known, (known + 1) // 2, 1)) if known else ():
         holders = index.holders(prints[depth - 1])
         if len(holders) > SAMPLES:

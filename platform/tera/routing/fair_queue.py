@@ -26,12 +26,14 @@ class FairQueue(Generic[Item]):
 
     def push(self, tenant: str, tokens: float, item: Item) -> None:
         """Queue an item behind its tenant's others; `tokens` is its largest cost, weighted."""
+        # Never before the clock: a tenant that was idle has saved up nothing.
         start = max(self._clock, self._ends.get(tenant, 0.0))
         self._ends[tenant] = start + tokens
         heapq.heappush(self._heap, (start, next(self._numbers), item))
 
     def push_front(self, item: Item) -> None:
         """Put back an item whose turn was in vain."""
+        # A negative number sorts before every other item with the same tag.
         heapq.heappush(self._heap, (self._clock, -next(self._numbers), item))
 
     def first(self) -> Item | None:

@@ -199,6 +199,7 @@ class Run:
         token_ids = [*work.prompt_token_ids, *self._generated]
         most_tokens = len(work.prompt_token_ids) + work.sampling.max_tokens
         route = Route(work.share, token_ids, most_tokens, self._moved)
+        # The usual case: no task or timer is needed while there is room.
         seat = fleet.seat_now(route)
         if seat is not None:
             return seat
@@ -229,6 +230,7 @@ class Run:
         """Return what another replica needs to continue after the ids so far."""
         generated, sampling = self._generated, self._work.sampling
         if generated:
+            # The prompt's log-probabilities were sent with the first delta: not again.
             sampling = msgspec.structs.replace(
                 sampling, max_tokens=sampling.max_tokens - len(generated), prompt_logprobs=None
             )

@@ -121,6 +121,7 @@ class Switchboard:
         try:
             return await waiting.granted
         except asyncio.CancelledError:
+            # Granted in the same turn in which it was cancelled: give the replica back.
             if waiting.granted.done() and not waiting.granted.cancelled():
                 self.release(waiting.granted.result())
             raise
@@ -142,6 +143,7 @@ class Switchboard:
         if replica is None:
             return
         before = replica.load
+        # The replica reports a total; what this gateway has not counted itself is others'.
         replica.others = max(0, load.running + load.waiting - replica.mine)
         # What waits in an engine waits behind everything that runs there: it counts twice.
         full = load.kv_usage_ratio >= FULL_CACHE_RATIO
@@ -165,6 +167,7 @@ class Switchboard:
         replica = self._replicas.get(replica_id)
         if replica is not None and replica.connected:
             replica.connected = False
+            # Outdated by now: it reports again when it has reconnected.
             replica.others = replica.penalty = 0
             self._post(replica_id, replica)
 

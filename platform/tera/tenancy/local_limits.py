@@ -148,6 +148,7 @@ class LocalLimiter:
         counted = [_counted(mine, scope, replicas, now_us) for scope in scopes]
         waits = [wait for it in counted for wait in _waits(it, held)]
         if waits and request_id not in mine.open:
+            # A limit that never lets the request pass outranks every wait.
             longest = max(waits, key=lambda it: MOST + 1 if it.wait_us is None else it.wait_us)
             refusal = refusal_of(*longest, tokens, scopes)
             return _admission(counted, refusal)
@@ -226,6 +227,7 @@ def _limit(limit: int | None, replicas: int, gone: int = 0) -> _Limit | None:
         return None
     whole = min(limit, MOST)
     rest = max(0, whole - gone)
+    # At least 1 while anything is left: many replicas must not turn a small limit into a block.
     return _Limit(whole, max(rest // replicas, min(rest, 1)))
 
 
@@ -279,6 +281,7 @@ def _token_wait(counts: _Counts, limit: _Limit, tokens: int) -> int | None:
     if tokens > limit.whole:
         return None
     if tokens > limit.share:
+        # Only this replica's share is too small: the request may pass once Redis is back.
         return _SECOND_US
     level = limit.share - tokens
     if counts.held <= level:
