@@ -4,6 +4,7 @@ import argparse
 import platform
 import signal
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,16 @@ from pathlib import Path
 import msgspec
 import psutil
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks import chain, hostile, kills, limits, routing, scaling, steps, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {
+
+Benchmark = Callable[[bool], tuple[Table, dict[str, object]]]
+"""Returns its table and its figures; quickly, if that is asked."""
+
+BENCHMARKS: dict[str, Benchmark] = {
     "chain": chain.run,
     "hostile": hostile.run,
     "kills": kills.run,
@@ -40,7 +46,10 @@ def main() -> None:
     # Ended as by Ctrl-C, so that the systems under measurement end as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=max(100, Console().width))
-    benchmarks = {**BENCHMARKS, "chain": partial(chain.run, beside=options.beside)}
+    benchmarks: dict[str, Benchmark] = {
+        **BENCHMARKS,
+        "chain": partial(chain.run, beside=options.beside),
+    }
     for name in options.names or benchmarks:
         began = time.monotonic()
         table, figures = benchmarks[name](options.quick)

@@ -17,11 +17,10 @@ from subprocess import Popen
 from typing import Any
 
 import pytest
-from click.testing import Result
 from redis import Redis
 from tests.tenancy.conftest import RedisServer
 from tests.tenancy.test_usage import append, record
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tera.cli import app
 from tera.config.platform import PlatformConfig

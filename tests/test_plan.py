@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tera.cli import app
 from tera.config.merge import deep_merge

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import uvicorn
-from click.testing import Result
 from tests.conformance.gateways import InProcessGateway
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tera.cli import app
 from tera.contract.common import ModelStatus
@@ -239,9 +238,9 @@ def test_nobody_at_the_address_is_told() -> None:
     assert f"{address} cannot be reached: " in failure("--ready-only", "--base-url", address)
 
 
-READY = (200, {}, b'{"status": "ready"}')
-MODELS = (200, {}, b'{"data": [{"id": "m"}]}')
 Canned = tuple[int, dict[str, str], bytes]
+READY: Canned = (200, {}, b'{"status": "ready"}')
+MODELS: Canned = (200, {}, b'{"data": [{"id": "m"}]}')
 
 
 class Impostor:

@@ -127,8 +127,13 @@ def test_gangs_go_as_serve_says(kind: type[DeploymentScheduler]) -> None:
 def complaints(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is logged, which Serve's logger keeps to itself once Serve is set up."""
     found: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        found.append(record.getMessage())
+        return True
+
     log = logging.Logger("tera.test")
-    log.addFilter(lambda record: found.append(record.getMessage()) is None)
+    log.addFilter(keep)
     monkeypatch.setattr(ray_controller, "log", log)
     ray_controller._complain.cache_clear()
     yield found

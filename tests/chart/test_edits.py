@@ -1,6 +1,7 @@
 """What an edit of the values changes among the rendered objects, and that `tera plan` says so."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tera.config.merge import deep_merge
 from tera.plan import plan
 
 Object = dict[str, Any]
+Objects = dict[tuple[str, str], Object]
 
 # KubeRay compares clusters without these (kuberay#4568).
 MUTED_OF_A_GROUP = ("replicas", "minReplicas", "maxReplicas", "workersToDelete")
@@ -23,7 +25,7 @@ IMMUTABLE = {
 }
 
 
-def objects(values: Object) -> dict[tuple[str, str], Object]:
+def objects(values: Object) -> Objects:
     """Return a release's objects by kind and name, without what is random in them.
 
     And without what `helm test` starts: it is no part of what runs.
@@ -64,14 +66,14 @@ def what_kuberay_does(old: Object, new: Object) -> str:
     return "group_appended" if after == before else "cluster_replaced"
 
 
-def what_the_plan_says(effects: set[str]) -> str:
+def what_the_plan_says(effects: Collection[str]) -> str:
     for effect in ("cluster_replaced", "group_appended", "not_taken"):
         if effect in effects:
             return effect
     return "nothing"
 
 
-def refused(old: Object, new: Object) -> bool:
+def refused(old: Objects, new: Objects) -> bool:
     """Return whether Kubernetes refuses to change an object that there is."""
     return any(
         old[key]["spec"].get(name) != new[key]["spec"].get(name)

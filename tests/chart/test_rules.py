@@ -144,9 +144,12 @@ def test_only_models_that_are_always_there_are_missed() -> None:
 
 def test_first_token_is_slow_from_a_bucket_of_its_histogram() -> None:
     (slow,) = [rule for rule in ALL if rule["alert"] == "TeraFirstTokenSlow"]
-    threshold_s = promql_parser.parse(slow["expr"]).rhs.val
+    comparison = promql_parser.parse(slow["expr"])
+    assert isinstance(comparison, promql_parser.BinaryExpr)
+    threshold_s = comparison.rhs
+    assert isinstance(threshold_s, promql_parser.NumberLiteral)
     buckets = Metrics().first_token_s._upper_bounds
-    assert threshold_s in buckets
+    assert threshold_s.val in buckets
     assert math.isinf(buckets[-1])
 
 

@@ -110,7 +110,7 @@ def values(draw: st.DrawFn) -> Object:
             "id": f"org/{number}{draw(TEXTS)}",
             **draw(
                 optional(
-                    aliases=TEXTS.map(lambda text, number=number: [f"alias {number} {text}"]),
+                    aliases=st.tuples(TEXTS.map(f"alias {number} ".__add__)).map(list),
                     enabled=st.booleans(),
                     replicas=REPLICAS,
                     scaling=SCALING,

@@ -150,4 +150,4 @@ def test_disabled_and_replicaless_models_are_not_deployed() -> None:
 
 def test_platform_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        PlatformConfig().models = {}  # type: ignore[misc]
+        PlatformConfig().models = {}

@@ -124,11 +124,19 @@ def test_c2_accepts(gateway: Gateway, name: str, value: Any) -> None:
 
 TYPE, VALUE = "invalid_type", "invalid_value"
 
-REFUSED: list[tuple[str, Any, str, str]] = [
+Refused = tuple[str, Any, str, str]
+
+
+def each(name: str, code: str, *values: Any) -> list[Refused]:
+    """Return a case for each value that is wrong as a whole."""
+    return [(name, value, code, name) for value in values]
+
+
+REFUSED: list[Refused] = [
     ("model", "", VALUE, "model"),
-    *(("model", value, TYPE, "model") for value in (5, True, ["sim/small"], {})),
-    *(("prompt", value, VALUE, "prompt") for value in ("", [])),
-    *(("prompt", value, TYPE, "prompt") for value in (5, True, 1.5, {"text": "x"})),
+    *each("model", TYPE, 5, True, ["sim/small"], {}),
+    *each("prompt", VALUE, "", []),
+    *each("prompt", TYPE, 5, True, 1.5, {"text": "x"}),
     ("prompt", [""], VALUE, "prompt[0]"),
     ("prompt", ["a", "b", ""], VALUE, "prompt[2]"),
     ("prompt", [[]], VALUE, "prompt[0]"),
@@ -154,18 +162,18 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("prompt", [65, 10**9], VALUE, "prompt[1]"),
     ("prompt", [65, 10**30], VALUE, "prompt[1]"),
     ("prompt", [[65], [66, -5]], VALUE, "prompt[1][1]"),
-    *(("max_tokens", value, VALUE, "max_tokens") for value in (0, -1, -(2**70))),
-    *(("max_tokens", value, TYPE, "max_tokens") for value in ("5", True, 1.5, [5], {})),
-    *(("temperature", value, VALUE, "temperature") for value in (-0.01, 2.01, -1, 3, 1e308)),
-    *(("temperature", value, TYPE, "temperature") for value in ("1", True, [1], {})),
-    *(("top_p", value, VALUE, "top_p") for value in (-0.01, 1.01, 2, -(10**300))),
-    *(("top_p", value, TYPE, "top_p") for value in ("1", False, [])),
-    *(("top_k", value, VALUE, "top_k") for value in (-2, 2**31, 2**70)),
-    *(("top_k", value, TYPE, "top_k") for value in ("1", True, 1.5)),
-    *(("min_p", value, VALUE, "min_p") for value in (-0.01, 1.01)),
-    *(("min_p", value, TYPE, "min_p") for value in ("0", True)),
-    *(("repetition_penalty", value, VALUE, "repetition_penalty") for value in (0, -1, 2.01, 0.0)),
-    *(("repetition_penalty", value, TYPE, "repetition_penalty") for value in ("1", True)),
+    *each("max_tokens", VALUE, 0, -1, -(2**70)),
+    *each("max_tokens", TYPE, "5", True, 1.5, [5], {}),
+    *each("temperature", VALUE, -0.01, 2.01, -1, 3, 1e308),
+    *each("temperature", TYPE, "1", True, [1], {}),
+    *each("top_p", VALUE, -0.01, 1.01, 2, -(10**300)),
+    *each("top_p", TYPE, "1", False, []),
+    *each("top_k", VALUE, -2, 2**31, 2**70),
+    *each("top_k", TYPE, "1", True, 1.5),
+    *each("min_p", VALUE, -0.01, 1.01),
+    *each("min_p", TYPE, "0", True),
+    *each("repetition_penalty", VALUE, 0, -1, 2.01, 0.0),
+    *each("repetition_penalty", TYPE, "1", True),
     ("stop", "", VALUE, "stop"),
     ("stop", ["a", "b", "c", "d", "e"], VALUE, "stop"),
     ("stop", ["a", ""], VALUE, "stop[1]"),
@@ -173,17 +181,17 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("stop", [5], TYPE, "stop[0]"),
     ("stop", ["a", None], TYPE, "stop[1]"),
     ("stop", ["a", ["b"]], TYPE, "stop[1]"),
-    *(("stop", value, TYPE, "stop") for value in (5, True, {})),
-    *(("seed", value, VALUE, "seed") for value in (2**63, -(2**63) - 1, 10**30)),
-    *(("seed", value, TYPE, "seed") for value in ("1", True, 1.5)),
-    *(("stream", value, TYPE, "stream") for value in ("true", 1, 0, [])),
-    *(("n", value, VALUE, "n") for value in (0, -1, 129)),
-    *(("n", value, TYPE, "n") for value in ("1", True, 1.5)),
-    *(("best_of", value, "unsupported_parameter", "best_of") for value in (2, 20)),
-    *(("best_of", value, TYPE, "best_of") for value in ("1", True, 1.5)),
-    *(("logprobs", value, VALUE, "logprobs") for value in (-1, 6)),
-    *(("logprobs", value, TYPE, "logprobs") for value in (True, False, "1", 1.5)),
-    *(("echo", value, TYPE, "echo") for value in (1, "true", [])),
+    *each("stop", TYPE, 5, True, {}),
+    *each("seed", VALUE, 2**63, -(2**63) - 1, 10**30),
+    *each("seed", TYPE, "1", True, 1.5),
+    *each("stream", TYPE, "true", 1, 0, []),
+    *each("n", VALUE, 0, -1, 129),
+    *each("n", TYPE, "1", True, 1.5),
+    *each("best_of", "unsupported_parameter", 2, 20),
+    *each("best_of", TYPE, "1", True, 1.5),
+    *each("logprobs", VALUE, -1, 6),
+    *each("logprobs", TYPE, True, False, "1", 1.5),
+    *each("echo", TYPE, 1, "true", []),
     *(
         (name, value, VALUE, name)
         for name in ("presence_penalty", "frequency_penalty")
@@ -194,19 +202,21 @@ REFUSED: list[tuple[str, Any, str, str]] = [
         for name in ("presence_penalty", "frequency_penalty")
         for value in ("0", True)
     ),
-    *(("logit_bias", value, TYPE, "logit_bias") for value in ([], "x", 5)),
+    *each("logit_bias", TYPE, [], "x", 5),
     *(
         ("logit_bias", {key: 1}, VALUE, "logit_bias")
         for key in ("", "word", "-1", "1.0", " 65", "+65", "٦٥", "999999999", "9" * 30)
     ),
     ("logit_bias", {"65": 100.01}, VALUE, "logit_bias.65"),
     ("logit_bias", {"65": -101}, VALUE, "logit_bias.65"),
-    *(("logit_bias", {"65": value}, TYPE, "logit_bias.65") for value in ("1", True, [])),
+    ("logit_bias", {"65": "1"}, TYPE, "logit_bias.65"),
+    ("logit_bias", {"65": True}, TYPE, "logit_bias.65"),
+    ("logit_bias", {"65": []}, TYPE, "logit_bias.65"),
     ("logit_bias", {str(token): 0 for token in range(1025)}, VALUE, "logit_bias"),
     ("suffix", "end", "unsupported_parameter", "suffix"),
-    *(("suffix", value, TYPE, "suffix") for value in (5, True)),
+    *each("suffix", TYPE, 5, True),
     ("user", "x" * 513, VALUE, "user"),
-    *(("user", value, TYPE, "user") for value in (5, True, [])),
+    *each("user", TYPE, 5, True, []),
 ]
 
 

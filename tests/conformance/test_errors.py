@@ -265,7 +265,7 @@ def test_a1_without_a_key_one_is_asked_for(gateway: Gateway, method: str, path: 
 def test_a1_no_wrong_key_can_be_told_from_another(gateway: Gateway, method: str, path: str) -> None:
     key = gateway.key
     swapped = key[:-1] + ("0" if key[-1] != "0" else "1")
-    shown = [
+    shown: list[str | bytes] = [
         f"Bearer {swapped}",
         f"Bearer {key[:-1]}",
         f"Bearer {key}x",

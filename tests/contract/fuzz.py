@@ -69,7 +69,7 @@ def fuzz(
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(schema[path][method].as_strategy(generation_mode=mode))
-    def answers_as_described(case: Case) -> None:
+    def answers_as_described(case: Case[Any]) -> None:
         arguments = case.as_transport_kwargs()
         body = {"content": arguments["data"]} if "data" in arguments else {}
         if "json" in arguments:

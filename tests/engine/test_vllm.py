@@ -3,6 +3,7 @@ import json
 import signal
 from collections.abc import AsyncGenerator
 from dataclasses import fields
+from typing import Any
 
 import psutil
 import pytest
@@ -92,7 +93,7 @@ async def test_wrong_values_are_refused(model_path: str, vllm_environment: None)
     ],
 )
 async def test_penalties_count_what_was_generated_before_a_cut(
-    asker: Asker, penalties: dict[str, float]
+    asker: Asker, penalties: dict[str, Any]
 ) -> None:
     def sampling(max_tokens: int) -> Sampling:
         return Sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True, **penalties)

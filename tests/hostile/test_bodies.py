@@ -88,7 +88,7 @@ ARRAYS = [
     pytest.param(CompletionRequest, "prompt", id="prompt"),
     pytest.param(CompletionRequest, "stop", id="completion-stop"),
 ]
-WRONG = ([None] * 8, [{}] * 8, [True] * 8, [[]] * 8)
+WRONG: tuple[list[Any], ...] = ([None] * 8, [{}] * 8, [True] * 8, [[]] * 8)
 
 
 @pytest.mark.parametrize(("kind", "field"), ARRAYS)

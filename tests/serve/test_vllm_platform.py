@@ -198,12 +198,13 @@ async def test_b2_streams_of_every_kind_move_to_another_replica(vllm: Platform) 
         return [text]
 
     async def all_at_once(every: Callable[[], None] = lambda: None) -> list[list[Any]]:
-        return await asyncio.gather(
+        answers = await asyncio.gather(
             complete(every, prompt="Once upon a time"),
             complete(every, prompt="The capital of France is", n=2),
             complete(every, prompt="One, two, three", stop=["ten"]),
             answer(every),
         )
+        return list(answers)
 
     undisturbed = await all_at_once()
     assert json.loads(undisturbed[-1][0])

@@ -298,8 +298,8 @@ class TestCounts:
         assert served.counts.num_queued_requests == 0
 
     async def test_what_a_replica_runs_takes_the_place_of_serves_own_count(self) -> None:
-        manager = ReplicaMetricsManager.__new__(ReplicaMetricsManager)
-        manager._metrics_store = InMemoryMetricsStore()
+        manager: Any = ReplicaMetricsManager.__new__(ReplicaMetricsManager)
+        manager._metrics_store = InMemoryMetricsStore()  # type: ignore[no-untyped-call]
         manager._num_ongoing_requests = 0
         manager._autoscaling_config = AutoscalingConfig()
         manager._ingress = True

@@ -93,7 +93,8 @@ def test_a_bias_is_bounded_by_what_vllm_has_room_for() -> None:
     (size,) = (
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == "MAX_NUM_LOGIT_BIAS_TOKENS"
+        if isinstance(node, ast.Assign)
+        and [ast.unparse(it) for it in node.targets] == ["MAX_NUM_LOGIT_BIAS_TOKENS"]
     )
     assert ast.literal_eval(size) == bounds.MAX_LOGIT_BIAS_TOKENS
 

@@ -24,7 +24,11 @@ PROMPT = [*range(100), 7, 7]
 RESUMED_IDS = [*range(50, 1700), 60, 60]
 """More different ones than a `logit_bias` may name."""
 GENERATED = [60, 4000, 4000]
-PENALTIES = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
+PENALTIES: dict[str, Any] = {
+    "presence_penalty": 0.7,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.2,
+}
 
 
 def v1_logits(requests: list[tuple[list[int], list[int], int]]) -> Any:
@@ -35,7 +39,7 @@ def v1_logits(requests: list[tuple[list[int], list[int], int]]) -> Any:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    batch = InputBatch(4, 4096, 4096, torch.device("cpu"), VOCAB_SIZE, [16], [256])
+    batch: Any = InputBatch(4, 4096, 4096, torch.device("cpu"), VOCAB_SIZE, [16], [256])
     runner: Any = SimpleNamespace(input_batch=batch, requests={}, sampler=Sampler())
     for number, (prompt, generated, resumed) in enumerate(requests):
         request = CachedRequestState(
@@ -53,14 +57,13 @@ def v1_logits(requests: list[tuple[list[int], list[int], int]]) -> Any:
         runner.requests[request.req_id] = request
         batch.add_request(request)
     batch.refresh_metadata()
-    seen = []
-    runner.sampler.sample = lambda logits, metadata: (
+    seen: list[Any] = []
+
+    def sample(logits: Any, metadata: Any) -> tuple[Any, None]:
         seen.append(logits.clone())
-        or (
-            logits.argmax(-1),
-            None,
-        )
-    )
+        return logits.argmax(-1), None
+
+    runner.sampler.sample = sample
     runner._sample = partial(GPUModelRunner._sample, runner)
     count_resumed_in_v1(runner)
     before = batch.sampling_metadata

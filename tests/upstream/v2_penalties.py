@@ -26,7 +26,8 @@ from vllm.v1.worker.gpu.states import RequestState  # noqa: E402
 
 from tera.upstream.vllm_penalties import RESUMED, count_resumed_in_v2  # noqa: E402
 
-buffers.is_uva_available = lambda: False
+# Memory that a GPU reads too; vLLM asks for it here, but does not export the name.
+buffers.is_uva_available = lambda: False  # type: ignore[attr-defined, assignment]
 CPU = torch.device("cpu")
 
 

@@ -374,7 +374,7 @@ def byte_symbols() -> dict[str, int]:
     """Return the byte that each symbol of a byte-level vocabulary stands for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    symbols: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    symbols: dict[int, str] = bytes_to_unicode()
     return {symbol: byte for byte, symbol in symbols.items()}
 
 
