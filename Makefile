@@ -24,7 +24,7 @@ define stage
 @printf '%-44s ' '$(1)'; start=$$SECONDS; $(2); printf '%4d s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help install serve test slow platforms engines check lint types layers schema overlays docs bench clean
+.PHONY: help install serve test slow platforms engines check lint types layers coverage schema overlays docs bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
@@ -66,11 +66,15 @@ lint: install ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install ## Check types
+types: install ## Check types: the package, tests, benchmarks and scripts
 	$(BIN)/mypy
 
 layers: install ## Check that modules import only from layers below them
 	$(BIN)/lint-imports
+
+# To add the platforms: make coverage ARGS="-m 'slow and not vllm' --cov-append"
+coverage: install ## Print which lines the quick tests leave out; as pages in build/coverage
+	$(BIN)/pytest -m 'not slow' --cov --cov-report=term --cov-report=html $(ARGS)
 
 schema: install ## Write the chart's values.schema.json and docs/configuration.md
 	$(BIN)/tera config schema > helm/tera/values.schema.json
