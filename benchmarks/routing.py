@@ -143,7 +143,7 @@ def simulate(policy: Policy, replica_count: int, requests: int, cache_blocks: in
 
 
 def _prefixes() -> list[list[int]]:
-    return [fingerprints([tenant] * PREFIX_TOKENS) for tenant in range(TENANTS)]
+    return [fingerprints([tenant] * PREFIX_TOKENS, "") for tenant in range(TENANTS)]
 
 
 def timed_choice(rounds: int) -> tuple[float, float, float]:
@@ -156,7 +156,7 @@ def timed_choice(rounds: int) -> tuple[float, float, float]:
     tracemalloc.start()
     index = PrefixIndex(BLOCKS)
     prompts = [[rng.randrange(50_000) for _ in range(PREFIX_TOKENS)] for _ in range(1_200)]
-    printed = [fingerprints(prompt) for prompt in prompts]
+    printed = [fingerprints(prompt, "") for prompt in prompts]
     before, _ = tracemalloc.get_traced_memory()
     for prints in printed:
         index.add(prints, rng.choice(names))
@@ -166,7 +166,7 @@ def timed_choice(rounds: int) -> tuple[float, float, float]:
     for _ in range(rounds):
         number = rng.randrange(len(prompts))
         began = time.perf_counter()
-        prints = fingerprints(prompts[number])
+        prints = fingerprints(prompts[number], "")
         printed_at = time.perf_counter()
         chosen = choose(board, index, prints)
         assert chosen is not None

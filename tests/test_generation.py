@@ -44,6 +44,7 @@ GENERATIONS = st.builds(
     token_ids=st.lists(SMALL, max_size=8),
     sampling=SAMPLINGS,
     resumed_tokens=SMALL,
+    cache_salt=st.text(max_size=8),
 )
 ORDERS = st.builds(Begin, GENERATIONS, SMALL) | st.builds(Abort, SMALL)
 LOGPROBS = st.builds(

@@ -80,6 +80,8 @@ IN_PLACE = [
     pytest.param(model(aliases=["default"]), "models.one.aliases", id="aliases"),
     pytest.param(model(id="org/another"), "models.one.id", id="id"),
     pytest.param(model(capabilities=["chat"]), "models.one.capabilities", id="capabilities"),
+    pytest.param(model(routing="least_loaded"), "models.one.routing", id="routing"),
+    pytest.param(model(cacheSharing="key"), "models.one.cacheSharing", id="cache sharing"),
     pytest.param(
         {"gateway": {"limits": {"default": {"requestsPerMinute": 5}}}},
         "gateway.limits.default.requestsPerMinute",

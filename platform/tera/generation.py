@@ -65,6 +65,8 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     sampling: Sampling
     resumed_tokens: int = 0
+    cache_salt: str = ""
+    """What the prompt leaves in the KV cache is found only by prompts with the same salt."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, EngineFleet
+from tests.routing.conftest import HOST, SECRET, EngineFleet
 from tests.serve.conftest import Platform
 
 from tera.config.gateway import CorsConfig, GatewayConfig, RequestLimits
@@ -32,6 +33,7 @@ from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.observability import Metrics
 from tera.routing.run import Dispatcher, DispatchLimits
+from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.keys import ApiKey, generate_key, hash_key
 from tera.tenancy.snapshot import KeySnapshot
 
@@ -230,7 +232,8 @@ class InProcessGateway(Gateway):
         limits = DispatchLimits(60, 60, 60, retries=1)
         served_text: TextModel = text(args)
         dispatcher = Dispatcher(fleet.fleet, fleet.links, limits)
-        return ServedModel(name, config, served_text, dispatcher)
+        salt = partial(cache_salt, SECRET, config.cache_sharing)
+        return ServedModel(name, config, served_text, dispatcher, salt)
 
     def _status(self, name: str) -> ModelStatus:
         return "ready"

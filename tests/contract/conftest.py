@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import EngineFleet
+from tests.routing.conftest import SECRET, EngineFleet
 
 from tera.config.gateway import GatewayConfig, RequestLimits
 from tera.config.model import Capability, EngineConfig, ModelConfig
@@ -24,6 +25,7 @@ from tera.gateway.pipeline import Pipeline
 from tera.gateway.simulated_text import SimulatedTextModel
 from tera.observability import Metrics
 from tera.routing.run import Dispatcher, DispatchLimits
+from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.keys import ApiKey
 
 KEY = "sk-tera-of-these-tests"
@@ -96,7 +98,8 @@ class Gateway:
             capabilities=capabilities,
         )
         dispatcher = Dispatcher(fleet.fleet, fleet.links, _LIMITS)
-        return ServedModel(name, config, SimulatedTextModel(args), dispatcher)
+        salt = partial(cache_salt, SECRET, config.cache_sharing)
+        return ServedModel(name, config, SimulatedTextModel(args), dispatcher, salt)
 
     def _status(self, name: str) -> ModelStatus:
         return "ready"

@@ -60,16 +60,24 @@ class Asker:
         self._next_id = 0
 
     def generation(
-        self, token_ids: list[int], sampling: Sampling, resumed_tokens: int = 0
+        self,
+        token_ids: list[int],
+        sampling: Sampling,
+        resumed_tokens: int = 0,
+        cache_salt: str = "",
     ) -> Generation:
         self._next_id += 1
         name = f"request-{self._next_id}"
-        return Generation(self._next_id, name, token_ids, sampling, resumed_tokens)
+        return Generation(self._next_id, name, token_ids, sampling, resumed_tokens, cache_salt)
 
     async def deltas(
-        self, token_ids: list[int], sampling: Sampling, resumed_tokens: int = 0
+        self,
+        token_ids: list[int],
+        sampling: Sampling,
+        resumed_tokens: int = 0,
+        cache_salt: str = "",
     ) -> list[TokenDelta]:
-        generation = self.generation(token_ids, sampling, resumed_tokens)
+        generation = self.generation(token_ids, sampling, resumed_tokens, cache_salt)
         async with aclosing(streamed(self.engine, generation)) as stream:
             return [delta async for delta in stream]
 

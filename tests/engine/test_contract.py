@@ -228,6 +228,21 @@ async def test_repeated_prompt_is_found_in_the_cache(asker: Asker) -> None:
     assert 0 < again[0].cached_tokens < 200
 
 
+async def test_b8_a_prompt_is_found_in_the_cache_by_its_own_salt_alone(asker: Asker) -> None:
+    prompt = [301 + (index * 7) % 500 for index in range(200)]
+    sampling = Sampling(max_tokens=60, temperature=0, ignore_eos=True)
+    first = await asker.deltas(prompt, sampling, cache_salt="one")
+    answer = [token_id for delta in first for token_id in delta.token_ids]
+    sampling = Sampling(max_tokens=2, temperature=0, ignore_eos=True)
+    for salt in ("two", "", "on"):
+        other = await asker.deltas(prompt + answer, sampling, cache_salt=salt)
+        assert other[0].cached_tokens == 0
+    again = await asker.deltas(prompt + answer, sampling, cache_salt="one")
+    assert 200 < again[0].cached_tokens < 260
+    resumed = await asker.deltas(prompt + answer, sampling, resumed_tokens=60, cache_salt="two")
+    assert 200 < resumed[0].cached_tokens < 260
+
+
 async def test_logprobs_are_ranked_and_cover_each_token(asker: Asker) -> None:
     sampling = Sampling(max_tokens=5, temperature=0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
     deltas = await asker.deltas(PROMPT, sampling)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 from uuid import uuid4
 
@@ -12,10 +13,10 @@ import uvloop
 from pydantic import JsonValue
 from starlette.types import ASGIApp, Message, Send
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import EngineFleet, until
+from tests.routing.conftest import SECRET, EngineFleet, until
 
 from tera.config.gateway import GatewayConfig
-from tera.config.model import EngineConfig, ModelConfig
+from tera.config.model import CacheSharing, EngineConfig, ModelConfig
 from tera.contract.common import ModelStatus
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_args import SimulatedArgs
@@ -28,6 +29,7 @@ from tera.gateway.simulated_text import SimulatedTextModel
 from tera.generation import ReplicaLoad
 from tera.observability import Metrics, merge_expositions
 from tera.routing.run import Dispatcher, DispatchLimits
+from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.keys import ApiKey
 
 MODEL, CONTEXT_TOKENS = "sim/one", 2048
@@ -103,18 +105,26 @@ class Gateway:
         await self.fleet.__aexit__(*exc)
         await self._engine.close()
 
-    def model(self, name: str, model_id: str, aliases: tuple[str, ...] = ()) -> ServedModel:
+    def model(
+        self,
+        name: str,
+        model_id: str,
+        aliases: tuple[str, ...] = (),
+        cache_sharing: CacheSharing = "tenant",
+    ) -> ServedModel:
         """Return another name for this gateway's engine."""
         config = ModelConfig(
             id=model_id,
             aliases=aliases,
             engine=EngineConfig(kind="simulated", args=self._args),
             capabilities=("completions", "chat"),
+            cache_sharing=cache_sharing,
         )
         limits = DispatchLimits(60, 60, 60, retries=len(self._deaths))
         text: TextModel = self._text(self._args)
         dispatcher = Dispatcher(self.fleet.fleet, self.fleet.links, limits)
-        return ServedModel(name, config, text, dispatcher)
+        salt = partial(cache_salt, SECRET, config.cache_sharing)
+        return ServedModel(name, config, text, dispatcher, salt)
 
     @property
     def load(self) -> ReplicaLoad:

@@ -1,6 +1,9 @@
 """Which replica gets a prompt: what it has cached, bounded by how busy it is."""
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -28,7 +31,7 @@ def board_of(loads: dict[str, int], seed: int = 1) -> LoadBoard:
 
 def prompt(*blocks: int) -> list[int]:
     """Return the fingerprints of a prompt whose blocks are named by a number each."""
-    return fingerprints([block for block in blocks for _ in range(BLOCK_TOKENS)])
+    return fingerprints([block for block in blocks for _ in range(BLOCK_TOKENS)], "")
 
 
 def index_of(prompts: dict[str, list[int]]) -> PrefixIndex:
@@ -160,9 +163,26 @@ class TestFingerprints:
         assert one[:2] == other[:2]
         assert not set(one[2:]) & set(other[2:])
 
+    def test_prompts_of_two_salts_have_nothing_in_common(self) -> None:
+        token_ids = [*range(4 * BLOCK_TOKENS)]
+        prints = [fingerprints(token_ids, salt) for salt in ("", "one", "two", "eno")]
+        assert len({each for several in prints for each in several}) == 4 * len(prints)
+
+    def test_all_processes_find_the_same(self) -> None:
+        here = fingerprints([*range(2 * BLOCK_TOKENS)], "salt")
+        code = (
+            "from tera.routing.prefix_index import *;"
+            "print(fingerprints([*range(2 * BLOCK_TOKENS)], 'salt'))"
+        )
+        for seed in ("1", "2"):
+            environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed}
+            command = [sys.executable, "-c", code]
+            there = subprocess.check_output(command, env=environment)  # noqa: S603  our own
+            assert there.decode().strip() == str(here)
+
     def test_only_whole_blocks_have_one(self) -> None:
-        assert fingerprints([5] * (BLOCK_TOKENS - 1)) == []
-        assert len(fingerprints([5] * (3 * BLOCK_TOKENS + 1))) == 3
+        assert fingerprints([5] * (BLOCK_TOKENS - 1), "") == []
+        assert len(fingerprints([5] * (3 * BLOCK_TOKENS + 1), "")) == 3
 
 
 class TestIndex:

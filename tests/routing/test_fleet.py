@@ -14,7 +14,7 @@ from tera.routing.switchboard import MOVED_ROOM, Route, Share
 
 
 def route(*, moved: bool = False) -> Route:
-    return Route(Share("tenant"), [1, 2, 3], 9, moved)
+    return Route(Share("tenant"), [1, 2, 3], "", 9, moved)
 
 
 def taken(model: FakeModel, *, moved: bool = False) -> Seat:

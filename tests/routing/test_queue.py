@@ -81,7 +81,7 @@ class HeldModel:
 
     async def run(self, tenant: str) -> list[int]:
         sink, arrived = Sink(), asyncio.get_running_loop().time()
-        work = Work("request", arrived, Share(tenant), [1, 2], Sampling(max_tokens=1))
+        work = Work("request", arrived, Share(tenant), [1, 2], Sampling(max_tokens=1), "")
         await self.dispatcher.run(work, sink).to_end()
         return sink.token_ids
 

@@ -44,6 +44,7 @@ from tera.routing.run import Dispatcher, DispatchLimits, Run, Work
 from tera.routing.switchboard import Route, Share, Switchboard
 
 PROMPT = [10, 11, 12]
+SALT = "salt"
 PATIENT = DispatchLimits(
     deadline_s=60, first_token_deadline_s=60, cold_start_deadline_s=60, retries=2
 )
@@ -117,9 +118,8 @@ class Stage:
         """Begin a generation, of a request that has arrived so long ago."""
         arrived = asyncio.get_running_loop().time() - age_s
         sink = sink or Sink()
-        work = Work(
-            "request", arrived, Share(tenant), list(prompt), sampling or Sampling(max_tokens=9)
-        )
+        sampling = sampling or Sampling(max_tokens=9)
+        work = Work("request", arrived, Share(tenant), list(prompt), sampling, SALT)
         return Going(self.dispatcher.run(work, sink), sink)
 
 
@@ -161,6 +161,7 @@ async def test_deltas_arrive_as_the_replica_sends_them(model: FakeModel, stage: 
     going = stage.go()
     attempt = await model.begun()
     assert (attempt.generation.token_ids, attempt.generation.resumed_tokens) == (PROMPT, 0)
+    assert attempt.generation.cache_salt == SALT
     assert attempt.generation.request_id == "request"
     assert attempt.generation.sampling == Sampling(max_tokens=9)
     await attempt.take()
@@ -268,6 +269,7 @@ async def test_b2_the_next_replica_goes_on_from_prompt_and_tokens(
     asked = [attempt.generation for attempt in attempts]
     assert [each.token_ids for each in asked] == [PROMPT, [*PROMPT, 1, 2], [*PROMPT, 1, 2, 3]]
     assert [each.resumed_tokens for each in asked] == [0, 2, 3]
+    assert [each.cache_salt for each in asked] == [SALT] * 3
     assert [each.sampling.max_tokens for each in asked] == [9, 7, 6]
     # Only the first delta of all tells of the prompt.
     assert [each.sampling.prompt_logprobs for each in asked] == [3, None, None]
@@ -368,7 +370,7 @@ class TestStopping:
         )
         await going.end()
         assert going.sink.token_ids == [1]
-        assert model.fleet.seat_now(Route(Share("tenant"), PROMPT, 9)) is not None
+        assert model.fleet.seat_now(Route(Share("tenant"), PROMPT, SALT, 9)) is not None
 
     async def test_s8_hanging_up_while_no_replica_has_room_leaves_the_queue(
         self, model: FakeModel, stage: Stage

@@ -26,7 +26,7 @@ def route(
     *,
     moved: bool = False,
 ) -> Route:
-    return Route(Share(tenant, weight), [block] * BLOCK_TOKENS, tokens, moved)
+    return Route(Share(tenant, weight), [block] * BLOCK_TOKENS, "", tokens, moved)
 
 
 def board(**capacities: int) -> Switchboard:

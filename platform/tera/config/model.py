@@ -13,6 +13,8 @@ Capability = Literal["completions", "chat"]
 
 Routing = Literal["prefix_affinity", "least_loaded"]
 
+CacheSharing = Literal["tenant", "model", "key"]
+
 
 class ReplicaBounds(Section):
     """How many replicas there may be; applied in place, without a restart."""
@@ -127,6 +129,9 @@ class ModelConfig(Section):
     routing: Routing = "prefix_affinity"
     """`prefix_affinity` sends a prompt to a replica that has its beginning cached and is not too
     busy; `least_loaded` sends it to one of the least busy replicas. Applied in place."""
+    cache_sharing: CacheSharing = "tenant"
+    """Who can reuse what a prompt leaves in the KV cache: all keys of the same `tenant`, only the
+    same `key`, or all tenants of the `model`, for operators who own them all. Applied in place."""
     capabilities: tuple[Capability, ...] = Field(default=("completions", "chat"), strict=False)
     """The endpoints that serve the model."""
 
@@ -182,3 +187,5 @@ class ModelDefaults(Section):
     scaling: Scaling = Scaling()
     routing: Routing = "prefix_affinity"
     """How a replica is chosen for a request."""
+    cache_sharing: CacheSharing = "tenant"
+    """Who can reuse what a prompt leaves in the KV cache."""

@@ -35,6 +35,11 @@ class Slot:
         """The number of tokens in the prompt."""
         return len(self.generation.token_ids)
 
+    @property
+    def cache_salt(self) -> str:
+        """Keeps its prompt apart from others in the prefix cache."""
+        return self.generation.cache_salt
+
     def grow(self) -> TokenDelta:
         """Add one token."""
         state = self.text.state
@@ -109,8 +114,8 @@ class Batch:
             self._running[slot] = None
             self._held_tokens += slot.prompt_tokens
             if slot.generation.sampling.prompt_logprobs is None:  # those need every position
-                slot.cached_tokens = self._cache.match(slot.token_ids)
-            self._cache.add(slot.token_ids)
+                slot.cached_tokens = self._cache.match(slot.token_ids, slot.cache_salt)
+            self._cache.add(slot.token_ids, slot.cache_salt)
             computed += slot.prompt_tokens - slot.cached_tokens
         rate = self._profile.prefill_tokens_per_s
         return computed / rate if rate else 0.0
@@ -129,7 +134,7 @@ class Batch:
         if slot in self._running:
             del self._running[slot]
             self._held_tokens -= slot.prompt_tokens + slot.generated
-            self._cache.add(slot.token_ids)
+            self._cache.add(slot.token_ids, slot.cache_salt)
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""

@@ -15,30 +15,33 @@ class PrefixCache:
         self._capacity = capacity_tokens // BLOCK_TOKENS
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
-    def match(self, token_ids: Sequence[int]) -> int:
-        """Return how many leading tokens are cached; the last one must always be computed."""
+    def match(self, token_ids: Sequence[int], salt: str) -> int:
+        """Return how many leading tokens are cached with this salt.
+
+        The last token must always be computed.
+        """
         held = 0
-        for key in _block_keys(token_ids[:-1]):
+        for key in _block_keys(token_ids[:-1], salt):
             if key not in self._blocks:
                 break
             self._blocks.move_to_end(key)
             held += BLOCK_TOKENS
         return held
 
-    def add(self, token_ids: Sequence[int]) -> None:
-        """Cache the complete blocks of these tokens."""
-        for key in _block_keys(token_ids):
+    def add(self, token_ids: Sequence[int], salt: str) -> None:
+        """Cache the complete blocks of these tokens with this salt."""
+        for key in _block_keys(token_ids, salt):
             self._blocks[key] = None
             self._blocks.move_to_end(key)
         while len(self._blocks) > self._capacity:
             self._blocks.popitem(last=False)
 
 
-def _block_keys(token_ids: Sequence[int]) -> list[int]:
+def _block_keys(token_ids: Sequence[int], salt: str) -> list[int]:
     data = array("I", token_ids).tobytes()
     width = BLOCK_TOKENS * 4
     keys = []
-    key = 0
+    key = hash(salt)
     for end in range(width, len(data) + 1, width):
         key = hash((key, data[end - width : end]))
         keys.append(key)

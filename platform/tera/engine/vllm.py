@@ -141,7 +141,7 @@ class VllmEngine:
             check_bounds(generation, self._context_tokens)
             collector = await self._llm.add_request(
                 generation.request_id,
-                tokens_input(generation.token_ids),
+                tokens_input(generation.token_ids, cache_salt=generation.cache_salt or None),
                 sampling_params(generation),
             )
         except TeraError as error:

@@ -1,6 +1,6 @@
 """The models that a gateway replica serves, and which callers may use them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tera.config.model import ModelConfig
@@ -22,6 +22,8 @@ class ServedModel:
     config: ModelConfig
     text: TextModel
     dispatcher: Dispatcher
+    cache_salt: Callable[[ApiKey], str]
+    """Returns the salt of a caller's prompts; see `Generation`."""
 
     def card(self, client_name: str, status: ModelStatus) -> ModelCard:
         """Return the model's entry under the name that the client used."""

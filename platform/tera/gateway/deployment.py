@@ -36,6 +36,7 @@ from tera.routing.link import ReplicaLinks
 from tera.routing.run import Dispatcher, DispatchLimits
 from tera.routing.switchboard import Switchboard
 from tera.tenancy.admission import Admissions
+from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys_file import KeysFile
 from tera.tenancy.redis import connect
@@ -110,9 +111,9 @@ class GatewayReplica:
         for name, values in user_config["models"].items():
             config = ModelConfig.parse(values)
             text = await self._text(name, config)
-            models[name] = ServedModel(
-                name, config, text, self._dispatcher(name, config, gateway.requests)
-            )
+            dispatcher = self._dispatcher(name, config, gateway.requests)
+            salt = partial(cache_salt, self._runtime.cluster_secret, config.cache_sharing)
+            models[name] = ServedModel(name, config, text, dispatcher, salt)
         self._config = gateway
         first = not self._catalog.models
         self._catalog.replace(models)

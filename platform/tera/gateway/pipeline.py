@@ -92,6 +92,8 @@ class Rendered:
     prompts: list[list[int]]
     sampling: Sampling
     choices: list[Choice]
+    cache_salt: str
+    """Of all prompts; see `Generation`."""
     new_parser: Callable[[], AnswerParser | None]
     """Creates the parser that separates content, reasoning and tool calls; may return None."""
 
@@ -219,7 +221,7 @@ class Pipeline:
             for sample in range(request.n)
         ]
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
-        return Rendered(prompts, sampling, choices, new_parser)
+        return Rendered(prompts, sampling, choices, model.cache_salt(caller), new_parser)
 
     def _rest(self, caller: ApiKey, model: ServedModel, prompt_tokens: int, answers: int) -> int:
         """Return the token bound where the client has set none: the rest of the context.
@@ -297,7 +299,12 @@ class Pipeline:
         parser = rendered.new_parser()
         text = ChoiceText(choice, model.text, parser, answer, exchange, delivered)
         work = Work(
-            exchange.request_id, exchange.arrived, exchange.share, choice.token_ids, sampling
+            exchange.request_id,
+            exchange.arrived,
+            exchange.share,
+            choice.token_ids,
+            sampling,
+            rendered.cache_salt,
         )
         run = model.dispatcher.run(work, text)
         try:

@@ -15,10 +15,13 @@ MOST_HOLDERS = 64
 """Replicas that are remembered for a block; the latest."""
 
 
-def fingerprints(token_ids: Sequence[int]) -> list[int]:
-    """Return a hash for each whole block, of its tokens and all tokens before it."""
+def fingerprints(token_ids: Sequence[int], cache_salt: str) -> list[int]:
+    """Return a hash for each whole block, of its tokens, all tokens before it, and the salt.
+
+    It is the same in all processes, so that all gateway replicas agree on a prompt's home.
+    """
     whole = len(token_ids) - len(token_ids) % BLOCK_TOKENS
-    before = 0
+    before = int.from_bytes(cache_salt.encode())  # `hash` of a text differs between processes
     prints = []
     for start in range(0, whole, BLOCK_TOKENS):
         before = hash((before, *token_ids[start : start + BLOCK_TOKENS]))

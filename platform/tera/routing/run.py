@@ -84,6 +84,8 @@ class Work:
     share: Share
     prompt_token_ids: list[int]
     sampling: Sampling
+    cache_salt: str
+    """Of the prompt; see `Generation`."""
 
 
 class Dispatcher:
@@ -198,7 +200,7 @@ class Run:
         work, fleet = self._work, self._model.fleet
         token_ids = [*work.prompt_token_ids, *self._generated]
         most_tokens = len(work.prompt_token_ids) + work.sampling.max_tokens
-        route = Route(work.share, token_ids, most_tokens, self._moved)
+        route = Route(work.share, token_ids, work.cache_salt, most_tokens, self._moved)
         # The usual case: no task or timer is needed while there is room.
         seat = fleet.seat_now(route)
         if seat is not None:
@@ -240,6 +242,7 @@ class Run:
             token_ids=[*self._work.prompt_token_ids, *generated],
             sampling=sampling,
             resumed_tokens=len(generated),
+            cache_salt=self._work.cache_salt,
         )
 
     def _check_time(self) -> None:

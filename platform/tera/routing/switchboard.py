@@ -36,6 +36,8 @@ class Route:
     share: Share
     token_ids: list[int]
     """The prompt and what has been generated so far."""
+    cache_salt: str
+    """Of the prompt; see `Generation`."""
     tokens: int
     """The largest number of tokens that it can cost."""
     moved: bool = False
@@ -127,7 +129,9 @@ class Switchboard:
             raise
 
     def _prints(self, route: Route) -> list[int]:
-        return fingerprints(route.token_ids) if self.prefix_affinity else []
+        if not self.prefix_affinity:
+            return []
+        return fingerprints(route.token_ids, route.cache_salt)
 
     def release(self, replica_id: str) -> None:
         """Record that a replica is done with one generation, or never got it."""

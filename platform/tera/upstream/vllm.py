@@ -116,7 +116,12 @@ NEEDS = (
         "on a CPU an engine keeps its memory while it sleeps",
         call="",
     ),
-    Symbol("vllm.inputs.engine", "tokens_input", "token ids in", call="prompt_token_ids"),
+    Symbol(
+        "vllm.inputs.engine",
+        "tokens_input",
+        "token ids in, and the salt that keeps tenants apart in the prefix cache",
+        call="prompt_token_ids cache_salt",
+    ),
     Symbol(_SAMPLING, "SamplingParams.extra_args", "how many tokens of the prompt were generated"),
     Symbol(_SAMPLING, "SamplingParams.skip_clone", "a copy of each request's parameters is saved"),
     Symbol(_SAMPLING, "RequestOutputKind.DELTA", "outputs hold what is new"),
