@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import chain, hostile, kills, limits, routing, scaling, steps, text, vllm
+from benchmarks import chain, hostile, isolation, kills, limits, routing, scaling, steps, text, vllm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +24,7 @@ Benchmark = Callable[[bool], tuple[Table, dict[str, object]]]
 BENCHMARKS: dict[str, Benchmark] = {
     "chain": chain.run,
     "hostile": hostile.run,
+    "isolation": isolation.run,
     "kills": kills.run,
     "limits": limits.run,
     "routing": routing.run,

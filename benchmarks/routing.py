@@ -22,6 +22,7 @@ from tera.routing.prefix_index import BLOCK_TOKENS, PrefixIndex, fingerprints
 TENANTS = 150
 PREFIX_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 6_000, 1_200, 200
 ZIPF = 1.0
+_WEIGHTS = [1 / (rank + 1) ** ZIPF for rank in range(TENANTS)]
 CACHE_BLOCKS = round(1.37 * TENANTS * PREFIX_TOKENS / 8 / BLOCK_TOKENS)
 CAPACITY = 64
 PREFILL_TOKENS_PER_S, DECODE_STEP_S = 20_000.0, 0.02
@@ -113,12 +114,28 @@ class Outcome:
     first_token_p99_s: float
 
 
-def simulate(policy: Policy, replica_count: int, requests: int, cache_blocks: int) -> Outcome:
+Prompts = Callable[[random.Random], Sequence[int]]
+"""Draws whose request is next; returns the fingerprints of its prompt up to the question."""
+
+
+def prompts_of_tenants() -> Prompts:
+    """Return prompts that begin with a system prompt of their tenant's."""
+    tenants = [fingerprints([tenant] * PREFIX_TOKENS, "") for tenant in range(TENANTS)]
+    return lambda rng: tenants[drawn_tenant(rng)]
+
+
+def drawn_tenant(rng: random.Random) -> int:
+    """Return one of the tenants, who ask as often as their rank lets them."""
+    (tenant,) = rng.choices(range(TENANTS), _WEIGHTS)
+    return tenant
+
+
+def simulate(
+    policy: Policy, replica_count: int, requests: int, cache_blocks: int, prompts: Prompts
+) -> Outcome:
     """Return what a policy makes of a load whose seed is always the same."""
     rng = random.Random(7)  # noqa: S311  a simulation
     replicas = [Replica() for _ in range(replica_count)]
-    tenants = _prefixes()
-    weights = [1 / (rank + 1) ** ZIPF for rank in range(TENANTS)]
     ends: list[tuple[float, int]] = []
     now, hits, blocks = 0.0, 0, 0
     waits = []
@@ -126,9 +143,9 @@ def simulate(policy: Policy, replica_count: int, requests: int, cache_blocks: in
         now += rng.expovariate(REQUESTS_PER_S * replica_count)
         while ends and ends[0][0] <= now:
             replicas[heapq.heappop(ends)[1]].ongoing -= 1
-        (tenant,) = rng.choices(range(TENANTS), weights)
+        prefix = prompts(rng)
         question = [hash((number, block)) for block in range(QUESTION_TOKENS // BLOCK_TOKENS)]
-        prints = [*tenants[tenant], *question]
+        prints = [*prefix, *question]
         chosen = policy(replicas, prints, rng)
         replica = replicas[chosen]
         hit = replica.hit(prints, cache_blocks)
@@ -140,10 +157,6 @@ def simulate(policy: Policy, replica_count: int, requests: int, cache_blocks: in
             waits.append(first - now)
     waits.sort()
     return Outcome(hits / blocks, waits[len(waits) // 2], waits[len(waits) * 99 // 100])
-
-
-def _prefixes() -> list[list[int]]:
-    return [fingerprints([tenant] * PREFIX_TOKENS, "") for tenant in range(TENANTS)]
 
 
 def timed_choice(rounds: int) -> tuple[float, float, float]:
@@ -202,10 +215,11 @@ def run(quick: bool) -> tuple[Table, dict[str, object]]:
         f"µs (goal ≤ {GOAL_CHOICE_US:.0f}: {met}), a prompt's fingerprints {prints_us:.0f} µs, "
         f"the index {mib:.0f} MiB",
     )
+    prompts = prompts_of_tenants()
     for count in (8, 64):
         rng = random.Random(5)  # noqa: S311  a simulation
         # All caches as one: nothing that is cached anywhere is ever missed.
-        oracle = simulate(lambda *_: 0, 1, requests, CACHE_BLOCKS * count).hit_ratio
+        oracle = simulate(lambda *_: 0, 1, requests, CACHE_BLOCKS * count, prompts).hit_ratio
         table.add_row("one cache (the oracle)", str(count), f"{oracle:.3f}", "1.00", "", "")
         policies: dict[str, Policy] = {
             "prefix_affinity": PrefixAffinity(count, rng),
@@ -214,7 +228,7 @@ def run(quick: bool) -> tuple[Table, dict[str, object]]:
             "random": at_random,
         }
         for name, policy in policies.items():
-            outcome = simulate(policy, count, requests, CACHE_BLOCKS)
+            outcome = simulate(policy, count, requests, CACHE_BLOCKS, prompts)
             share = outcome.hit_ratio / oracle
             figures[f"{name} at {count}"] = {"outcome": outcome, "share_of_oracle": share}
             table.add_row(
