@@ -146,6 +146,31 @@ def test_edit_restarts_what_the_plan_says_and_nothing_else(platform: Platform) -
                 assert http.post("/v1/completions", json=asked).status_code == 200, (name, each)
 
 
+def cached_tokens(platform: Platform, key: str, prompt: str) -> int:
+    asked = {"model": "sim/one", "prompt": prompt, "max_tokens": 1}
+    with platform.http(key) as http:
+        usage = http.post("/v1/completions", json=asked).raise_for_status().json()["usage"]
+    found: int = usage["prompt_tokens_details"]["cached_tokens"]
+    return found
+
+
+def test_b8_an_edit_says_who_shares_the_prefix_cache_and_restarts_nothing(
+    platform: Platform,
+) -> None:
+    made = platform.tera("keys", "create", "--tenant", "stranger", "--json")
+    stranger = json.loads(made.stdout)["key"]
+    for sharing, shared in (("model", True), ("tenant", False)):
+        values = edited(one=model("one", cacheSharing=sharing))
+        before = settled(platform, BASE)
+        applied = platform.tera("apply", "-f", write(platform, values))
+        assert applied.returncode == 0, applied.stderr
+        assert restarted(before, settled(platform, values)) == set()
+        secret = f"{sharing}: {'Once upon a time ' * 20}"
+        assert cached_tokens(platform, platform.api_key, secret) == 0
+        assert cached_tokens(platform, platform.api_key, secret) > 0
+        assert (cached_tokens(platform, stranger, secret) > 0) is shared
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
