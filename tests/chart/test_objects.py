@@ -248,6 +248,21 @@ def test_no_secret_is_plain_outside_of_secrets(values: Object) -> None:
                     assert "secretKeyRef" in variable["valueFrom"], variable["name"]
 
 
+@pytest.mark.parametrize("values", CASES)
+def test_only_gateways_get_the_pepper(values: Object) -> None:
+    knowing: set[str] = set()
+    for name, pod in pods(render(values)).items():
+        for container in pod["spec"]["containers"]:
+            assert "envFrom" not in container  # so that each pod gets what it is seen to get
+            sources = [it["valueFrom"] for it in container.get("env", []) if "valueFrom" in it]
+            if "key-pepper" in [it["secretKeyRef"]["key"] for it in sources]:
+                knowing.add(name)
+        for volume in pod["spec"].get("volumes", []):
+            if "secret" in volume:
+                assert "key-pepper" not in [it["key"] for it in volume["secret"]["items"]]
+    assert knowing == {"cpu"}
+
+
 def test_first_key_is_one_that_the_gateway_takes() -> None:
     for _ in range(5):
         data = one(render({}), "Secret", "prod-keys")["data"]

@@ -159,11 +159,11 @@ limits:
 {{- define "tera.workerEnvironment" -}}
 {{- $values := .root.Values -}}
 {{- $secret := include "tera.keysSecret" .root -}}
-- name: TERA_KEY_PEPPER
-  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: key-pepper}}
 - name: TERA_CLUSTER_SECRET
   valueFrom: {secretKeyRef: {name: {{ $secret }}, key: cluster-secret}}
 {{- if .gateway }}
+- name: TERA_KEY_PEPPER
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: key-pepper}}
 - {name: TERA_KEYS_FILE, value: /keys/keys.yaml}
 {{- if $values.redis.embedded }}
 - name: TERA_REDIS_PASSWORD
