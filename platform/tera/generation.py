@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 Record = TypeVar("Record")
+Entry = TypeVar("Entry")
 
 ENGINE_STALL_S = 30.0
 """An engine that has work but makes no step for this long fails its health check.
@@ -91,22 +92,28 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """On the first delta, when asked for; None for the first prompt token."""
+    """When asked for, up to the first delta with tokens; those of a long prompt come in several.
+    None for the first prompt token."""
 
 
 def merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
     """Return two deltas of one generation as one; extends the lists of `held`."""
     held.token_ids.extend(delta.token_ids)
-    logprobs = held.logprobs
-    if delta.logprobs is not None:
-        logprobs = [*(logprobs or []), *delta.logprobs]
     return msgspec.structs.replace(
         held,
         finish_reason=delta.finish_reason,
         cached_tokens=max(held.cached_tokens, delta.cached_tokens),
-        logprobs=logprobs,
-        prompt_logprobs=held.prompt_logprobs or delta.prompt_logprobs,
+        logprobs=_joined(held.logprobs, delta.logprobs),
+        prompt_logprobs=_joined(held.prompt_logprobs, delta.prompt_logprobs),
     )
+
+
+def _joined(held: list[Entry] | None, added: list[Entry] | None) -> list[Entry] | None:
+    # In place: what is held grows with each step while a gateway does not read.
+    if held is None or added is None:
+        return added if held is None else held
+    held.extend(added)
+    return held
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):

@@ -9,9 +9,9 @@ is not enough to send a tenant tokens or to collect them:
     gateway → replica   HMAC(secret, "gateway" nonce_r nonce_g)
 
 Then each side sends frames: a 4-byte little-endian length and a payload. The replica's are
-`StepFrame`s; the first is a heartbeat, without deltas, and another follows whenever nothing else
-was sent for `HEARTBEAT_S`, since a frozen process or a vanished node closes no connection. The
-gateway's are `Order`s: to begin a generation, or to stop one.
+`StepFrame`s, cut so that none is long; the first is a heartbeat, without deltas, and another
+follows whenever nothing else was sent for `HEARTBEAT_S`, since a frozen process or a vanished node
+closes no connection. The gateway's are `Order`s: to begin a generation, or to stop one.
 """
 
 import hashlib
@@ -22,10 +22,19 @@ from collections.abc import Iterator
 
 NONCE_BYTES = 32
 MAC_BYTES = 32
-MAX_FRAME_BYTES = 64 * 1024 * 1024
-"""A longer frame means that the peer is broken: the connection is closed."""
+FRAME_BYTES = 256 * 1024
+"""About how much a replica puts into one frame; the rest goes into the next ones.
 
-MAX_NAME_BYTES = 1024
+Both ends do other work between two frames, and a full one takes each of them some milliseconds.
+"""
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_ORDER_BYTES = 32 * 1024 * 1024
+"""A longer frame or order means that the peer is broken: the connection is closed.
+
+An order holds a prompt's ids, a schema and biases, all of which come from one request's body.
+"""
+
+MAX_NAME_BYTES = 256
 """Longest replica id; it is read before the peer has proved anything."""
 
 HEARTBEAT_S = 0.5
@@ -76,21 +85,21 @@ def frame_bytes(buffer: bytearray, start: int) -> int:
     return length
 
 
-def take_frames(buffer: bytearray) -> Iterator[bytes]:
+def take_frames(buffer: bytearray, most_bytes: int = MAX_FRAME_BYTES) -> Iterator[bytes]:
     """Remove the whole frames at the start of `buffer`, yielding the payload of each.
 
     Raises:
-        ValueError: a length is over `MAX_FRAME_BYTES`; the frames before it were yielded.
+        ValueError: a length is over `most_bytes`; the frames before it were yielded.
     """
     start, end = 0, len(buffer)
     try:
         while end - start >= LENGTH_BYTES:
             (length,) = _LENGTH.unpack_from(buffer, start)
-            if length > MAX_FRAME_BYTES:
+            if length > most_bytes:
                 raise ValueError(f"a frame of {length} bytes")
             if end - start - LENGTH_BYTES < length:
                 break
             start += LENGTH_BYTES + length
-            yield bytes(buffer[start - length : start])
+            yield bytes(memoryview(buffer)[start - length : start])
     finally:
         del buffer[:start]

@@ -24,6 +24,7 @@ from tera.generation import (
     Sampling,
     StepFrame,
     TokenDelta,
+    TokenLogprobs,
     decode_frame,
     encode,
 )
@@ -134,6 +135,57 @@ class TestFrames:
         link.send(TokenDelta(1, [1]))
         worker.figures = ReplicaLoad(running=5)
         assert (await there.frame()).load == ReplicaLoad(running=5)
+
+    async def test_a_huge_delta_keeps_nothing_else_from_being_done(
+        self, links: GatewayLinks, gateway: FakeGateway
+    ) -> None:
+        entries = [TokenLogprobs(it, -0.5, [(it, -0.5)] * 20) for it in range(5000)]
+        async with FakeGateway() as other:
+            link, there = await connect(links, gateway)
+            elsewhere, beyond = await connect(links, other)
+            for connection in (there, beyond):
+                await connection.frame()
+            turns = 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                link.send(TokenDelta(2, [turns]))
+                elsewhere.send(TokenDelta(3, [turns]))
+                if turns < 5:
+                    asyncio.get_running_loop().call_soon(turn)
+
+            link.send(TokenDelta(1, [7], FinishReason.STOP, prompt_logprobs=[None, *entries]))
+            asyncio.get_running_loop().call_soon(turn)
+            told: list[TokenLogprobs | None] = []
+            tokens: list[int] = []
+            finish_reason = None
+            while finish_reason is None:
+                payload = await there.payload()
+                assert len(payload) <= wire.FRAME_BYTES + 1000
+                for delta in decode_frame(payload).deltas:
+                    if delta.generation_id == 1:
+                        told += delta.prompt_logprobs or []
+                        finish_reason = delta.finish_reason
+                    else:
+                        tokens += delta.token_ids
+            assert told == [None, *entries]
+            assert tokens == [1, 2, 3, 4, 5]  # before the end of what was sent before them
+            while 5 not in tokens[5:]:
+                tokens += [it for delta in (await beyond.frame()).deltas for it in delta.token_ids]
+
+    async def test_what_no_frame_can_hold_ends_its_own_generation_alone(
+        self, links: GatewayLinks, gateway: FakeGateway, worker: RecordingWorker
+    ) -> None:
+        link, there = await connect(links, gateway)
+        link.send(TokenDelta(1, [1]))
+        huge = TokenLogprobs(1, -0.5, [(1, -0.5)] * wire.FRAME_BYTES)
+        link.send(TokenDelta(2, [1], logprobs=[huge]))
+        assert (await there.news()).deltas == [TokenDelta(1, [1])]
+        frame = await there.news()
+        assert [failure.generation_id for failure in frame.failures] == [2]
+        assert frame.deltas == []
+        assert worker.orders == [Abort(2)]
 
 
 class TestHeartbeats:

@@ -258,6 +258,19 @@ class TestEnds:
         assert (heard.error.message, heard.error.param) == (expected.message, expected.param)
         await replica.close()
 
+    async def test_a_request_that_no_order_holds_fails_alone(self, links: ReplicaLinks) -> None:
+        replica = await FakeReplica.connect(links.address)
+        number, heard = begun(links, "replica")
+        link = links.find("replica")
+        assert link is not None
+        refused, huge = Heard(), "r" * wire.MAX_ORDER_BYTES
+        link.begin(Generation(0, huge, [1], Sampling(max_tokens=9)), ROOM, refused)
+        assert isinstance(refused.error, InvalidRequestError)
+        await replica.begin()
+        await replica.send(last(number, 1))
+        await until(lambda: heard.token_ids == [1])
+        await replica.close()
+
     async def test_each_attempt_has_an_id_of_its_own(self, links: ReplicaLinks) -> None:
         assert len({links.new_generation_id() for _ in range(1000)}) == 1000
 

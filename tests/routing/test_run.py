@@ -177,6 +177,29 @@ async def test_deltas_arrive_as_the_replica_sends_them(model: FakeModel, stage: 
     assert not attempt.aborted.is_set()
 
 
+async def test_a_long_prompts_log_probabilities_come_whole_with_the_first_token(
+    model: FakeModel, stage: Stage
+) -> None:
+    entries = [None, *(TokenLogprobs(it, -0.5, []) for it in range(9))]
+    await model.start("a", "b")
+    going = stage.go(Sampling(max_tokens=9, prompt_logprobs=0))
+    attempt = await model.begun()
+    number = attempt.generation.generation_id
+    # What a replica has told that is lost then is told anew by another.
+    await attempt.replica.send(TokenDelta(number, [], prompt_logprobs=entries[:4]))
+    await attempt.die()
+    attempt = await model.begun()
+    number = attempt.generation.generation_id
+    await attempt.take()
+    for start, end in ((0, 4), (4, 10)):
+        await attempt.replica.send(TokenDelta(number, [], prompt_logprobs=entries[start:end]))
+    await attempt.replica.send(TokenDelta(number, [1], prompt_logprobs=[]))
+    await attempt.send(2, finish=FinishReason.STOP)
+    await going.end()
+    assert [it.prompt_logprobs for it in going.sink.deltas] == [entries, None]
+    assert going.sink.token_ids == [1, 2]
+
+
 async def test_a_generation_has_a_seat_until_its_end(model: FakeModel, stage: Stage) -> None:
     await model.start("a")
     going = stage.go()

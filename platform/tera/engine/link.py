@@ -7,8 +7,10 @@ from typing import Protocol, cast
 import msgspec
 
 from tera import wire
+from tera.engine.pending import Pending
 from tera.errors import ReplicaLostError
 from tera.generation import (
+    Abort,
     GenerationFailure,
     Order,
     ReplicaLoad,
@@ -16,7 +18,6 @@ from tera.generation import (
     TokenDelta,
     decode_order,
     encode,
-    merge,
 )
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -44,8 +45,9 @@ class GatewayLink(asyncio.Protocol):
     """One connection to one gateway replica.
 
     All deltas sent within one turn of the event loop, which is one engine step, go into one
-    frame. While the gateway does not read, deltas of a generation are merged instead of queued,
-    so what is held is bounded by the tokens of the running generations.
+    frame; what would make it long goes into further ones, one a turn. While the gateway does not
+    read, deltas of a generation are merged instead of queued, so what is held is bounded by the
+    tokens of the running generations.
 
     While there is nothing to send, heartbeats show that this event loop still runs.
     """
@@ -59,9 +61,7 @@ class GatewayLink(asyncio.Protocol):
         self._buffer = bytearray()
         self._nonce_g = b""
         self._nonce_r = wire.new_nonce()
-        self._pending: dict[int, TokenDelta] = {}
-        self._failures: list[GenerationFailure] = []
-        self._refused: list[int] = []
+        self._pending = Pending(self._stop)
         self._draining = False
         self._flush_scheduled = False
         self._paused = False
@@ -74,19 +74,18 @@ class GatewayLink(asyncio.Protocol):
         """Queue a delta for the frame of this step; do nothing if the gateway is gone."""
         if self.closed:
             return
-        held = self._pending.get(delta.generation_id)
-        self._pending[delta.generation_id] = delta if held is None else merge(held, delta)
+        self._pending.add(delta)
         if not self._flush_scheduled:
             self._flush_soon()
 
     def fail(self, failure: GenerationFailure) -> None:
         """Report why a generation has ended, after its deltas."""
-        self._failures.append(failure)
+        self._pending.fail(failure)
         self._flush_soon()
 
     def refuse(self, *generation_ids: int) -> None:
         """Report that generations must go elsewhere, after their deltas."""
-        self._refused += generation_ids
+        self._pending.refuse(generation_ids)
         self._flush_soon()
 
     def drain(self) -> None:
@@ -101,7 +100,10 @@ class GatewayLink(asyncio.Protocol):
 
     def close(self) -> None:
         """Send what is pending and close the connection."""
-        self._flush()
+        if self._can_write:
+            self._write()
+            while self._pending:
+                self._write()
         if self._transport is not None:
             self._transport.close()
 
@@ -135,7 +137,7 @@ class GatewayLink(asyncio.Protocol):
     def _read_orders(self) -> None:
         assert self._transport is not None
         try:
-            for payload in wire.take_frames(self._buffer):
+            for payload in wire.take_frames(self._buffer, wire.MAX_ORDER_BYTES):
                 self._worker.obey(self, decode_order(payload))
         except (ValueError, msgspec.MsgspecError):
             # Not our protocol, or a peer that is out of step: nothing after this can be trusted.
@@ -164,23 +166,31 @@ class GatewayLink(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        if not self._paused and not self.closed:
+        if not self._paused and self._can_write:
             self._write()
 
-    def _write(self) -> None:
-        if self._transport is None or not self.ready.done():
-            return
-        frame = StepFrame(
-            self._worker.load(),
-            list(self._pending.values()),
-            self._failures,
-            self._refused,
-            self._draining,
+    @property
+    def _can_write(self) -> bool:
+        return (
+            self._transport is not None
+            and self.ready.done()
+            and not self.closed
+            and not self._transport.is_closing()
         )
-        self._pending.clear()
-        self._failures, self._refused = [], []
+
+    def _write(self) -> None:
+        """Send one frame; what is too much for it leaves in another turn of the event loop."""
+        assert self._transport is not None
+        deltas, failures, refused = self._pending.take()
+        frame = StepFrame(self._worker.load(), deltas, failures, refused, self._draining)
         self._transport.write(wire.pack(encode(frame)))
         self._sent_at = self._loop.time()
+        if self._pending:
+            self._flush_soon()
+
+    def _stop(self, generation_id: int) -> None:
+        """Stop a generation that cannot be sent, and is failed for it."""
+        self._worker.obey(self, Abort(generation_id))
 
     def _beat(self) -> None:
         """Send a heartbeat if nothing else was sent lately, and schedule the next check."""

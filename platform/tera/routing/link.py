@@ -10,14 +10,19 @@ from typing import Protocol, Self, cast
 import msgspec
 
 from tera import wire
-from tera.errors import EngineError, InvalidRequestError, ReplicaLostError, TeraError
+from tera.errors import (
+    EngineError,
+    InvalidRequestError,
+    InvalidValueError,
+    ReplicaLostError,
+    TeraError,
+)
 from tera.generation import (
     ENGINE_STALL_S,
     Abort,
     Begin,
     Generation,
     GenerationFailure,
-    Order,
     ReplicaLoad,
     StepFrame,
     TokenDelta,
@@ -29,6 +34,8 @@ from tera.routing.pulse import Pulse
 log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
+MOST_STRANGERS = 128
+"""How many connections may be open before their handshake, which takes a replica milliseconds."""
 CHECK_S = 0.25
 """How often replicas are checked: detecting a loss may take this much longer than its limit."""
 REPLACEMENT_S = 30.0
@@ -100,7 +107,7 @@ class ReplicaLink(asyncio.Protocol):
         """Begin the handshake: the gateway speaks first."""
         # A cast, since uvloop's transports do not subclass asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        self._links.all.add(self)
+        self._links.meet(self)
         self._transport.write(self._nonce_g)
         self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
 
@@ -123,11 +130,9 @@ class ReplicaLink(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail every generation that was sent over this connection."""
-        self._links.all.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
-        if self.replica_id:
-            self._links.lose(self)  # first, so that what fails now is not sent here again
+        self._links.lose(self)  # first, so that what fails now is not sent here again
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.fail(ReplicaLostError("The engine replica was lost."))
@@ -139,22 +144,27 @@ class ReplicaLink(asyncio.Protocol):
 
     def begin(self, generation: Generation, most_ongoing: int, listener: Listener) -> None:
         """Send a generation to the replica; `listener` is told about it until `end`."""
+        order = encode(Begin(generation, most_ongoing))
+        if len(order) > wire.MAX_ORDER_BYTES:
+            # The replica would close the connection, and other tenants' generations with it.
+            listener.fail(InvalidValueError("The request is too large for the model's engines."))
+            return
         self._listeners[generation.generation_id] = listener
-        self._send(Begin(generation, most_ongoing))
+        self._send(order)
 
     def end(self, generation_id: int) -> None:
         """Stop listening; if the generation still runs, the replica stops it."""
         if self._listeners.pop(generation_id, None) is not None:
-            self._send(Abort(generation_id))
+            self._send(encode(Abort(generation_id)))
 
     def abort(self) -> None:
         """Close the connection now."""
         if self._transport is not None:
             self._transport.abort()
 
-    def _send(self, order: Order) -> None:
+    def _send(self, order: bytes) -> None:
         assert self._transport is not None
-        self._transport.write(wire.pack(encode(order)))
+        self._transport.write(wire.pack(order))
 
     def _deliver(self, frame: StepFrame) -> None:
         # A heartbeat repeats the load, since the counts here may have drifted from it.
@@ -235,8 +245,10 @@ class ReplicaLinks:
         self._check: asyncio.TimerHandle | None = None
         self.secret = secret
         self.stall_s = stall_s
+        self._strangers: dict[ReplicaLink, None] = {}
+        """Connections of peers that have not proved themselves yet, oldest first."""
         self.all: set[ReplicaLink] = set()
-        """Every open connection, including those of peers that have not proved themselves yet."""
+        """Every open connection, including those of strangers."""
         self.on_lost: Callable[[], None] | None = None
         """Called after a replica's connection has broken."""
 
@@ -287,15 +299,27 @@ class ReplicaLinks:
         """Remove a replica's watcher; generations on its link continue."""
         self._watchers.pop(replica_id, None)
 
+    def meet(self, link: ReplicaLink) -> None:
+        """Record a new connection; if there are too many strangers, the oldest is closed."""
+        self.all.add(link)
+        self._strangers[link] = None
+        if len(self._strangers) > MOST_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]  # now: `connection_lost` is called later
+            oldest.abort()
+
     def connect(self, link: ReplicaLink) -> None:
         """Record that a replica has connected or reconnected."""
+        self._strangers.pop(link, None)
         self._by_replica[link.replica_id] = link
         watcher = self._watchers.get(link.replica_id)
         if watcher is not None:
             watcher.connected(link.replica_id)
 
     def lose(self, link: ReplicaLink) -> None:
-        """Record that a replica's connection is gone, unless it has a newer one."""
+        """Record that a connection is gone; its replica is lost unless it has a newer one."""
+        self.all.discard(link)
+        self._strangers.pop(link, None)
         if self._by_replica.get(link.replica_id) is not link:
             return
         del self._by_replica[link.replica_id]

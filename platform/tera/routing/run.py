@@ -39,7 +39,7 @@ from tera.errors import (
     ReplicaLostError,
     TeraError,
 )
-from tera.generation import FinishReason, Generation, Sampling, TokenDelta
+from tera.generation import FinishReason, Generation, Sampling, TokenDelta, TokenLogprobs
 from tera.routing.fleet import Fleet, Seat
 from tera.routing.link import ReplicaLinks
 from tera.routing.loss import GiveUp, Losses, Resume, after_loss
@@ -113,6 +113,7 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._end_by = work.arrived + model.limits.deadline_s
         self._generated: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._losses = Losses()
         self._moved = self._refused = False
         self._taken_at: float | None = None
@@ -159,6 +160,10 @@ class Run:
             return
         if self._taken_at is None:
             self._taken_at = self._loop.time()
+        if delta.prompt_logprobs is not None:
+            # A long prompt's come in several frames before the first token.
+            self._prompt_logprobs += delta.prompt_logprobs
+            delta = msgspec.structs.replace(delta, prompt_logprobs=self._prompt_logprobs)
         if not delta.token_ids and delta.finish_reason is None:
             return
         self._generated += delta.token_ids
@@ -216,7 +221,7 @@ class Run:
     async def _attempt(self, seat: Seat) -> None:
         """Run what is missing on one replica; return at the end of the generation."""
         self._outcome = self._loop.create_future()
-        self._taken_at, self._refused = None, False
+        self._taken_at, self._refused, self._prompt_logprobs = None, False, []
         began = self._loop.time()
         first_by = self._end_by
         if not self._generated:

@@ -1,0 +1,149 @@
+"""What is to leave over one link, in frames that stay short however much a generation makes."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from tera import wire
+from tera.errors import InvalidValueError
+from tera.generation import GenerationFailure, TokenDelta, TokenLogprobs, merge
+
+# The most that MessagePack needs. Ids of tokens have 32 bits at the most.
+_DELTA_BYTES, _ID_BYTES = 64, 5
+_ENTRY_BYTES, _LIKELY_BYTES = 20, 15
+"""Of a position's log-probabilities, and of each further token there."""
+
+MOST_FAILURES = 64
+"""In one frame; beside a full one, with the longest messages, they stay under the bound."""
+MAX_MESSAGE_CHARACTERS = 2000
+"""Of a failure. An engine may repeat what it was sent, whatever its length."""
+
+Taken = tuple[list[TokenDelta], list[GenerationFailure], list[int]]
+
+
+class Pending:
+    """The deltas, failures and refusals that one link has not sent yet.
+
+    What one generation adds meanwhile is merged. A frame takes about `wire.FRAME_BYTES` of it, and
+    who has had a part goes behind all others, so that nobody waits for one with a long prompt.
+    """
+
+    def __init__(self, give_up: Callable[[int], None]) -> None:
+        """`give_up` is called with the id of a generation that no frame can hold."""
+        self._give_up = give_up
+        self._deltas: dict[int, TokenDelta] = {}
+        self._failures: dict[int, GenerationFailure] = {}
+        self._refused: dict[int, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._deltas or self._failures or self._refused)
+
+    def add(self, delta: TokenDelta) -> None:
+        """Add what a generation has gained."""
+        held = self._deltas.get(delta.generation_id)
+        self._deltas[delta.generation_id] = delta if held is None else merge(held, delta)
+
+    def fail(self, failure: GenerationFailure) -> None:
+        """Add why a generation has ended; it leaves after the generation's deltas."""
+        if len(failure.message) > MAX_MESSAGE_CHARACTERS:
+            message = failure.message[:MAX_MESSAGE_CHARACTERS] + "…"
+            failure = msgspec.structs.replace(failure, message=message)
+        self._failures[failure.generation_id] = failure
+
+    def refuse(self, generation_ids: Iterable[int]) -> None:
+        """Add generations that go elsewhere; it leaves after their deltas."""
+        self._refused |= dict.fromkeys(generation_ids)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._deltas.clear()
+        self._failures.clear()
+        self._refused.clear()
+
+    def take(self) -> Taken:
+        """Remove and return what the next frame brings: everything, if that is not too much."""
+        deltas, held = self._take_deltas(), self._deltas
+        failures = [it for it in self._failures.values() if it.generation_id not in held]
+        failures = failures[:MOST_FAILURES]
+        for failure in failures:
+            del self._failures[failure.generation_id]
+        refused = [it for it in self._refused if it not in held]
+        for generation_id in refused:
+            del self._refused[generation_id]
+        return deltas, failures, refused
+
+    def _take_deltas(self) -> list[TokenDelta]:
+        taken: list[TokenDelta] = []
+        waiting, self._deltas = self._deltas, {}
+        begun: dict[int, TokenDelta] = {}
+        room = wire.FRAME_BYTES
+        for generation_id, delta in waiting.items():
+            if room <= 0:
+                self._deltas[generation_id] = delta
+                continue
+            part, rest, left = _cut(delta, room)
+            if part is not None:
+                taken.append(part)
+                if rest is not None:
+                    begun[generation_id] = rest
+            elif room == wire.FRAME_BYTES:
+                self._end_too_large(generation_id)
+                continue
+            else:
+                self._deltas[generation_id] = delta  # which is the first of the next frame
+            room = left if rest is None else 0
+        self._deltas.update(begun)
+        return taken
+
+    def _end_too_large(self, generation_id: int) -> None:
+        message = "The log-probabilities at one token are more than can be sent; ask for fewer."
+        self.fail(GenerationFailure(generation_id, message, InvalidValueError.code, "logprobs"))
+        self._give_up(generation_id)
+
+
+def _cut(delta: TokenDelta, room: int) -> tuple[TokenDelta | None, TokenDelta | None, int]:
+    """Return what of a delta fits into so many bytes, the rest of it, and the room that is left.
+
+    The prompt's log-probabilities go first, and only the last part has the finish reason.
+    """
+    room -= _DELTA_BYTES
+    token_ids, logprobs, prompt = delta.token_ids, delta.logprobs, delta.prompt_logprobs
+    positions = tokens = 0
+    if prompt is not None:
+        positions, room = _fitting(prompt, room)
+    if prompt is None or positions == len(prompt):
+        if logprobs is None:
+            tokens = min(len(token_ids), max(0, room // _ID_BYTES))
+            room -= tokens * _ID_BYTES
+        else:
+            tokens, room = _fitting(logprobs, room)
+        if tokens == len(token_ids):
+            return delta, None, room
+    if not positions and not tokens:
+        return None, delta, room
+    part = msgspec.structs.replace(
+        delta,
+        token_ids=token_ids[:tokens],
+        finish_reason=None,
+        logprobs=None if logprobs is None else logprobs[:tokens],
+        prompt_logprobs=None if prompt is None else prompt[:positions],
+    )
+    rest = msgspec.structs.replace(
+        delta,
+        token_ids=token_ids[tokens:],
+        logprobs=None if logprobs is None else logprobs[tokens:],
+        # Empty where all have gone: with the first token it is known that there are no more.
+        prompt_logprobs=None if prompt is None or tokens else prompt[positions:],
+    )
+    return part, rest, room
+
+
+def _fitting(entries: Sequence[TokenLogprobs | None], room: int) -> tuple[int, int]:
+    """Return how many of the first entries, with their tokens' ids, fit, and the room left."""
+    for count, entry in enumerate(entries):
+        top = 0 if entry is None else len(entry.top)
+        needed = _ID_BYTES + _ENTRY_BYTES + _LIKELY_BYTES * top
+        if needed > room:
+            return count, room
+        room -= needed
+    return len(entries), room
