@@ -159,3 +159,14 @@ def test_merged_deltas_lose_nothing(parts: list[TokenDelta]) -> None:
 def test_record_is_immutable() -> None:
     with pytest.raises(AttributeError):
         Sampling(max_tokens=1).max_tokens = 2  # type: ignore[misc]
+
+
+def test_merging_copies_nothing_of_what_is_held() -> None:
+    logprobs = [TokenLogprobs(1, -0.5, [])]
+    prompt: list[TokenLogprobs | None] = [None]
+    held = TokenDelta(1, [1], logprobs=list(logprobs), prompt_logprobs=list(prompt))
+    merged = merge(held, TokenDelta(1, [1], logprobs=logprobs, prompt_logprobs=prompt))
+    # Else the cost of a gateway that does not read would grow with the square of what is held.
+    assert merged.logprobs is held.logprobs
+    assert merged.prompt_logprobs is held.prompt_logprobs
+    assert (merged.logprobs, merged.prompt_logprobs) == (logprobs * 2, prompt * 2)

@@ -1,7 +1,7 @@
 """What leaves over a link, frame by frame."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tera import wire
@@ -63,6 +63,7 @@ def deltas(draw: st.DrawFn) -> TokenDelta:
     return TokenDelta(2, token_ids, logprobs=logprobs, prompt_logprobs=prompt)
 
 
+@settings(deadline=None)
 @given(st.lists(deltas(), max_size=6))
 def test_all_that_was_added_leaves_in_order_and_in_short_frames(added: list[TokenDelta]) -> None:
     pending = Pending(nobody)

@@ -32,6 +32,8 @@ class Pending:
         """`give_up` is called with the id of a generation that no frame can hold."""
         self._give_up = give_up
         self._deltas: dict[int, TokenDelta] = {}
+        self._most_bytes = 0
+        """Of all deltas together, if none has log-probabilities; else more than a frame has."""
         self._failures: dict[int, GenerationFailure] = {}
         self._refused: dict[int, None] = {}
 
@@ -42,6 +44,10 @@ class Pending:
         """Add what a generation has gained."""
         held = self._deltas.get(delta.generation_id)
         self._deltas[delta.generation_id] = delta if held is None else merge(held, delta)
+        if delta.logprobs is None and delta.prompt_logprobs is None:
+            self._most_bytes += _DELTA_BYTES + _ID_BYTES * len(delta.token_ids)
+        else:
+            self._most_bytes += wire.FRAME_BYTES + 1
 
     def fail(self, failure: GenerationFailure) -> None:
         """Add why a generation has ended; it leaves after the generation's deltas."""
@@ -57,12 +63,17 @@ class Pending:
     def clear(self) -> None:
         """Forget everything."""
         self._deltas.clear()
+        self._most_bytes = 0
         self._failures.clear()
         self._refused.clear()
 
     def take(self) -> Taken:
         """Remove and return what the next frame brings: everything, if that is not too much."""
-        deltas, held = self._take_deltas(), self._deltas
+        if self._most_bytes <= wire.FRAME_BYTES:  # nearly always; at each step of the engine
+            deltas, self._deltas, self._most_bytes = list(self._deltas.values()), {}, 0
+        else:
+            deltas = self._take_deltas()
+        held = self._deltas
         failures = [it for it in self._failures.values() if it.generation_id not in held]
         failures = failures[:MOST_FAILURES]
         for failure in failures:
@@ -93,6 +104,8 @@ class Pending:
                 self._deltas[generation_id] = delta  # which is the first of the next frame
             room = left if rest is None else 0
         self._deltas.update(begun)
+        if not self._deltas:
+            self._most_bytes = 0
         return taken
 
     def _end_too_large(self, generation_id: int) -> None:
