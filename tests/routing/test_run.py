@@ -200,6 +200,22 @@ async def test_a_long_prompts_log_probabilities_come_whole_with_the_first_token(
     assert going.sink.token_ids == [1, 2]
 
 
+async def test_no_replica_makes_more_tokens_than_were_asked_for(
+    model: FakeModel, stage: Stage
+) -> None:
+    await model.start("a")
+    going = stage.go(Sampling(max_tokens=3))
+    attempt = await model.begun()
+    await attempt.take()
+    await attempt.send(1, 2)
+    await attempt.send(*[666] * 1000)
+    attempt = await model.begun()
+    assert attempt.generation.sampling.max_tokens == 1
+    await live(attempt, 3)
+    await going.end()
+    assert going.sink.token_ids == [1, 2, 3]
+
+
 async def test_a_generation_has_a_seat_until_its_end(model: FakeModel, stage: Stage) -> None:
     await model.start("a")
     going = stage.go()

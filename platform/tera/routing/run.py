@@ -166,6 +166,10 @@ class Run:
             delta = msgspec.structs.replace(delta, prompt_logprobs=self._prompt_logprobs)
         if not delta.token_ids and delta.finish_reason is None:
             return
+        if len(self._generated) + len(delta.token_ids) > self._work.sampling.max_tokens:
+            # The tenant pays for what comes, and has been admitted for no more than it asked for.
+            self.fail(EngineError("The engine made more tokens than it was asked for."))
+            return
         self._generated += delta.token_ids
         try:
             enough = self._sink.push(delta)
