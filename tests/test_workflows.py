@@ -78,7 +78,7 @@ def test_ci_runs_the_checks_on_each_python_that_the_package_takes() -> None:
 def test_a_failed_lane_keeps_its_logs() -> None:
     (kept,) = [it for it in CI["jobs"]["lane"]["steps"] if "upload-artifact" in it.get("uses", "")]
     assert kept["if"] == "failure()"
-    assert "/tmp/ray/session_*/logs/" in kept["with"]["path"]  # noqa: S108  where Ray has them
+    assert "/tmp/tera-*/ray/session_*/logs/" in kept["with"]["path"]  # noqa: S108  where `tera serve` has them
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ports of a platform on one machine."""
 
 import socket
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,25 @@ def test_a_ray_that_does_not_start_is_said_so(
     cluster = LocalCluster("127.0.0.1", 8000, tmp_path)
     with pytest.raises(StartError, match="Ray does not start: no GCS"):
         cluster.start()
+
+
+def test_ray_writes_where_nobody_else_can_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def init(**options: object) -> None:
+        asked.update(options)
+        raise Exception("that is enough")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("tera.local.cluster.set_environment", lambda _: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(StartError, match="that is enough"):
+        LocalCluster("127.0.0.1", 8000, tmp_path).start()
+    directory = Path(str(asked["_temp_dir"]))
+    assert directory.parent.parent == tmp_path
+    assert stat.S_IMODE(directory.parent.stat().st_mode) == 0o700
 
 
 def test_a_free_port_is_none_that_outgoing_connections_get() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -116,6 +117,8 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
     }
     # Serve's own listeners share a port with whoever else has it, and so the connections to it.
     assert _listening(simulated).isdisjoint(_listening(other))
+    # Ray's and Serve's take code from whoever reaches them.
+    assert {it.removeprefix("::ffff:") for it in _addresses(other)} == {"127.0.0.1"}
     with simulated.http() as here, other.http() as there:
         assert [model["id"] for model in there.get("/v1/models").json()["data"]] == ["sim/one"]
         assert len(here.get("/v1/models").json()["data"]) == 2
@@ -136,12 +139,21 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
 
 def _listening(platform: Platform) -> set[int]:
     """Return the ports of all its processes."""
-    return {
-        connection.laddr.port
-        for process in platform.descendants()
+    return {address.port for address in _listeners(platform)}
+
+
+def _addresses(platform: Platform) -> set[str]:
+    """Return where its processes listen."""
+    return {address.ip for address in _listeners(platform)}
+
+
+def _listeners(platform: Platform) -> list[Any]:
+    return [
+        connection.laddr
+        for process in (psutil.Process(platform.process.pid), *platform.descendants())
         for connection in process.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
-    }
+    ]
 
 
 def _bearer(platform: Platform) -> dict[str, str]:

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants, services
 from ray._private.worker import Worker
 from ray.serve import context
 from ray.serve._private import client, constants
 from tests.chart.charts import CHART
 
-from tera.upstream.ray_cluster import REQUIRED, Ports, serve_environment
+from tera.upstream.ray_cluster import ON_LOOPBACK, REQUIRED, Ports, serve_environment
 
 SERVE = Path(constants.__file__).parents[1]
 SET = serve_environment("haproxy", Path("/scratch"), Ports(1, 2, 3, 4, 5, 6, 7), 600)
@@ -28,6 +29,13 @@ def test_serve_reads_what_it_is_set_to(name: str) -> None:
 
 def test_the_chart_sets_what_is_required_everywhere() -> None:
     assert REQUIRED.keys() <= _of_the_chart()
+
+
+def test_ray_can_be_kept_on_the_loopback_interface() -> None:
+    assert ON_LOOPBACK == {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    source = inspect.getsource(services.get_node_ip_address)
+    assert "if not ray_constants.ENABLE_RAY_CLUSTER" in source
+    assert "return get_localhost_ip()" in source
 
 
 def test_serve_has_a_client_that_deploys_and_tells_details() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
+import psutil
 import pytest
 import pytest_asyncio
 import ray
@@ -22,6 +24,7 @@ from ray.exceptions import (
 )
 from ray.serve import handle as handle_module
 from ray.serve._private import default_impl, router
+from ray.serve._private import replica as replica_module
 from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
@@ -460,3 +463,26 @@ class TestAskAll:
         monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
         with pytest.raises(AttributeError):
             await ask_all("Engine", "model-demo", "metrics")
+
+
+async def test_a_replicas_grpc_server_can_be_kept_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = inspect.getsource(replica_module.Replica._on_initialized)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in started
+    monkeypatch.setattr(
+        replica_module, "add_port_to_grpc_server", replica_module.add_port_to_grpc_server
+    )  # so that it is put back
+    ray_serve.stay_on_loopback()
+    server = grpc.aio.server()
+    port = replica_module.add_port_to_grpc_server(server, "[::]:0")
+    await server.start()
+    try:
+        listening = {
+            it.laddr.ip
+            for it in psutil.Process().net_connections(kind="tcp")
+            if it.laddr.port == port and it.status == psutil.CONN_LISTEN
+        }
+        assert {it.removeprefix("::ffff:") for it in listening} == {"127.0.0.1"}
+    finally:
+        await server.stop(None)

@@ -140,6 +140,11 @@ class Runtime(EnvironmentSettings):
     home: Annotated[Path, AfterValidator(Path.absolute)] = Path(".tera")
     """State of one machine: models, embedded Redis, logs, secrets."""
 
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether nothing but the API has to be reached from elsewhere."""
+        return self.channel_host == "127.0.0.1"
+
     def to_environment(self) -> dict[str, str]:
         """Return the variables that `from_environment` reads back."""
         values = self.model_dump(by_alias=True)

@@ -14,7 +14,7 @@ from tera.engine.link import GatewayLinks
 from tera.engine.runs import Runs
 from tera.errors import TeraError
 from tera.observability import load_exposition, log_json_lines
-from tera.upstream.ray_serve import ongoing
+from tera.upstream.ray_serve import ongoing, stay_on_loopback
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,16 @@ class EngineReplica:
     async def __init__(self, start_engine: EngineFactory) -> None:  # type: ignore[misc]  # Serve awaits it
         log_json_lines()
         # Read here and not when the application is built: Serve stores what it is built with.
-        cluster_secret = Runtime.from_environment().cluster_secret
+        runtime = Runtime.from_environment()
+        if runtime.on_one_machine:
+            stay_on_loopback()
         self._engine = await start_engine()
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._model = model_name(context.app_name)
         self._drain_s = RequestLimits().drain_seconds
         self._runs = Runs(self._engine)
-        self._links = GatewayLinks(self._replica_id, cluster_secret, self._runs)
+        self._links = GatewayLinks(self._replica_id, runtime.cluster_secret, self._runs)
 
     def reconfigure(self, user_config: Mapping[str, float]) -> None:
         """Take over what an edit of the values changes without a restart."""

@@ -42,7 +42,7 @@ from tera.tenancy.keys_file import KeysFile
 from tera.tenancy.redis import connect
 from tera.tenancy.snapshot import KeySnapshot
 from tera.tenancy.usage_export import UsageExporter
-from tera.upstream.ray_serve import ServedReplicas, ask_all
+from tera.upstream.ray_serve import ServedReplicas, ask_all, stay_on_loopback
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class GatewayReplica:
         # Read here, not when the application is built: Serve stores its arguments, and these are
         # secret.
         self._runtime = runtime = Runtime.from_environment()
+        if runtime.on_one_machine:
+            stay_on_loopback()
         self._config = GatewayConfig()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()

@@ -21,9 +21,11 @@ from filelock import FileLock, Timeout
 
 from tera.config.environment import set_environment
 from tera.errors import StartError, UnreachableError
+from tera.local.private_file import private_directory
 from tera.local.processes import descendants, end
 from tera.local.state import LocalSecrets, LocalState
 from tera.upstream.ray_cluster import (
+    ON_LOOPBACK,
     REQUIRED,
     Ports,
     serve_client,
@@ -73,6 +75,7 @@ class LocalCluster:
             StartError: Ray does not start, or something it needs is missing.
         """
         set_environment(_serve_environment(self._scratch, self.host, self._claims))
+        directory = _ray_directory()
         # Ray Serve reads its settings when it is imported, so this comes after they are set.
         import ray
 
@@ -85,6 +88,7 @@ class LocalCluster:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=str(directory),
             )
         self.ray_address = ray.get_runtime_context().gcs_address
 
@@ -194,9 +198,21 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
     )
     return {
         **serve_environment(haproxy, scratch, ports, LONGEST_STREAM_S),
+        **ON_LOOPBACK,
         "RAY_USAGE_STATS_ENABLED": "0",
         "TERA_HOST": host,
     }
+
+
+def _ray_directory() -> Path:
+    """Return where Ray keeps its logs and sockets: it lets everybody read and write there.
+
+    It outlives the platform, for its logs, and its path is short, for its sockets.
+
+    Raises:
+        StartError: it is not for this user alone.
+    """
+    return private_directory(Path(tempfile.gettempdir()) / f"tera-{os.getuid()}") / "ray"
 
 
 def free_port() -> int:
@@ -240,7 +256,7 @@ def attached(state: LocalState, local_secrets: LocalSecrets) -> Iterator[Any]:
     Raises:
         UnreachableError: Ray does not answer.
     """
-    set_environment({**local_secrets.ray_environment(), **REQUIRED})
+    set_environment({**local_secrets.ray_environment(), **REQUIRED, **ON_LOOPBACK})
     # Ray Serve reads its settings when it is imported, so this comes after they are set.
     import ray
 

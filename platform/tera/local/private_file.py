@@ -1,7 +1,10 @@
-"""Files with secrets in them."""
+"""Files and directories that are for their owner alone."""
 
 import os
+import stat
 from pathlib import Path
+
+from tera.errors import StartError
 
 
 def write_private(path: Path, text: str) -> None:
@@ -11,3 +14,19 @@ def write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
+
+
+def private_directory(path: Path) -> Path:
+    """Return a directory that only its owner can enter, made if it is missing.
+
+    Raises:
+        StartError: somebody else can enter it, or has made it.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Where everybody may write, somebody may have been first, with a link too.
+    found = path.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise StartError(
+            f"{path} is no directory for you alone. Remove it, or set TMPDIR to another place."
+        )
+    return path

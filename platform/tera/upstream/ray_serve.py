@@ -1,4 +1,4 @@
-"""What Tera uses of Ray Serve that is private there: the deployment handle's router and counts.
+"""What Tera uses of Ray Serve that is private there: its handles' router and counts, and a port.
 
 Serve has no way to give an application's only deployment a router of its own while HAProxy is in
 front, and none to count work that it does not carry. So a handle is made here with a router of
@@ -17,8 +17,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from ray import serve
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve._private import default_impl
+from ray.serve._private import replica as serve_replica
 from ray.serve._private.common import (
     RUNNING_REQUESTS_KEY,
     DeploymentHandleSource,
@@ -216,3 +218,20 @@ async def ask_all(deployment: str, application: str, method: str) -> list[Any]:
     if silent:
         log.warning("%d replicas of %s did not answer: %r", len(silent), application, silent[0])
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def stay_on_loopback() -> None:
+    """Have the gRPC server that Serve starts in this replica next listen on loopback alone.
+
+    It unpickles what it is sent, by whoever sends it, and listens everywhere: Serve has no setting
+    for that. On one machine all that may reach it is there; on a cluster, network policies stand
+    before it.
+    """
+
+    def add_port(server: Any, address: str) -> int:
+        address = address.replace("[::]", "127.0.0.1")
+        port: int = add_port_to_grpc_server(server, address)  # type: ignore[no-untyped-call]
+        return port
+
+    # Serve looks the name up when it starts the server.
+    serve_replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]  # an import there
