@@ -239,6 +239,15 @@ def test_every_page_is_in_the_sites_navigation_once(tmp_path: Path) -> None:
     assert sorted(shown) == sorted(str(it.relative_to(tmp_path)) for it in tmp_path.rglob("*.md"))
 
 
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    named = re.findall(
+        r"`(tests/\S+\.py)::(test_\w+)`", (ROOT / "docs/threat-model.md").read_text()
+    )
+    assert len(named) > 20
+    for path, name in named:
+        assert re.search(rf"def {name}\(", (ROOT / path).read_text()), name
+
+
 def test_every_link_of_a_page_leads_to_something(tmp_path: Path) -> None:
     build.gather(tmp_path)  # which raises where one does not; `make docs` looks at headings too
 
