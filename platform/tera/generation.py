@@ -92,8 +92,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """When asked for, up to the first delta with tokens; those of a long prompt come in several.
-    None for the first prompt token."""
+    """When asked for; a long prompt's are spread over deltas up to the first one with tokens. The
+    first prompt token has None."""
 
 
 def merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
@@ -109,7 +109,7 @@ def merge(held: TokenDelta, delta: TokenDelta) -> TokenDelta:
 
 
 def _joined(held: list[Entry] | None, added: list[Entry] | None) -> list[Entry] | None:
-    # In place: what is held grows with each step while a gateway does not read.
+    # In place, since what is held grows with each step while a gateway does not read.
     if held is None or added is None:
         return added if held is None else held
     held.extend(added)

@@ -142,7 +142,7 @@ class Runtime(EnvironmentSettings):
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether nothing but the API has to be reached from elsewhere."""
+        """Whether the whole platform runs on this machine, so that only the API needs a network."""
         return self.channel_host == "127.0.0.1"
 
     def to_environment(self) -> dict[str, str]:

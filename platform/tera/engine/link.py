@@ -179,7 +179,7 @@ class GatewayLink(asyncio.Protocol):
         )
 
     def _write(self) -> None:
-        """Send one frame; what is too much for it leaves in another turn of the event loop."""
+        """Send one frame; what does not fit is sent in later turns of the event loop."""
         assert self._transport is not None
         deltas, failures, refused = self._pending.take()
         frame = StepFrame(self._worker.load(), deltas, failures, refused, self._draining)
@@ -189,7 +189,7 @@ class GatewayLink(asyncio.Protocol):
             self._flush_soon()
 
     def _stop(self, generation_id: int) -> None:
-        """Stop a generation that cannot be sent, and is failed for it."""
+        """Stop a generation whose deltas fit into no frame."""
         self._worker.obey(self, Abort(generation_id))
 
     def _beat(self) -> None:

@@ -1,4 +1,4 @@
-"""What is to leave over one link, in frames that stay short however much a generation makes."""
+"""What one link has not sent yet, cut into frames that stay short whatever a generation makes."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -8,15 +8,15 @@ from tera import wire
 from tera.errors import InvalidValueError
 from tera.generation import GenerationFailure, TokenDelta, TokenLogprobs, merge
 
-# The most that MessagePack needs. Ids of tokens have 32 bits at the most.
+# Upper bounds of what MessagePack needs. Token ids have at most 32 bits.
 _DELTA_BYTES, _ID_BYTES = 64, 5
 _ENTRY_BYTES, _LIKELY_BYTES = 20, 15
-"""Of a position's log-probabilities, and of each further token there."""
+"""A position's log-probabilities, without and for each likely token."""
 
 MOST_FAILURES = 64
-"""In one frame; beside a full one, with the longest messages, they stay under the bound."""
+"""Per frame, so that those with the longest messages still fit beside a full one."""
 MAX_MESSAGE_CHARACTERS = 2000
-"""Of a failure. An engine may repeat what it was sent, whatever its length."""
+"""Per failure: an engine may repeat what it was sent, however long."""
 
 Taken = tuple[list[TokenDelta], list[GenerationFailure], list[int]]
 
@@ -24,16 +24,17 @@ Taken = tuple[list[TokenDelta], list[GenerationFailure], list[int]]
 class Pending:
     """The deltas, failures and refusals that one link has not sent yet.
 
-    What one generation adds meanwhile is merged. A frame takes about `wire.FRAME_BYTES` of it, and
-    who has had a part goes behind all others, so that nobody waits for one with a long prompt.
+    Deltas of one generation are merged while they wait. A frame takes about `wire.FRAME_BYTES`, and
+    a generation of which only a part fits goes to the end of the queue, so that no other waits for
+    all of it.
     """
 
     def __init__(self, give_up: Callable[[int], None]) -> None:
-        """`give_up` is called with the id of a generation that no frame can hold."""
+        """`give_up` is called with the id of a generation that fits into no frame."""
         self._give_up = give_up
         self._deltas: dict[int, TokenDelta] = {}
         self._most_bytes = 0
-        """Of all deltas together, if none has log-probabilities; else more than a frame has."""
+        """Upper bound for all deltas; with log-probabilities, just more than a frame holds."""
         self._failures: dict[int, GenerationFailure] = {}
         self._refused: dict[int, None] = {}
 
@@ -50,14 +51,14 @@ class Pending:
             self._most_bytes += wire.FRAME_BYTES + 1
 
     def fail(self, failure: GenerationFailure) -> None:
-        """Add why a generation has ended; it leaves after the generation's deltas."""
+        """Add why a generation has ended; this is sent after its deltas."""
         if len(failure.message) > MAX_MESSAGE_CHARACTERS:
             message = failure.message[:MAX_MESSAGE_CHARACTERS] + "…"
             failure = msgspec.structs.replace(failure, message=message)
         self._failures[failure.generation_id] = failure
 
     def refuse(self, generation_ids: Iterable[int]) -> None:
-        """Add generations that go elsewhere; it leaves after their deltas."""
+        """Add generations that must go elsewhere; this is sent after their deltas."""
         self._refused |= dict.fromkeys(generation_ids)
 
     def clear(self) -> None:
@@ -68,8 +69,8 @@ class Pending:
         self._refused.clear()
 
     def take(self) -> Taken:
-        """Remove and return what the next frame brings: everything, if that is not too much."""
-        if self._most_bytes <= wire.FRAME_BYTES:  # nearly always; at each step of the engine
+        """Remove and return the content of the next frame: everything, if it fits."""
+        if self._most_bytes <= wire.FRAME_BYTES:  # nearly always, and once per engine step
             deltas, self._deltas, self._most_bytes = list(self._deltas.values()), {}, 0
         else:
             deltas = self._take_deltas()
@@ -101,7 +102,7 @@ class Pending:
                 self._end_too_large(generation_id)
                 continue
             else:
-                self._deltas[generation_id] = delta  # which is the first of the next frame
+                self._deltas[generation_id] = delta  # first in the next frame
             room = left if rest is None else 0
         self._deltas.update(begun)
         if not self._deltas:
@@ -115,9 +116,9 @@ class Pending:
 
 
 def _cut(delta: TokenDelta, room: int) -> tuple[TokenDelta | None, TokenDelta | None, int]:
-    """Return what of a delta fits into so many bytes, the rest of it, and the room that is left.
+    """Return the part of a delta that fits into `room` bytes, the rest, and the room left.
 
-    The prompt's log-probabilities go first, and only the last part has the finish reason.
+    The prompt's log-probabilities come first, and only the last part has the finish reason.
     """
     room -= _DELTA_BYTES
     token_ids, logprobs, prompt = delta.token_ids, delta.logprobs, delta.prompt_logprobs
@@ -145,14 +146,14 @@ def _cut(delta: TokenDelta, room: int) -> tuple[TokenDelta | None, TokenDelta | 
         delta,
         token_ids=token_ids[tokens:],
         logprobs=None if logprobs is None else logprobs[tokens:],
-        # Empty where all have gone: with the first token it is known that there are no more.
+        # An empty list goes along with the first token if all others were sent before it.
         prompt_logprobs=None if prompt is None or tokens else prompt[positions:],
     )
     return part, rest, room
 
 
 def _fitting(entries: Sequence[TokenLogprobs | None], room: int) -> tuple[int, int]:
-    """Return how many of the first entries, with their tokens' ids, fit, and the room left."""
+    """Return how many entries from the start fit, with their tokens' ids, and the room left."""
     for count, entry in enumerate(entries):
         top = 0 if entry is None else len(entry.top)
         needed = _ID_BYTES + _ENTRY_BYTES + _LIKELY_BYTES * top

@@ -205,12 +205,12 @@ def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str,
 
 
 def _ray_directory() -> Path:
-    """Return where Ray keeps its logs and sockets: it lets everybody read and write there.
+    """Return the directory for Ray's logs and sockets, which Ray makes writable for everybody.
 
-    It outlives the platform, for its logs, and its path is short, for its sockets.
+    It stays after the platform has ended, for its logs. Its path is short, for the sockets.
 
     Raises:
-        StartError: it is not for this user alone.
+        StartError: others can enter the directory around it.
     """
     return private_directory(Path(tempfile.gettempdir()) / f"tera-{os.getuid()}") / "ray"
 

@@ -1,4 +1,4 @@
-"""Files and directories that are for their owner alone."""
+"""Files and directories that only their owner can read."""
 
 import os
 import stat
@@ -20,13 +20,13 @@ def private_directory(path: Path) -> Path:
     """Return a directory that only its owner can enter, made if it is missing.
 
     Raises:
-        StartError: somebody else can enter it, or has made it.
+        StartError: others can enter it, or it belongs to somebody else.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Where everybody may write, somebody may have been first, with a link too.
+    # In a directory like /tmp somebody else may have made it before, or a link in its place.
     found = path.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
         raise StartError(
-            f"{path} is no directory for you alone. Remove it, or set TMPDIR to another place."
+            f"{path} is not a directory that only you can enter. Remove it, or set TMPDIR."
         )
     return path

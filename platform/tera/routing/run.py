@@ -161,13 +161,13 @@ class Run:
         if self._taken_at is None:
             self._taken_at = self._loop.time()
         if delta.prompt_logprobs is not None:
-            # A long prompt's come in several frames before the first token.
+            # Those of a long prompt are spread over several frames before the first token.
             self._prompt_logprobs += delta.prompt_logprobs
             delta = msgspec.structs.replace(delta, prompt_logprobs=self._prompt_logprobs)
         if not delta.token_ids and delta.finish_reason is None:
             return
         if len(self._generated) + len(delta.token_ids) > self._work.sampling.max_tokens:
-            # The tenant pays for what comes, and has been admitted for no more than it asked for.
+            # The tenant would pay for more than it asked for and was admitted with.
             self.fail(EngineError("The engine made more tokens than it was asked for."))
             return
         self._generated += delta.token_ids

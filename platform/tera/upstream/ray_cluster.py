@@ -21,9 +21,9 @@ REQUIRED = {
 """Serve's settings wherever Tera runs, on one machine or on a cluster."""
 
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What keeps a Ray of one machine on its loopback interface, as Ray does on a Mac by itself.
+"""Keeps a Ray of one machine on the loopback interface, as Ray does by itself on a Mac.
 
-Else it takes 127.0.0.1 for the machine's address, at which it and its metrics can be reached.
+Otherwise Ray replaces 127.0.0.1 by the machine's own address, and others can reach it there.
 """
 
 

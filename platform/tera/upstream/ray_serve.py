@@ -221,11 +221,11 @@ async def ask_all(deployment: str, application: str, method: str) -> list[Any]:
 
 
 def stay_on_loopback() -> None:
-    """Have the gRPC server that Serve starts in this replica next listen on loopback alone.
+    """Make the gRPC server that Serve starts next in this replica listen on loopback only.
 
-    It unpickles what it is sent, by whoever sends it, and listens everywhere: Serve has no setting
-    for that. On one machine all that may reach it is there; on a cluster, network policies stand
-    before it.
+    The server unpickles whatever it receives, without authentication. It listens on all interfaces
+    and Serve has no setting for that. On one machine only local processes need it; in a cluster,
+    network policies protect it.
     """
 
     def add_port(server: Any, address: str) -> int:
