@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
     other = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
     family = other.descendants()
     sockets = {
-        Path(process.environ()["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
-        for process in family
-        if "RAY_SERVE_HAPROXY_SOCKET_PATH" in process.environ()
+        Path(environment["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        for environment in map(_environment, family)
+        if "RAY_SERVE_HAPROXY_SOCKET_PATH" in environment
     }
     # Serve's own listeners share a port with whoever else has it, and so the connections to it.
     assert _listening(simulated).isdisjoint(_listening(other))
@@ -148,12 +149,17 @@ def _addresses(platform: Platform) -> set[str]:
 
 
 def _listeners(platform: Platform) -> list[Any]:
-    return [
-        connection.laddr
-        for process in (psutil.Process(platform.process.pid), *platform.descendants())
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    found: list[Any] = []
+    for process in (psutil.Process(platform.process.pid), *platform.descendants()):
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            found += process.net_connections(kind="tcp")
+    return [each.laddr for each in found if each.status == psutil.CONN_LISTEN]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.NoSuchProcess):  # it has ended since
+        return process.environ()
+    return {}
 
 
 def _bearer(platform: Platform) -> dict[str, str]:
