@@ -216,8 +216,19 @@ async def test_headers_that_steer_ray_do_not_reach_it(
     assert "forged" not in seen[0]
 
 
-async def test_the_list_of_applications_is_an_unknown_url(client: httpx.AsyncClient) -> None:
-    _assert_ours(await client.get("/-/routes"), 404, "unknown_url")
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/-/routes", "/%2d/routes", "/-%2Froutes", "/-/route%73", "/%2D%2f%72outes"),
+        *("/-/ROUTES", "/-/routes?a=b", "/-/routes/", "/-/other", "/%2d/healthz"),
+    ],
+)
+async def test_a5_rays_own_paths_are_unknown_urls_however_they_are_spelled(
+    client: httpx.AsyncClient, path: str, seen: list[str]
+) -> None:
+    target = {"target": path.encode()}
+    _assert_ours(await client.get("/", extensions=target), 404, "unknown_url")
+    assert seen == []
 
 
 async def test_a_request_without_a_path_is_an_unknown_url(client: httpx.AsyncClient) -> None:
@@ -355,9 +366,10 @@ def test_the_completed_file_keeps_tokens_flowing_and_bounds_slow_headers(tmp_pat
     [
         lambda text: text.replace("frontend http_frontend", "frontend other"),
         lambda text: text.replace("if routes", "if listed"),
+        lambda text: text.replace("acl routes", "acl listed"),
         lambda text: text.replace("backend default_backend", "backend none"),
     ],
-    ids=["frontend", "routes", "default"],
+    ids=["frontend", "routes", "acl", "default"],
 )
 def test_a_file_of_another_ray_is_refused(tmp_path: Path, change: Callable[[str], str]) -> None:
     config = _rendered(tmp_path, 1)

@@ -7,7 +7,7 @@ HAProxy, so the process id stays the one that Ray supervises. The rewritten file
 - every error that HAProxy or Ray produces is sent in Tera's JSON envelope, with a status and a
   request id that the API promises; only input that is not HTTP just has its connection closed;
 - request headers that would steer Ray Serve from outside are removed;
-- Ray's list of applications is not public;
+- Ray's own paths are not public, in whatever spelling, except `/-/healthz` for load balancers;
 - with `TERA_HOST` set, nothing listens on another address.
 
 When the process that started it ends, even by being killed, HAProxy releases the port.
@@ -124,6 +124,10 @@ def complete(text: str, page: Path, host: str | None) -> str:
     text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
     text = _change(
         text, r"^frontend http_frontend\n *bind .*\n", lambda found: found[0] + _front_rules()
+    )
+    # The servers inside of replicas answer these paths too, and compare them decoded.
+    text = _change(
+        text, r"^ *acl routes path .*$", lambda _: "    acl routes path,url_dec -i -m beg /-/"
     )
     text = _change(
         text,

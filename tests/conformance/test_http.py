@@ -341,6 +341,9 @@ def test_h5_head_is_get_without_a_body(
         "/redoc",
         "/favicon.ico",
         "/%2e%2e/etc/passwd",
+        "/v1/%2e%2e/metrics",
+        "/v1/..%2fmetrics",
+        "/%2d/routes",
     ],
 )
 def test_h6_unknown_paths_are_unknown_whatever_the_method(

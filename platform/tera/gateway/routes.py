@@ -1,7 +1,7 @@
 """Every path that the gateway answers, in one table that everything else reads.
 
-It gives the labels of metrics and of the ledger; the tests of the OpenAPI document use it, and so
-do the checks that each generating route is admitted and settled.
+The labels of metrics and of the ledger, the OpenAPI document's tests, the paths of the chart's
+Ingress and HTTPRoute and the checks that each generating route is admitted and settled go by it.
 """
 
 from collections.abc import Iterable
@@ -46,6 +46,24 @@ ALL_METRICS = ApiRoute("/metrics/all", "GET", "all_metrics", "operators")
 
 ROUTES = (COMPLETIONS, CHAT, MODELS, MODEL, DOCUMENT, HEALTH, READY, METRICS, ALL_METRICS)
 """The most frequent requests come first."""
+
+PathType = Literal["Exact", "Prefix"]
+"""How an Ingress compares a path; a prefix ends where a segment does."""
+
+
+def public_paths(routes: Iterable[ApiRoute] = ROUTES) -> dict[str, PathType]:
+    """Return what reaches the gateway from outside, which is what tenants may ask.
+
+    All under the first segment of such a path does, so that an unknown one there gets the API's
+    own error.
+    """
+    paths: dict[str, PathType] = {}
+    for route in routes:
+        if route.audience == "tenants":
+            segment, _, rest = route.path.removeprefix("/").partition("/")
+            paths[f"/{segment}"] = "Prefix" if rest else "Exact"
+    return paths
+
 
 OTHER = "other"
 """Label of every path that belongs to no route."""
