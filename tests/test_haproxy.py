@@ -1,24 +1,20 @@
 import asyncio
 import json
 import re
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from ray.serve._private.haproxy import (
-    BackendConfig,
-    HAProxyApi,
-    HAProxyConfig,
-    ServerConfig,
-)
-from ray.serve.config import HTTPOptions
+from tests.haproxies import connect, free_port, port, rendered, running
 
 from tera import haproxy
+from tera.config.gateway import ConnectionLimits
+from tera.manifest import GATEWAY_ONGOING_REQUESTS
 
 JSON = "application/json"
 OUR_ID = f"req_{'0' * 32}"
@@ -28,6 +24,7 @@ ANSWERS = {
     "/v1/models": (200, JSON, "{}", [OUR_ID]),
     "/limited": (429, JSON, "{}", [OUR_ID]),
     "/metrics": (200, "text/plain", "up 1", [OUR_ID]),
+    "/refused": (401, JSON, "{}", [OUR_ID]),
     "/two-ids": (200, JSON, "{}", [OUR_ID, "chosen by the client"]),
     "/foreign-id": (200, JSON, "{}", ["chosen by the client"]),
     "/unparsed": (400, "text/plain", "Invalid HTTP request received.", []),
@@ -37,71 +34,6 @@ ANSWERS = {
     "/dropped-json": (503, JSON, '{"detail": "gone"}', [OUR_ID]),
     "/crashed": (500, "text/plain", "Internal Server Error", []),
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _rendered(directory: Path, backend_port: int | None) -> Path:
-    """Have Ray render its configuration, with one gateway replica or none."""
-    options = HAProxyConfig(
-        http_options=HTTPOptions(host="0.0.0.0", port=_free_port()),  # noqa: S104  as Serve does
-        socket_path=str(directory / "admin.sock"),
-        server_state_base=str(directory),
-        server_state_file=str(directory / "server-state"),
-        metrics_enabled=False,
-        metrics_port=_free_port(),
-        stats_port=_free_port(),
-        retries=0,
-        has_received_routes=True,
-        is_head=True,
-    )
-    backends = {}
-    if backend_port is not None:
-        server = ServerConfig(name="replica", host="127.0.0.1", port=backend_port)
-        backends["gateway"] = BackendConfig(
-            name="gateway", path_prefix="/", app_name="gateway", servers=[server]
-        )
-    path = directory / "haproxy.cfg"
-    HAProxyApi(options, backends, config_file_path=str(path))._generate_config_file_internal()
-    return path
-
-
-def _port(config: Path) -> int:
-    found = re.search(r"frontend http_frontend\n *bind \S*:(\d+)", config.read_text())
-    assert found
-    return int(found[1])
-
-
-async def _connect(port: int, process: asyncio.subprocess.Process) -> None:
-    while process.returncode is None:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.02)
-        else:
-            writer.close()
-            return
-    raise AssertionError("haproxy did not start")
-
-
-@asynccontextmanager
-async def _running(config: Path, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tera.haproxy", "-db", "-f", str(config), *arguments),
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        await _connect(_port(config), process)
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +71,10 @@ async def gateway(seen: list[str]) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def client(gateway: int, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    config = _rendered(tmp_path, gateway)
+    config = rendered(tmp_path, gateway)
     async with (
-        _running(config),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{_port(config)}") as client,
+        running(config),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port(config)}") as client,
     ):
         yield client
 
@@ -292,10 +224,10 @@ async def test_s8_a_client_that_hangs_up_is_told_to_a_gateway_that_is_silent(
     head, whole, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Silent(head, whole, left), "127.0.0.1", 0)
-    config = _rendered(tmp_path, server.sockets[0].getsockname()[1])
+    config = rendered(tmp_path, server.sockets[0].getsockname()[1])
     request = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"
-    async with server, _running(config), asyncio.timeout(20):
-        with socket.create_connection(("127.0.0.1", _port(config))) as client:
+    async with server, running(config), asyncio.timeout(20):
+        with socket.create_connection(("127.0.0.1", port(config))) as client:
             client.sendall(request if apart else request + b"{}")
             if apart:  # as the SDK sends it
                 await head.wait()
@@ -305,19 +237,140 @@ async def test_s8_a_client_that_hangs_up_is_told_to_a_gateway_that_is_silent(
         await left.wait()
 
 
+async def test_a_connection_is_closed_with_a_401(client: httpx.AsyncClient) -> None:
+    request = b"GET %b HTTP/1.1\r\nhost: a\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    for path in (b"/v1/models", b"/refused"):
+        writer.write(request % path)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(2) == b"{}"
+    assert b"connection: close" in head
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_websocket_is_answered_as_a_request_without_that_wish(
+    client: httpx.AsyncClient, seen: list[str]
+) -> None:
+    wish = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    answer = await client.get(
+        "/v1/models", headers={**wish, "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    )
+    assert answer.status_code == 200
+    assert "\r\nupgrade:" not in seen[0].lower()
+
+
+UNFINISHED = [
+    pytest.param(b"", "timeout http-request 10s", id="nothing"),
+    pytest.param(b"POST /v1/models HTTP/1.1\r\nhost:", "timeout http-request 10s", id="head"),
+    pytest.param(
+        b"POST /v1/models HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{",
+        "timeout client 60s",
+        id="body",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sent", "bound"), UNFINISHED)
+async def test_a_client_that_sends_no_more_is_let_go(
+    tmp_path: Path, gateway: int, sent: bytes, bound: str
+) -> None:
+    config = rendered(tmp_path, gateway)
+    haproxy.complete_file(config, {"TERA_HOST": "127.0.0.1"})
+    text = config.read_text()
+    assert text.count(bound) == 1
+    config.write_text(text.replace(bound, f"{bound.rpartition(' ')[0]} 200ms"))
+    async with running(config), asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port(config))
+        writer.write(sent)
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+
+async def test_an_answer_may_take_longer_than_a_client_may_be_silent(tmp_path: Path) -> None:
+    let_go = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await let_go.wait()
+        writer.write(b"HTTP/1.1 200 .\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    config = rendered(tmp_path, server.sockets[0].getsockname()[1])
+    haproxy.complete_file(config, {"TERA_HOST": "127.0.0.1"})
+    config.write_text(config.read_text().replace("timeout client 60s", "timeout client 100ms"))
+    async with server, running(config), httpx.AsyncClient() as client, asyncio.timeout(20):
+        asked = asyncio.create_task(client.get(f"http://127.0.0.1:{port(config)}/v1/models"))
+        # Many times as long: whoever is silent there is let go.
+        reader, writer = await asyncio.open_connection("127.0.0.1", port(config))
+        writer.write(b"POST /v1/models HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{")
+        for _ in range(5):
+            await reader.read()
+        writer.close()
+        assert not asked.done()
+        let_go.set()
+        assert (await asked).status_code == 200
+
+
+async def test_one_source_cannot_have_all_connections(
+    tmp_path: Path, gateway: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(haproxy.MAX_CONNECTIONS_PER_SOURCE, "3")
+    request = b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n"
+
+    async def answered(source: str) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port(config), local_addr=(source, 0)
+            )
+            kept.append(writer)
+            writer.write(request)
+            return bool(await reader.read(65536))
+        except ConnectionResetError:
+            return False
+
+    kept: list[asyncio.StreamWriter] = []
+    config = rendered(tmp_path, gateway)
+    async with running(config), asyncio.timeout(20):
+        assert [await answered("127.0.0.2") for _ in range(5)] == [True] * 3 + [False] * 2
+        assert await answered("127.0.0.3")
+        for writer in kept:
+            writer.close()
+
+
+def test_connections_are_as_many_as_is_said_or_files_may_be_opened(tmp_path: Path) -> None:
+    assert haproxy.Bounds.of({}) == haproxy.Bounds(None, None)
+    named = {haproxy.MAX_CONNECTIONS: "16384", haproxy.MAX_CONNECTIONS_PER_SOURCE: "8192"}
+    bounds = haproxy.Bounds.of(named)
+    assert bounds == haproxy.Bounds(16384, 8192)
+    assert bounds.fitting(resource.RLIM_INFINITY) == bounds.fitting(1_048_576) == bounds
+    assert bounds.fitting(20_000) == haproxy.Bounds(9_500, 8192)
+    config = rendered(tmp_path, 1)
+    haproxy.complete_file(config, {**named, haproxy.MAX_CONNECTIONS: "100"})
+    assert re.findall("^ *maxconn (.*)$", config.read_text(), re.MULTILINE) == ["100"]
+
+
+def test_the_default_is_above_the_streams_that_a_gateway_is_sized_for() -> None:
+    bounds = ConnectionLimits()
+    assert bounds.max > GATEWAY_ONGOING_REQUESTS
+    assert 2 * bounds.per_source <= bounds.max  # nobody has all of them
+
+
 async def test_without_a_reachable_gateway_the_answer_is_our_error(tmp_path: Path) -> None:
-    config = _rendered(tmp_path, _free_port())
-    async with _running(config), httpx.AsyncClient() as client:
-        url = f"http://127.0.0.1:{_port(config)}/v1/models"
+    config = rendered(tmp_path, free_port())
+    async with running(config), httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port(config)}/v1/models"
         first, second = await client.get(url), await client.get(url)
     _assert_ours(first, 500, "internal_error")
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
 
 
 async def test_before_there_is_a_gateway_the_answer_says_so(tmp_path: Path) -> None:
-    config = _rendered(tmp_path, None)
-    async with _running(config), httpx.AsyncClient() as client:
-        response = await client.get(f"http://127.0.0.1:{_port(config)}/v1/models")
+    config = rendered(tmp_path, None)
+    async with running(config), httpx.AsyncClient() as client:
+        response = await client.get(f"http://127.0.0.1:{port(config)}/v1/models")
     _assert_ours(response, 500, "internal_error")
     assert "is starting" in response.json()["error"]["message"]
 
@@ -325,8 +378,8 @@ async def test_before_there_is_a_gateway_the_answer_says_so(tmp_path: Path) -> N
 async def test_it_becomes_the_real_haproxy_under_the_process_id_that_ray_knows(
     tmp_path: Path, gateway: int
 ) -> None:
-    config = _rendered(tmp_path, gateway)
-    async with _running(config) as process:
+    config = rendered(tmp_path, gateway)
+    async with running(config) as process:
         command = psutil.Process(process.pid).cmdline()
         listening = psutil.Process(process.pid).net_connections("tcp")
     assert Path(command[0]).name == "haproxy"
@@ -336,15 +389,15 @@ async def test_it_becomes_the_real_haproxy_under_the_process_id_that_ray_knows(
 
 
 async def test_a_reload_takes_over_from_the_old_process(tmp_path: Path, gateway: int) -> None:
-    config = _rendered(tmp_path, gateway)
-    async with _running(config) as old:
+    config = rendered(tmp_path, gateway)
+    async with running(config) as old:
         socket_path = str(tmp_path / "admin.sock")
-        async with _running(config, "-sf", str(old.pid), "-x", socket_path):
+        async with running(config, "-sf", str(old.pid), "-x", socket_path):
             assert await asyncio.wait_for(old.wait(), 20) == 0
 
 
 def test_a_file_is_completed_once(tmp_path: Path) -> None:
-    config = _rendered(tmp_path, 1)
+    config = rendered(tmp_path, 1)
     haproxy.complete_file(config, {})
     once = config.read_text()
     haproxy.complete_file(config, {})
@@ -352,11 +405,12 @@ def test_a_file_is_completed_once(tmp_path: Path) -> None:
 
 
 def test_the_completed_file_keeps_tokens_flowing_and_bounds_slow_headers(tmp_path: Path) -> None:
-    config = _rendered(tmp_path, 1)
+    config = rendered(tmp_path, 1)
     haproxy.complete_file(config, {})
     text = config.read_text()
     assert "option http-no-delay" in text
-    assert "timeout http-request 30s" in text
+    assert "timeout http-request 10s" in text
+    assert re.findall("timeout client (.*)", text) == ["60s"]
     assert "mode 600 level admin" in text
     assert "bind *:" in text  # without TERA_HOST the addresses are Ray's
 
@@ -372,7 +426,7 @@ def test_the_completed_file_keeps_tokens_flowing_and_bounds_slow_headers(tmp_pat
     ids=["frontend", "routes", "acl", "default"],
 )
 def test_a_file_of_another_ray_is_refused(tmp_path: Path, change: Callable[[str], str]) -> None:
-    config = _rendered(tmp_path, 1)
+    config = rendered(tmp_path, 1)
     config.write_text(change(config.read_text()))
     with pytest.raises(haproxy.UnknownTemplateError, match="Ray"):
         haproxy.complete_file(config, {})
@@ -400,11 +454,11 @@ subprocess.run([sys.executable, "-m", "tera.haproxy", "-db", "-f", sys.argv[1]])
 
 
 async def test_without_its_parent_it_listens_no_more_and_ends(tmp_path: Path) -> None:
-    config = _rendered(tmp_path, backend_port=None)
+    config = rendered(tmp_path, backend_port=None)
     parent = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PARENT, str(config)), stderr=asyncio.subprocess.DEVNULL
     )
-    await _connect(_port(config), parent)
+    await connect(port(config), parent)
     (proxy,) = psutil.Process(parent.pid).children()
     try:
         parent.kill()

@@ -4,11 +4,13 @@ Ray renders a whole configuration and runs the program that `RAY_SERVE_HAPROXY_B
 with `-f FILE`, again for each reload. This one rewrites that file and replaces itself by the real
 HAProxy, so the process id stays the one that Ray supervises. The rewritten file differs in this:
 
-- every error that HAProxy or Ray produces is sent in Tera's JSON envelope, with a status and a
-  request id that the API promises; only input that is not HTTP just has its connection closed;
-- request headers that would steer Ray Serve from outside are removed;
+- every error that HAProxy or Ray makes leaves as Tera's JSON envelope, with a status and a
+  request id that the API promises; only what is no HTTP gets no answer but a closed connection;
+- request headers that would steer Ray Serve from outside are removed, and `upgrade`;
 - Ray's own paths are not public, in whatever spelling, except `/-/healthz` for load balancers;
-- with `TERA_HOST` set, nothing listens on another address.
+- with `TERA_HOST` set, nothing listens on another address;
+- connections are bounded, all and those of one source, by `TERA_MAX_CONNECTIONS` and
+  `TERA_MAX_CONNECTIONS_PER_SOURCE`, and none is kept for a client that neither sends nor reads.
 
 When the process that started it ends, even by being killed, HAProxy releases the port.
 
@@ -20,9 +22,11 @@ import ctypes
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tera.errors import InternalError, InvalidJsonError, TeraError, UnknownUrlError
@@ -38,6 +42,9 @@ _STEERING_HEADERS = (
     "serve[-_]multiplexed[-_]model[-_]id",
 )
 
+MAX_CONNECTIONS = "TERA_MAX_CONNECTIONS"
+MAX_CONNECTIONS_PER_SOURCE = "TERA_MAX_CONNECTIONS_PER_SOURCE"
+
 _UNREADABLE = (400, 408, 413, 422, 425, 501)
 """Statuses that HAProxy gives requests it cannot read.
 
@@ -47,7 +54,15 @@ the connection then closes without an answer.
 
 _SERVER_FAULTS = (500, 502, 503, 504)
 
-_HEADER_TIMEOUT = "timeout http-request 30s"
+_HEAD_TIMEOUT = "timeout http-request 10s"
+"""From a connection's begin, or a request's first byte, to the end of its head."""
+
+_CLIENT_TIMEOUT = "timeout client 60s"
+"""Without a byte of a body that is awaited, or one read of an answer that is there. While the
+gateway is silent it does not run. Ray's hour would let a few thousand connections shut the door."""
+
+_SPARE_FILES = 1000
+"""Of what a process may open, for listeners, checks, pipes and the connections of a reload."""
 
 _FRESH_ID = "req_%[uuid,regsub(-,,g)]"
 
@@ -55,6 +70,30 @@ BAD_REQUEST = InvalidJsonError("The request is not valid HTTP.")
 FAILED = InternalError("The service could not answer; try again.")
 STARTING = InternalError("The service is starting or has no gateway; try again.")
 NOT_PUBLIC = UnknownUrlError("Unknown URL")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many connections there are at the most; None leaves what Ray says."""
+
+    connections: int | None = None
+    per_source: int | None = None
+    """Of one IPv4 address, or one /64 of IPv6, which is what a single client usually has."""
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Bounds":
+        """Return the bounds that the environment names."""
+        names = (MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE)
+        return cls(*(int(environment.get(name) or 0) or None for name in names))
+
+    def fitting(self, open_files: int) -> "Bounds":
+        """Return the bounds that a process keeps which may open so many files.
+
+        HAProxy refuses to start with more: a connection takes one, and one to the gateway.
+        """
+        if self.connections is None or open_files == resource.RLIM_INFINITY:
+            return self
+        return Bounds(min(self.connections, (open_files - _SPARE_FILES) // 2), self.per_source)
 
 
 class UnknownTemplateError(Exception):
@@ -103,17 +142,19 @@ def complete_file(path: Path, environment: Mapping[str, str]) -> None:
     if text.startswith(_MARK):
         return
     page = path.with_name("tera-500.http")
+    bounds = Bounds.of(environment).fitting(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     _replace(page, _ERROR_PAGE)
-    _replace(path, complete(text, page, environment.get("TERA_HOST")))
+    _replace(path, complete(text, page, environment.get("TERA_HOST"), bounds))
 
 
-def complete(text: str, page: Path, host: str | None) -> str:
+def complete(text: str, page: Path, host: str | None, bounds: Bounds) -> str:
     """Return Ray's configuration with Tera's changes.
 
     Args:
         text: as Ray renders it.
         page: file that holds the error page.
         host: address to listen on; None or "" leaves Ray's, which is every interface.
+        bounds: on connections.
 
     Raises:
         UnknownTemplateError: a line that must be changed is missing.
@@ -121,9 +162,14 @@ def complete(text: str, page: Path, host: str | None) -> str:
     text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.MULTILINE)
     # While HAProxy splices a request, it does not notice that the client has hung up.
     text = _change(text, r"^ *option splice-request\n", lambda _: "")
+    text = _change(text, r"^ *timeout client .*\n", lambda _: _indented([_CLIENT_TIMEOUT]))
     text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
+    if bounds.connections:
+        text = _change(text, r"^( *maxconn ).*$", lambda found: f"{found[1]}{bounds.connections}")
     text = _change(
-        text, r"^frontend http_frontend\n *bind .*\n", lambda found: found[0] + _front_rules()
+        text,
+        r"^frontend http_frontend\n *bind .*\n",
+        lambda found: found[0] + _source_rules(bounds) + _front_rules(),
     )
     # The servers inside of replicas answer these paths too, and compare them decoded.
     text = _change(
@@ -150,16 +196,30 @@ def _defaults(text: str, page: Path) -> str:
     lines = [f"errorfile {status} /dev/null" for status in _UNREADABLE]
     lines += [f"errorfile {status} {page}" for status in _SERVER_FAULTS]
     if "timeout http-request " not in text:
-        # Ray sets none: a client could hold a connection for an hour with half a header.
-        lines.append(_HEADER_TIMEOUT)
+        # Ray sets none, and a client could hold a connection for an hour with half a header.
+        lines.append(_HEAD_TIMEOUT)
     return _indented(lines)
+
+
+def _source_rules(bounds: Bounds) -> str:
+    if not bounds.per_source:
+        return ""
+    return _indented(
+        [
+            "stick-table type ipv6 size 100k expire 1m store conn_cur",
+            "tcp-request connection track-sc0 src,ipmask(32,64)",
+            f"tcp-request connection reject if {{ sc0_conn_cur gt {bounds.per_source} }}",
+        ]
+    )
 
 
 def _front_rules() -> str:
     not_ours = "!{ res.hdr(content-type) -m beg application/json }"
     lines = [
         f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
-        # The gateway watches for hang-ups itself; Serve would do so again, with two tasks per
+        # No route is a WebSocket's, and the answer is what a request without that wish gets.
+        "http-request del-header upgrade",
+        # The gateway listens for hang-ups itself; Serve would do it once more, by two tasks a
         # request.
         "http-request set-header x-request-disconnect-disabled ?1",
         # The gateway answers every error in JSON, and never with these statuses: a match is plain
@@ -168,6 +228,9 @@ def _front_rules() -> str:
         f"{_return('http-response', BAD_REQUEST)} if {{ status 400 }} {not_ours}",
         f"{_return('http-response', STARTING)} if {{ status 404 }} {not_ours}",
         f"{_return('http-response', FAILED)} if {{ status ge 400 }} {not_ours}",
+        # Nobody keeps a connection without a key. The gateway closes its own when the body is
+        # unread, which ends this one with the next byte of a body that goes on.
+        "http-response set-header connection close if { status 401 }",
         "http-response del-header server",
         # The gateway's own id comes first; Ray appends its own or the client's.
         "http-response set-header x-request-id %[res.hdr(x-request-id,1)] "

@@ -59,6 +59,7 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("rayAuth",): ("cluster_replaced", ""),
     ("head",): ("cluster_replaced", ""),
     ("gateway", "resources"): ("cluster_replaced", ""),
+    ("gateway", "connections"): ("cluster_replaced", ""),
     ("gateway", "auth", "existingSecret"): ("cluster_replaced", ""),
     ("gateway", "auth"): ("nothing", "the first key is made when the release is installed"),
     ("redis",): ("cluster_replaced", ""),
@@ -87,11 +88,14 @@ _FIXED: Final = {
 """Settings of volumes that cannot change once the release has created them."""
 
 _MACHINE_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
+    ("gateway", "connections"): ("not_taken", _RESTART),
     ("modelDefaults",): _CLUSTER_EFFECTS["modelDefaults",],
     ("redis", "embedded"): ("not_taken", _RESTART),
     ("redis", "external", "address"): ("not_taken", _RESTART),
     ("redis", "external", "tls"): ("not_taken", _RESTART),
 }
+_NOT_THROUGH_SERVE: Final = ("resources", "auth", "connections")
+"""Of the gateway."""
 _MUTED_FIELDS: Final = ("maxWorkers", "tolerations")
 """Fields of a pool that KubeRay ignores when it compares clusters."""
 
@@ -257,7 +261,7 @@ def _rolling_part(application: Mapping[str, Any]) -> str:
 
 
 def _gateway(edit: _Edit) -> Iterator[Change]:
-    paths = [path for path in edit.below("gateway") if path[1] not in ("resources", "auth")]
+    paths = [path for path in edit.below("gateway") if path[1] not in _NOT_THROUGH_SERVE]
     if not paths:
         return
     changed = edit.old.model_copy(update={"gateway": edit.new.gateway})
@@ -309,7 +313,7 @@ def _sections(edit: _Edit) -> Iterator[Change]:
     for path in edit.paths:
         if path[0] == "models" or (path[0] == "gpuPools" and edit.on_cluster):
             continue
-        if path[0] == "gateway" and path[1] not in ("resources", "auth"):
+        if path[0] == "gateway" and path[1] not in _NOT_THROUGH_SERVE:
             continue
         effect, note = (
             _effect_of(path, effects, edit)

@@ -78,6 +78,8 @@ spec:
         - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/tera/bin/tera-haproxy}
         - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: "3600"}
         {{- if $worker }}
+        - {name: TERA_MAX_CONNECTIONS, value: {{ int $root.Values.gateway.connections.max | quote }}}
+        - {name: TERA_MAX_CONNECTIONS_PER_SOURCE, value: {{ int $root.Values.gateway.connections.perSource | quote }}}
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
         {{- end }}
       resources:

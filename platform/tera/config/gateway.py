@@ -12,7 +12,9 @@ class RequestLimits(Section):
     """Bounds on each request, of any tenant."""
 
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
-    """Largest request body; a larger one is refused with status 413."""
+    """A longer request is refused with 413."""
+    body_deadline_seconds: float = Field(default=120, gt=0)
+    """From a request's arrival at the gateway to the last byte of its body; then it is refused."""
     deadline_seconds: float = Field(default=600, gt=0)
     """Time from a request's arrival at the gateway to its last token, including queueing."""
     first_token_deadline_seconds: float = Field(default=120, gt=0)
@@ -25,6 +27,17 @@ class RequestLimits(Section):
     drain_seconds: float = Field(default=30, gt=0)
     """How long a gateway or engine replica that is being removed may finish its requests. Then
     Ray Serve ends it."""
+
+
+class ConnectionLimits(Section):
+    """Bounds on connections from clients, at each node's proxy; an edit makes a new cluster."""
+
+    max: int = Field(default=16384, ge=100)
+    """All of them. A gateway replica is sized for 10,000 streams. Fewer where the proxy may open
+    fewer than twice as many files."""
+    per_source: int = Field(default=8192, ge=1)
+    """Those of one IPv4 address, or one /64 of IPv6. An ingress is one source for each of its pods,
+    and bounds its own clients: lower this only where clients reach the gateway themselves."""
 
 
 class CorsConfig(Section):
@@ -59,3 +72,4 @@ class GatewayConfig(Section):
     openapi: bool = True
     """Whether `/openapi.json` is served; it requires a key."""
     requests: RequestLimits = RequestLimits()
+    connections: ConnectionLimits = ConnectionLimits()

@@ -142,9 +142,11 @@ class _Endpoints:
         self, request: Request, *, dialect: Callable[[dict[str, Any]], Question]
     ) -> Response:
         caller = self._authenticate(request)
-        body = await read_body(request, self._config().requests.max_body_bytes)
-        question = await self._parser.parse(dialect, body)
         exchange = Exchange.of(request)
+        limits = self._config().requests
+        body = await read_body(request, limits.max_body_bytes, limits.body_deadline_seconds)
+        exchange.body_is_read = True
+        question = await self._parser.parse(dialect, body)
 
         async def make(answer: StreamedAnswer) -> None:
             await self._pipeline.generate(caller, question.request, exchange, answer)
@@ -155,7 +157,7 @@ class _Endpoints:
                 make,
                 exchange,
                 self._outbox,
-                self._config().requests.keep_alive_seconds,
+                limits.keep_alive_seconds,
             )
         answer = question.whole(exchange)
         async with while_connected(request.receive):

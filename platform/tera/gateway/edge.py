@@ -1,9 +1,11 @@
 """The gateway's outermost layer: request ids, CORS, metrics, and errors nobody else handled."""
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +28,10 @@ EXPOSED_HEADERS = (
 """The response headers that a page of an allowed origin may read."""
 
 
+LINGER_S = 10.0
+"""How long a connection outlasts an answer whose request is not read to its end."""
+
+
 class Edge:
     """Creates the exchange of each request, and answers if nothing inside could."""
 
@@ -40,35 +46,21 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        config = self._config()
-        shared = _cors_headers(scope, config.cors)
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", exchange.request_id.encode()),
-                    *limit_headers(exchange.admission),
-                    *shared,
-                ]
-            await send(message)
-
-        exchange = Exchange(
-            request_id=f"req_{secrets.token_hex(16)}",
-            route=_label(scope["path"], config),
-            arrived=time.monotonic(),
-            started_s=time.time(),
-            send=send_with_headers,
-        )
+        exchange = _exchange(scope, send, self._config())
         exchange.enter(scope)
+        await self._answer(scope, receive, exchange)
+        if exchange.lingers:
+            await _linger(receive)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> None:
         ongoing = self._metrics.ongoing_requests.labels(exchange.route)
         ongoing.inc()
         try:
             if _is_preflight(scope, exchange.route):
-                await Response(status_code=204)(scope, receive, send_with_headers)
+                await Response(status_code=204)(scope, receive, exchange.send)
             else:
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive, exchange.send)
         except ClientGoneError:
             exchange.code = "client_gone"
         except Exception:
@@ -76,7 +68,7 @@ class Edge:
             failure = InternalError("The server failed on this request.")
             exchange.code = failure.code
             if not exchange.status:
-                await error_response(failure)(scope, receive, send_with_headers)
+                await error_response(failure)(scope, receive, exchange.send)
         finally:
             ongoing.dec()
             self._observe(exchange)
@@ -94,11 +86,61 @@ class Edge:
             metrics.replica_switches.labels(model).inc(exchange.replica_switches)
 
 
+def _exchange(scope: Scope, send: Send, config: GatewayConfig) -> Exchange:
+    """Return the exchange of a request, whose answer gets the headers that all have."""
+    shared = _cors_headers(scope, config.cors)
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"x-request-id", exchange.request_id.encode()),
+                *limit_headers(exchange.admission),
+                *shared,
+            ]
+            if not exchange.body_is_read and _announces_body(scope):
+                message["headers"].append((b"connection", b"close"))
+                exchange.lingers = True
+        elif exchange.lingers and not message.get("more_body"):
+            message = {**message, "more_body": True}
+        await send(message)
+
+    exchange = Exchange(
+        request_id=f"req_{secrets.token_hex(16)}",
+        route=_label(scope["path"], config),
+        arrived=time.monotonic(),
+        started_s=time.time(),
+        send=send_with_headers,
+    )
+    return exchange
+
+
 def _header(scope: Scope, name: bytes) -> str | None:
     for header, value in scope["headers"]:
         if header == name:
             return str(value, "latin-1")
     return None
+
+
+def _announces_body(scope: Scope) -> bool:
+    """Return whether a request says that it has a body, which may never end."""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in scope["headers"]
+    )
+
+
+async def _linger(receive: Receive) -> None:
+    """Throw away what the client still sends of a body that nobody wants, for a bounded time.
+
+    Many clients read an answer only when they have sent their whole request, and lose it when the
+    connection is closed on them before. One whose body never ends must not stay for that.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def _is_preflight(scope: Scope, route: str) -> bool:

@@ -20,6 +20,7 @@ from tera.config.model import engine_args
 from tera.config.platform import PlatformConfig
 from tera.engine.vllm_args import check_args
 from tera.errors import ConfigError, StartError
+from tera.haproxy import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE
 from tera.local.cluster import LocalCluster, wait_until_deployed
 from tera.local.demo_model import Dtype, ensure_demo_model
 from tera.local.gateway import is_ready
@@ -141,6 +142,7 @@ async def running(
         local_secrets = LocalSecrets.of(home)
         runtime = local_secrets.runtime(redis_url, home)
         set_environment({**runtime.to_environment(), **local_secrets.ray_environment()})
+        set_environment(_proxy_environment(platform))
         set_environment(_engine_environment(platform), keep_existing=True)
         cluster = LocalCluster(host, port, scratch)
         await stack.enter_async_context(_started(cluster, console))
@@ -328,6 +330,15 @@ async def _start_redis(
                     f"redis.external.address: {external.address} does not answer: {error}"
                 ) from error
     return url, None
+
+
+def _proxy_environment(platform: PlatformConfig) -> dict[str, str]:
+    """Return what `tera.haproxy` reads."""
+    connections = platform.gateway.connections
+    return {
+        MAX_CONNECTIONS: str(connections.max),
+        MAX_CONNECTIONS_PER_SOURCE: str(connections.per_source),
+    }
 
 
 def _engine_environment(platform: PlatformConfig) -> dict[str, str]:
