@@ -45,6 +45,9 @@ _STEERING_HEADERS = (
 MAX_CONNECTIONS = "TERA_MAX_CONNECTIONS"
 MAX_CONNECTIONS_PER_SOURCE = "TERA_MAX_CONNECTIONS_PER_SOURCE"
 
+_CLIENT_REQUEST_ID = "x-tera-client-request-id"
+"""As `tera.gateway.app` reads it."""
+
 _UNREADABLE = (400, 408, 413, 422, 425, 501)
 """Statuses that HAProxy gives requests it cannot read.
 
@@ -217,6 +220,11 @@ def _front_rules() -> str:
     not_ours = "!{ res.hdr(content-type) -m beg application/json }"
     lines = [
         f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
+        # Ray gives its own id to requests without one; so the gateway tells which is a client's.
+        f"http-request del-header {_CLIENT_REQUEST_ID}",
+        f"http-request set-header {_CLIENT_REQUEST_ID} %[req.fhdr(x-request-id)] "
+        "if { req.fhdr(x-request-id) -m found }",
+        "http-request del-header x-request-id",
         # No route is a WebSocket's, and the answer is what a request without that wish gets.
         "http-request del-header upgrade",
         # The gateway listens for hang-ups itself; Serve would do it once more, by two tasks a

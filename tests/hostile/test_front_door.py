@@ -5,6 +5,7 @@ The real HAProxy, the real HTTP server and the real gateway; no Ray.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -46,7 +47,7 @@ class Door:
         """Send the head of a completion request, and close the connection in the end."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         head = ["POST /v1/completions HTTP/1.1", "host: a", f"authorization: Bearer {key}", *lines]
-        writer.write("\r\n".join([*head, "", ""]).encode())
+        writer.write("\r\n".join([*head, "", ""]).encode("latin-1"))
         try:
             async with asyncio.timeout(20):
                 yield Connection(reader, writer)
@@ -174,6 +175,42 @@ async def test_h1_nobody_is_told_to_go_on_before_the_key_is_accepted(door: Door)
         assert (await connection.head())[0] == 100
         connection.send(BODY)
         assert (await connection.answer())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "logged"),
+    [
+        pytest.param("mine", "'mine'", id="plain"),
+        pytest.param("a\x85 b\x1b[0m", "'a\\x85 b%1B[0m'", id="control characters"),
+        pytest.param("x" * 5000, f"'{'x' * 128}'", id="long"),
+        pytest.param("first, x\r\nx-request-id: second", "'second'", id="two"),
+    ],
+)
+async def test_h3_a_clients_own_id_is_in_the_log_once_bounded_and_escaped(
+    door: Door, caplog: pytest.LogCaptureFixture, sent: str, logged: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    lines = (f"content-length: {len(BODY)}", f"x-request-id: {sent}")
+    async with door.posting(*lines) as connection:
+        assert (await connection.head())[0] == 401
+    async with door.posting(*lines, key="known") as connection:
+        connection.send(BODY)
+        status, head = await connection.head()
+    assert status == 200
+    [ours] = [line for line in head.split("\r\n") if line.startswith("x-request-id: ")]
+    [message] = [each for each in caplog.messages if "at its client" in each]
+    assert message == f"Request {ours.split()[1]} has the id {logged} at its client."
+
+
+async def test_h3_an_id_that_the_client_did_not_choose_is_not_logged_as_its_own(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    forged = "x-tera-client-request-id: forged"
+    async with door.posting(f"content-length: {len(BODY)}", forged, key="known") as connection:
+        connection.send(BODY)
+        assert (await connection.answer())[0] == 200
+    assert not [each for each in caplog.messages if "at its client" in each]
 
 
 async def test_a_websocket_gets_the_error_of_the_method(door: Door) -> None:

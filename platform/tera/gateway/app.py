@@ -30,6 +30,11 @@ from tera.tenancy.keys import ApiKey
 
 log = logging.getLogger(__name__)
 
+CLIENT_REQUEST_ID = "x-tera-client-request-id"
+"""Where HAProxy puts a client's own `x-request-id`; Ray gives one to every request without."""
+CLIENT_REQUEST_ID_CHARACTERS = 128
+"""Of it that are logged."""
+
 
 class Health(Protocol):
     """What the operators' routes report."""
@@ -165,7 +170,17 @@ class _Endpoints:
         return Response(answer.body(), media_type="application/json")
 
     def _authenticate(self, request: Request) -> ApiKey:
-        return self._pipeline.authenticate(request.headers.get("authorization"))
+        caller = self._pipeline.authenticate(request.headers.get("authorization"))
+        # Not before: nobody without a key fills the log.
+        chosen = request.headers.get(CLIENT_REQUEST_ID)
+        if chosen is not None:
+            # %a leaves nothing but printable ASCII of what the client made up.
+            log.info(
+                "Request %s has the id %a at its client.",
+                Exchange.of(request).request_id,
+                chosen[:CLIENT_REQUEST_ID_CHARACTERS],
+            )
+        return caller
 
 
 _encode = msgspec.json.Encoder().encode
