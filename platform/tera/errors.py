@@ -251,3 +251,7 @@ class UnreachableError(ServerError):
 
 class ConfigError(ServerError):
     """The platform's configuration is refused; the message names each path."""
+
+
+FOR_OPERATORS = (StartError, UnreachableError, ConfigError)
+"""Their messages name paths and hosts, and clients are not told them."""

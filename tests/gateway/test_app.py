@@ -1,11 +1,15 @@
 """The last word on what goes wrong outside of any request's own work."""
 
+import json
 import logging
 from typing import Any
 
 import pytest
 from starlette.types import Message
 from tests.gateway.conftest import MODEL, Client, Gateway
+
+from tera.errors import ConfigError, StartError, TeraError, UnreachableError
+from tera.gateway.simulated_text import SimulatedTextModel
 
 
 class Refusing(Client):
@@ -37,3 +41,24 @@ async def test_h9_no_second_answer_follows_one_that_has_begun(
     assert client.tried.count("start") == 1
     await gateway.wait_until_idle()
     assert gateway.admitter.running == {}
+
+
+@pytest.mark.parametrize("kind", [ConfigError, StartError, UnreachableError])
+async def test_h9_what_is_for_operators_is_in_the_log_and_not_in_the_answer(
+    kind: type[TeraError], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Misconfigured(SimulatedTextModel):
+        async def encode(self, text: str) -> list[int]:
+            raise kind("/models/one/tokenizer.json is not on node-7.internal", param="models.one")
+
+    client = Client({"model": MODEL, "prompt": "One"})
+    async with Gateway(text=Misconfigured) as gateway:
+        await gateway.post(client)
+    assert client.status == 500
+    assert json.loads(client.body)["error"] == {
+        "message": "The server failed on this request.",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert "/models/one/tokenizer.json" in caplog.text

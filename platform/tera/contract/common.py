@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tera.errors import (
+    FOR_OPERATORS,
     InvalidRequestError,
     InvalidTypeError,
     InvalidValueError,
@@ -192,8 +193,13 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 
 
 def error_envelope(error: TeraError) -> bytes:
-    """Return the JSON body of an error answer."""
-    body = ErrorBody(error.message, error.type, error.param, error.code)
+    """Return the JSON body of an error answer.
+
+    What is wrong with a configuration, or with a part of the platform, is not for clients.
+    """
+    inside = isinstance(error, FOR_OPERATORS)
+    message = "The server failed on this request." if inside else error.message
+    body = ErrorBody(message, error.type, None if inside else error.param, error.code)
     return msgspec.json.encode(ErrorEnvelope(body))
 
 

@@ -17,6 +17,18 @@ log = logging.getLogger(__name__)
 _PARAMETER_SUFFIX = re.compile(r" \(parameter=.*\)$", re.DOTALL)
 """What vLLM appends to a validation message for its own server."""
 
+_INSIDE = re.compile(
+    r"(?:^|[^\w<])/[\w.-]+/[\w.-]"  # a path
+    r"|\.(?:py|cc|cpp|cu|h|hpp|so)\b"
+    r"|\w://"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"  # an address
+    r"|\b0x[0-9a-fA-F]{4,}"
+    r"|\.(?:local|internal|svc)\b"
+    r"|\b(?:vllm|ray|torch|xgrammar|llguidance|outlines)\.\w"  # a module
+)
+"""What of a foreign message shows the inside of the platform."""
+_REASON_CHARACTERS = 512
+
 
 class Run:
     """One generation inside vLLM."""
@@ -153,7 +165,16 @@ def _caused(error: TeraError, cause: Exception) -> TeraError:
 def _invalid(error: Exception) -> InvalidValueError:
     """Translate vLLM's refusal, without the part meant for its own server."""
     parameter = getattr(error, "parameter", None)
-    message = _PARAMETER_SUFFIX.sub("", str(error)).splitlines()
-    return InvalidValueError(
-        message[0] if message else "The engine refuses these parameters.", param=parameter
-    )
+    return InvalidValueError(reason_for_client(str(error)), param=parameter)
+
+
+def reason_for_client(text: str) -> str:
+    """Return what a client may read of vLLM's reason: its first line, if nothing of ours is in it.
+
+    Any `ValueError` is taken for a refusal, so it may be one of a library's with a path in it.
+    """
+    lines = _PARAMETER_SUFFIX.sub("", text).splitlines()
+    if not lines or not lines[0].strip() or _INSIDE.search(lines[0]):
+        log.warning("vLLM refuses a generation; its client is not told why: %a", text[:4096])
+        return "The engine refuses these parameters."
+    return lines[0][:_REASON_CHARACTERS]

@@ -14,7 +14,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tera.config.gateway import GatewayConfig
 from tera.contract.common import ModelList
 from tera.contract.openapi import openapi_json
-from tera.errors import InternalError, MethodNotAllowedError, TeraError, UnknownUrlError
+from tera.errors import (
+    FOR_OPERATORS,
+    InternalError,
+    MethodNotAllowedError,
+    TeraError,
+    UnknownUrlError,
+)
 from tera.gateway import routes
 from tera.gateway.body import read_body
 from tera.gateway.dialects.base import Question
@@ -192,7 +198,10 @@ def _json_response(content: object, status: int = 200) -> Response:
 
 async def _answer_tera_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TeraError)
-    Exchange.of(request).code = error.code
+    exchange = Exchange.of(request)
+    exchange.code = error.code
+    if isinstance(error, FOR_OPERATORS):
+        log.error("Request %s failed.", exchange.request_id, exc_info=error)
     return error_response(error)
 
 
