@@ -346,10 +346,29 @@ def test_connections_are_as_many_as_is_said_or_files_may_be_opened(tmp_path: Pat
     bounds = haproxy.Bounds.of(named)
     assert bounds == haproxy.Bounds(16384, 8192)
     assert bounds.fitting(resource.RLIM_INFINITY) == bounds.fitting(1_048_576) == bounds
-    assert bounds.fitting(20_000) == haproxy.Bounds(9_500, 8192)
+    assert bounds.fitting(20_000) == haproxy.Bounds(7_920, 8192)
     config = rendered(tmp_path, 1)
     haproxy.complete_file(config, {**named, haproxy.MAX_CONNECTIONS: "100"})
     assert re.findall("^ *maxconn (.*)$", config.read_text(), re.MULTILINE) == ["100"]
+
+
+async def test_it_starts_where_few_files_may_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(haproxy.MAX_CONNECTIONS, "16384")
+    config = rendered(tmp_path, None)
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", 'ulimit -n 1000 && exec "$@"', "sh"),
+        *(sys.executable, "-m", "tera.haproxy", "-db", "-f", str(config)),
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await connect(port(config), process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    assert "maxconn 320\n" in config.read_text()
 
 
 def test_the_default_is_above_the_streams_that_a_gateway_is_sized_for() -> None:

@@ -64,8 +64,8 @@ _CLIENT_TIMEOUT = "timeout client 60s"
 """Without a byte of a body that is awaited, or one read of an answer that is there. While the
 gateway is silent it does not run. Ray's hour would let a few thousand connections shut the door."""
 
-_SPARE_FILES = 1000
-"""Of what a process may open, for listeners, checks, pipes and the connections of a reload."""
+_SPARE_FILES = 200
+"""Of what a process may open, for listeners, checks and threads; HAProxy counts under 50."""
 
 _FRESH_ID = "req_%[uuid,regsub(-,,g)]"
 
@@ -92,11 +92,12 @@ class Bounds:
     def fitting(self, open_files: int) -> "Bounds":
         """Return the bounds that a process keeps which may open so many files.
 
-        HAProxy refuses to start with more: a connection takes one, and one to the gateway.
+        HAProxy refuses to start with more. For four connections it counts four, four more to the
+        gateway, and a pipe with two ends.
         """
         if self.connections is None or open_files == resource.RLIM_INFINITY:
             return self
-        return Bounds(min(self.connections, (open_files - _SPARE_FILES) // 2), self.per_source)
+        return Bounds(min(self.connections, (open_files - _SPARE_FILES) * 2 // 5), self.per_source)
 
 
 class UnknownTemplateError(Exception):

@@ -201,8 +201,26 @@ def test_h1_without_a_key_a_body_is_not_even_waited_for(behind_haproxy: Platform
     with wire(behind_haproxy) as connection:
         connection.send(f"{lines}\r\n\r\n".encode())
         answer = connection.answer()
+        assert answer.headers["connection"] == "close"
     assert answer.status == 401
     assert assert_envelope(answer.body)["code"] == "invalid_api_key"
+
+
+def test_h1_without_a_key_a_client_that_waits_is_not_told_to_continue(
+    behind_haproxy: PlatformGateway,
+) -> None:
+    lines = head(behind_haproxy, "Content-Length: 9", "Expect: 100-continue", key="sk-wrong")
+    with wire(behind_haproxy) as connection:
+        connection.send(f"{lines}\r\n\r\n".encode())
+        assert connection.head()[0] == 401
+
+
+def test_h6_a_wish_to_upgrade_is_ignored(behind_haproxy: PlatformGateway) -> None:
+    wish = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    wish["sec-websocket-key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    answer = behind_haproxy.request("GET", "/v1/chat/completions", headers=wish)
+    assert_refused(answer, "method_not_allowed")
+    accepted(behind_haproxy.request("GET", "/v1/models", headers=wish))
 
 
 def test_h7_too_large_a_body_is_not_even_waited_for(behind_haproxy: PlatformGateway) -> None:

@@ -34,7 +34,7 @@ class ConnectionLimits(Section):
 
     max: int = Field(default=16384, ge=100)
     """All of them. A gateway replica is sized for 10,000 streams. Fewer where the proxy may open
-    fewer than twice as many files."""
+    fewer than 2.5 times as many files."""
     per_source: int = Field(default=8192, ge=1)
     """Those of one IPv4 address, or one /64 of IPv6. An ingress is one source for each of its pods,
     and bounds its own clients: lower this only where clients reach the gateway themselves."""

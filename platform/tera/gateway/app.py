@@ -22,7 +22,7 @@ from tera.errors import (
     UnknownUrlError,
 )
 from tera.gateway import routes
-from tera.gateway.body import read_body
+from tera.gateway.body import BodyReader
 from tera.gateway.dialects.base import Question
 from tera.gateway.edge import Edge
 from tera.gateway.error_answers import error_response
@@ -116,6 +116,7 @@ class _Endpoints:
         self._config = config
         self._outbox = Outbox()
         self._document = openapi_json()
+        self._bodies = BodyReader()
         self._parser = RequestParser()
 
     def of(self, route: ApiRoute) -> Callable[[Request], Awaitable[Response]]:
@@ -155,7 +156,12 @@ class _Endpoints:
         caller = self._authenticate(request)
         exchange = Exchange.of(request)
         limits = self._config().requests
-        body = await read_body(request, limits.max_body_bytes, limits.body_deadline_seconds)
+        body = await self._bodies.read(
+            request,
+            caller.tenant,
+            max_bytes=limits.max_body_bytes,
+            within_s=limits.body_deadline_seconds,
+        )
         exchange.body_is_read = True
         question = await self._parser.parse(dialect, body)
 

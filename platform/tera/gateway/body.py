@@ -1,30 +1,81 @@
-"""Reading a request's body: no more of it than it may have, and no longer."""
+"""Reading bodies: no more of one than it may have, no longer, and not too many at once."""
 
 import asyncio
+from collections import Counter
 
 from starlette.requests import Request
 
-from tera.errors import InvalidJsonError, RequestTooLargeError, UnsupportedContentTypeError
+from tera.errors import (
+    ConcurrencyLimitError,
+    InvalidJsonError,
+    RequestTooLargeError,
+    UnsupportedContentTypeError,
+)
+
+TENANTS_BODIES = 16
+"""Of the greatest size, that a tenant may have under way at once at a gateway replica. Most bodies
+come whole with their head and are never counted; those that do not are held until they are."""
 
 
-async def read_body(request: Request, max_bytes: int, within_s: float) -> bytes:
-    """Return the body of a JSON request, never holding more than `max_bytes`.
+class BodyReader:
+    """Reads bodies, and knows what is held of those that are still arriving."""
 
-    Raises:
-        RequestTooLargeError: judged by content-length, or found while reading.
-        UnsupportedContentTypeError: it is declared as something other than plain JSON.
-        InvalidJsonError: the client hung up before its end, or took longer than `within_s`.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(within_s):
-            received = await _whole(request, max_bytes)
-    except TimeoutError:
-        raise InvalidJsonError(
-            f"The request body did not arrive whole within {within_s:g} seconds."
-        ) from None
+    def __init__(self) -> None:
+        self._held: Counter[str] = Counter()
+        """Bytes, by tenant; none of those who have no body under way."""
+
+    async def read(
+        self, request: Request, tenant: str, *, max_bytes: int, within_s: float
+    ) -> bytes:
+        """Return the body of a JSON request, never holding more than `max_bytes`.
+
+        Raises:
+            RequestTooLargeError: found from content-length, or while reading.
+            UnsupportedContentTypeError: it is declared as something other than plain JSON.
+            InvalidJsonError: the client hung up before its end, or took longer than `within_s`.
+            ConcurrencyLimitError: the tenant is sending too much at once.
+        """
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > max_bytes:
+            raise _too_large(max_bytes)
+        try:
+            async with asyncio.timeout(within_s):
+                received = await self._whole(request, tenant, max_bytes)
+        except TimeoutError:
+            raise InvalidJsonError(
+                f"The request body did not arrive whole within {within_s:g} seconds."
+            ) from None
+        _check_type(request)
+        return received
+
+    async def _whole(self, request: Request, tenant: str, max_bytes: int) -> bytes:
+        received = bytearray()
+        counted = 0
+        try:
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise InvalidJsonError("The request body ended early.")
+                received += message.get("body", b"")
+                if len(received) > max_bytes:
+                    raise _too_large(max_bytes)
+                if not message.get("more_body", False):
+                    return bytes(received)
+                self._held[tenant] += len(received) - counted
+                counted = len(received)
+                if self._held[tenant] > TENANTS_BODIES * max_bytes:
+                    raise ConcurrencyLimitError(
+                        "Too many large requests are being sent at once; send fewer at a time.",
+                        retry_after_s=1.0,
+                    )
+        finally:
+            if counted:
+                self._held[tenant] -= counted
+                if not self._held[tenant]:
+                    del self._held[tenant]
+
+
+def _check_type(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("", "application/json"):
         raise UnsupportedContentTypeError(
@@ -35,20 +86,6 @@ async def read_body(request: Request, max_bytes: int, within_s: float) -> bytes:
         raise UnsupportedContentTypeError(
             f"The content-encoding {encoding[:64]!r} is not supported; send the body plain."
         )
-    return received
-
-
-async def _whole(request: Request, max_bytes: int) -> bytes:
-    received = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise InvalidJsonError("The request body ended early.")
-        received += message.get("body", b"")
-        if len(received) > max_bytes:
-            raise _too_large(max_bytes)
-        if not message.get("more_body", False):
-            return bytes(received)
 
 
 def _too_large(max_bytes: int) -> RequestTooLargeError:
