@@ -254,4 +254,4 @@ class ConfigError(ServerError):
 
 
 FOR_OPERATORS = (StartError, UnreachableError, ConfigError)
-"""Their messages name paths and hosts, and clients are not told them."""
+"""Errors whose messages name paths and hosts; clients never see these messages."""

@@ -4,13 +4,13 @@ Ray renders a whole configuration and runs the program that `RAY_SERVE_HAPROXY_B
 with `-f FILE`, again for each reload. This one rewrites that file and replaces itself by the real
 HAProxy, so the process id stays the one that Ray supervises. The rewritten file differs in this:
 
-- every error that HAProxy or Ray makes leaves as Tera's JSON envelope, with a status and a
-  request id that the API promises; only what is no HTTP gets no answer but a closed connection;
-- request headers that would steer Ray Serve from outside are removed, and `upgrade`;
-- Ray's own paths are not public, in whatever spelling, except `/-/healthz` for load balancers;
+- every error that HAProxy or Ray produces is sent in Tera's JSON envelope, with a status and a
+  request id that the API promises; only input that is not HTTP just has its connection closed;
+- request headers that would steer Ray Serve from outside are removed, and so is `upgrade`;
+- Ray's own paths are not public, however they are spelled, except `/-/healthz` for load balancers;
 - with `TERA_HOST` set, nothing listens on another address;
-- connections are bounded, all and those of one source, by `TERA_MAX_CONNECTIONS` and
-  `TERA_MAX_CONNECTIONS_PER_SOURCE`, and none is kept for a client that neither sends nor reads.
+- `TERA_MAX_CONNECTIONS` and `TERA_MAX_CONNECTIONS_PER_SOURCE` bound the connections, and a client
+  that neither sends nor reads loses its connection.
 
 When the process that started it ends, even by being killed, HAProxy releases the port.
 
@@ -46,7 +46,7 @@ MAX_CONNECTIONS = "TERA_MAX_CONNECTIONS"
 MAX_CONNECTIONS_PER_SOURCE = "TERA_MAX_CONNECTIONS_PER_SOURCE"
 
 _CLIENT_REQUEST_ID = "x-tera-client-request-id"
-"""As `tera.gateway.app` reads it."""
+"""The gateway reads it under the same name: see `tera.gateway.app`."""
 
 _UNREADABLE = (400, 408, 413, 422, 425, 501)
 """Statuses that HAProxy gives requests it cannot read.
@@ -58,14 +58,15 @@ the connection then closes without an answer.
 _SERVER_FAULTS = (500, 502, 503, 504)
 
 _HEAD_TIMEOUT = "timeout http-request 10s"
-"""From a connection's begin, or a request's first byte, to the end of its head."""
+"""From the start of a connection, or a later request's first byte, to the end of the head."""
 
 _CLIENT_TIMEOUT = "timeout client 60s"
-"""Without a byte of a body that is awaited, or one read of an answer that is there. While the
-gateway is silent it does not run. Ray's hour would let a few thousand connections shut the door."""
+"""How long a client may send nothing of its body, or read nothing of an answer that is there. It
+does not run while the gateway has nothing to send. With Ray's hour, a few thousand idle connections
+would block everybody else."""
 
 _SPARE_FILES = 200
-"""Of what a process may open, for listeners, checks and threads; HAProxy counts under 50."""
+"""Files for other things than connections, such as listeners; HAProxy counts fewer than 50."""
 
 _FRESH_ID = "req_%[uuid,regsub(-,,g)]"
 
@@ -77,23 +78,23 @@ NOT_PUBLIC = UnknownUrlError("Unknown URL")
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many connections there are at the most; None leaves what Ray says."""
+    """How many connections are accepted; None keeps Ray's setting."""
 
     connections: int | None = None
     per_source: int | None = None
-    """Of one IPv4 address, or one /64 of IPv6, which is what a single client usually has."""
+    """From one IPv4 address, or from one IPv6 /64 network, which a single client usually has."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Bounds":
-        """Return the bounds that the environment names."""
+        """Return the bounds that the environment gives."""
         names = (MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE)
         return cls(*(int(environment.get(name) or 0) or None for name in names))
 
     def fitting(self, open_files: int) -> "Bounds":
-        """Return the bounds that a process keeps which may open so many files.
+        """Return the bounds for a process that may open `open_files` files.
 
-        HAProxy refuses to start with more. For four connections it counts four, four more to the
-        gateway, and a pipe with two ends.
+        HAProxy refuses to start if it could need more. For every four connections it counts ten:
+        four to clients, four to the gateway, and both ends of a pipe.
         """
         if self.connections is None or open_files == resource.RLIM_INFINITY:
             return self
@@ -158,7 +159,7 @@ def complete(text: str, page: Path, host: str | None, bounds: Bounds) -> str:
         text: as Ray renders it.
         page: file that holds the error page.
         host: address to listen on; None or "" leaves Ray's, which is every interface.
-        bounds: on connections.
+        bounds: how many connections are accepted.
 
     Raises:
         UnknownTemplateError: a line that must be changed is missing.
@@ -175,7 +176,7 @@ def complete(text: str, page: Path, host: str | None, bounds: Bounds) -> str:
         r"^frontend http_frontend\n *bind .*\n",
         lambda found: found[0] + _source_rules(bounds) + _front_rules(),
     )
-    # The servers inside of replicas answer these paths too, and compare them decoded.
+    # The servers inside replicas answer these paths too, and compare them decoded.
     text = _change(
         text, r"^ *acl routes path .*$", lambda _: "    acl routes path,url_dec -i -m beg /-/"
     )
@@ -200,7 +201,7 @@ def _defaults(text: str, page: Path) -> str:
     lines = [f"errorfile {status} /dev/null" for status in _UNREADABLE]
     lines += [f"errorfile {status} {page}" for status in _SERVER_FAULTS]
     if "timeout http-request " not in text:
-        # Ray sets none, and a client could hold a connection for an hour with half a header.
+        # Ray sets none: a client could hold a connection for an hour with half a header.
         lines.append(_HEAD_TIMEOUT)
     return _indented(lines)
 
@@ -221,14 +222,14 @@ def _front_rules() -> str:
     not_ours = "!{ res.hdr(content-type) -m beg application/json }"
     lines = [
         f"http-request del-header ^({'|'.join(_STEERING_HEADERS)})$ -m reg",
-        # Ray gives its own id to requests without one; so the gateway tells which is a client's.
+        # Ray adds an id to requests without one, so the gateway could not tell a client's own.
         f"http-request del-header {_CLIENT_REQUEST_ID}",
         f"http-request set-header {_CLIENT_REQUEST_ID} %[req.fhdr(x-request-id)] "
         "if { req.fhdr(x-request-id) -m found }",
         "http-request del-header x-request-id",
-        # No route is a WebSocket's, and the answer is what a request without that wish gets.
+        # There are no WebSockets: the request is answered as if it had not asked for one.
         "http-request del-header upgrade",
-        # The gateway listens for hang-ups itself; Serve would do it once more, by two tasks a
+        # The gateway watches for hang-ups itself; Serve would do so again, with two tasks per
         # request.
         "http-request set-header x-request-disconnect-disabled ?1",
         # The gateway answers every error in JSON, and never with these statuses: a match is plain
@@ -237,8 +238,8 @@ def _front_rules() -> str:
         f"{_return('http-response', BAD_REQUEST)} if {{ status 400 }} {not_ours}",
         f"{_return('http-response', STARTING)} if {{ status 404 }} {not_ours}",
         f"{_return('http-response', FAILED)} if {{ status ge 400 }} {not_ours}",
-        # Nobody keeps a connection without a key. The gateway closes its own when the body is
-        # unread, which ends this one with the next byte of a body that goes on.
+        # Without a valid key no connection is kept. If the body is unread, the gateway closes its
+        # own connection, and this one ends with the next byte that the client sends.
         "http-response set-header connection close if { status 401 }",
         "http-response del-header server",
         # The gateway's own id comes first; Ray appends its own or the client's.

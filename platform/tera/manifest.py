@@ -39,7 +39,7 @@ _RELOADING = ("source", "engine", "parallelism", "gpuSharing")
 """Parts of a model that its application is built from; see `tera.deploy.ModelArgs`."""
 
 _NOT_RELOADED = {"replicas", "resources", "auth", "connections"}
-"""Parts of `gateway` that are for Serve and Kubernetes, and none of a replica's business."""
+"""Parts of `gateway` that only Serve, its proxy and Kubernetes use; replicas do not get them."""
 
 Placement = Callable[[ModelConfig | None], dict[str, Any]]
 """Maps a model, or None for the gateway, to the options that place its replicas."""

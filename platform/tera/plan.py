@@ -95,7 +95,7 @@ _MACHINE_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("redis", "external", "tls"): ("not_taken", _RESTART),
 }
 _NOT_THROUGH_SERVE: Final = ("resources", "auth", "connections")
-"""Of the gateway."""
+"""Sections of `gateway` that Serve does not get."""
 _MUTED_FIELDS: Final = ("maxWorkers", "tolerations")
 """Fields of a pool that KubeRay ignores when it compares clusters."""
 

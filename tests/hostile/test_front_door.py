@@ -198,8 +198,8 @@ async def test_h3_a_clients_own_id_is_in_the_log_once_bounded_and_escaped(
         status, head = await connection.head()
     assert status == 200
     [ours] = [line for line in head.split("\r\n") if line.startswith("x-request-id: ")]
-    [message] = [each for each in caplog.messages if "at its client" in each]
-    assert message == f"Request {ours.split()[1]} has the id {logged} at its client."
+    [message] = [each for each in caplog.messages if "calls it" in each]
+    assert message == f"The client of request {ours.split()[1]} calls it {logged}."
 
 
 async def test_h3_an_id_that_the_client_did_not_choose_is_not_logged_as_its_own(
@@ -210,7 +210,7 @@ async def test_h3_an_id_that_the_client_did_not_choose_is_not_logged_as_its_own(
     async with door.posting(f"content-length: {len(BODY)}", forged, key="known") as connection:
         connection.send(BODY)
         assert (await connection.answer())[0] == 200
-    assert not [each for each in caplog.messages if "at its client" in each]
+    assert not [each for each in caplog.messages if "calls it" in each]
 
 
 async def test_a_websocket_gets_the_error_of_the_method(door: Door) -> None:

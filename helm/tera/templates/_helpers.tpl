@@ -27,13 +27,13 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.gateway.auth.existingSecret | default (printf "%s-keys" .Release.Name) }}
 {{- end }}
 
-{{/* What reaches the gateway from outside: the API, and no path of the operators. As
-     `tera.gateway.routes.public_paths` makes it. */}}
+{{/* The paths that are reachable from outside: the API, without the operators' routes. The same as
+     `tera.gateway.routes.public_paths`. */}}
 {{- define "tera.publicPaths" -}}
 {{- toJson (dict "/v1" "Prefix" "/openapi.json" "Exact") -}}
 {{- end }}
 
-{{/* One map over another, key by key; what is no map is replaced whole, `false` and 0 too. */}}
+{{/* One map over another, key by key; anything but a map is replaced whole, also by `false` or 0. */}}
 {{- define "tera.merged" -}}
 {{- $merged := deepCopy (first .) -}}
 {{- range $key, $value := last . -}}

@@ -12,9 +12,10 @@ class RequestLimits(Section):
     """Bounds on each request, of any tenant."""
 
     max_body_bytes: int = Field(default=10 * 1024 * 1024, ge=1024)
-    """A longer request is refused with 413."""
+    """Largest request body; a larger one is refused with status 413."""
     body_deadline_seconds: float = Field(default=120, gt=0)
-    """From a request's arrival at the gateway to the last byte of its body; then it is refused."""
+    """Time from a request's arrival at the gateway to the last byte of its body; a slower request
+    is refused with status 400."""
     deadline_seconds: float = Field(default=600, gt=0)
     """Time from a request's arrival at the gateway to its last token, including queueing."""
     first_token_deadline_seconds: float = Field(default=120, gt=0)
@@ -30,14 +31,14 @@ class RequestLimits(Section):
 
 
 class ConnectionLimits(Section):
-    """Bounds on connections from clients, at each node's proxy; an edit makes a new cluster."""
+    """Bounds on clients' connections at each node's proxy; editing them makes a new cluster."""
 
     max: int = Field(default=16384, ge=100)
-    """All of them. A gateway replica is sized for 10,000 streams. Fewer where the proxy may open
-    fewer than 2.5 times as many files."""
+    """Connections in total; a gateway replica is sized for 10,000 streams. The proxy takes fewer if
+    it is not allowed to open 2.5 times as many files."""
     per_source: int = Field(default=8192, ge=1)
-    """Those of one IPv4 address, or one /64 of IPv6. An ingress is one source for each of its pods,
-    and bounds its own clients: lower this only where clients reach the gateway themselves."""
+    """Connections of one IPv4 address, or of one IPv6 /64 network. Each pod of an ingress is one
+    source, and limits its own clients: lower this only if clients connect to the proxy directly."""
 
 
 class CorsConfig(Section):

@@ -195,7 +195,7 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 def error_envelope(error: TeraError) -> bytes:
     """Return the JSON body of an error answer.
 
-    What is wrong with a configuration, or with a part of the platform, is not for clients.
+    Clients are not told what is wrong with the configuration or with a part of the platform.
     """
     inside = isinstance(error, FOR_OPERATORS)
     message = "The server failed on this request." if inside else error.message

@@ -26,7 +26,7 @@ _INSIDE = re.compile(
     r"|\.(?:local|internal|svc)\b"
     r"|\b(?:vllm|ray|torch|xgrammar|llguidance|outlines)\.\w"  # a module
 )
-"""What of a foreign message shows the inside of the platform."""
+"""Signs that a message of a library reveals the inside of the platform."""
 _REASON_CHARACTERS = 512
 
 
@@ -169,12 +169,12 @@ def _invalid(error: Exception) -> InvalidValueError:
 
 
 def reason_for_client(text: str) -> str:
-    """Return what a client may read of vLLM's reason: its first line, if nothing of ours is in it.
+    """Return what a client may read of vLLM's reason: its first line, if it reveals no internals.
 
-    Any `ValueError` is taken for a refusal, so it may be one of a library's with a path in it.
+    Every `ValueError` counts as a refusal, so it may come from a library and name a file or a host.
     """
-    lines = _PARAMETER_SUFFIX.sub("", text).splitlines()
-    if not lines or not lines[0].strip() or _INSIDE.search(lines[0]):
-        log.warning("vLLM refuses a generation; its client is not told why: %a", text[:4096])
+    first_line = _PARAMETER_SUFFIX.sub("", text).partition("\n")[0][:_REASON_CHARACTERS].strip()
+    if not first_line or _INSIDE.search(first_line):
+        log.warning("vLLM refuses a generation; the client is not told why: %a", text[:4096])
         return "The engine refuses these parameters."
-    return lines[0][:_REASON_CHARACTERS]
+    return first_line

@@ -37,9 +37,9 @@ from tera.tenancy.keys import ApiKey
 log = logging.getLogger(__name__)
 
 CLIENT_REQUEST_ID = "x-tera-client-request-id"
-"""Where HAProxy puts a client's own `x-request-id`; Ray gives one to every request without."""
+"""HAProxy moves a client's own `x-request-id` here, since Ray adds one to every request."""
 CLIENT_REQUEST_ID_CHARACTERS = 128
-"""Of it that are logged."""
+"""How much of a client's own request id is logged."""
 
 
 class Health(Protocol):
@@ -183,12 +183,12 @@ class _Endpoints:
 
     def _authenticate(self, request: Request) -> ApiKey:
         caller = self._pipeline.authenticate(request.headers.get("authorization"))
-        # Not before: nobody without a key fills the log.
+        # Only now: nobody without a key can fill the log.
         chosen = request.headers.get(CLIENT_REQUEST_ID)
         if chosen is not None:
-            # %a leaves nothing but printable ASCII of what the client made up.
+            # %a escapes everything except printable ASCII, since the client chose the text.
             log.info(
-                "Request %s has the id %a at its client.",
+                "The client of request %s calls it %a.",
                 Exchange.of(request).request_id,
                 chosen[:CLIENT_REQUEST_ID_CHARACTERS],
             )

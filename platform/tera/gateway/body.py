@@ -1,4 +1,4 @@
-"""Reading bodies: no more of one than it may have, no longer, and not too many at once."""
+"""Reads requests' bodies, bounded in size, in time, and in how many of a tenant arrive at once."""
 
 import asyncio
 from collections import Counter
@@ -13,16 +13,16 @@ from tera.errors import (
 )
 
 TENANTS_BODIES = 16
-"""Of the greatest size, that a tenant may have under way at once at a gateway replica. Most bodies
-come whole with their head and are never counted; those that do not are held until they are."""
+"""How many bodies of the largest size a tenant may have arriving at once at a gateway replica. Most
+bodies arrive in one piece and never count; the others count until they are complete."""
 
 
 class BodyReader:
-    """Reads bodies, and knows what is held of those that are still arriving."""
+    """Reads bodies, and counts the bytes of those that are still arriving."""
 
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
-        """Bytes, by tenant; none of those who have no body under way."""
+        """Bytes by tenant, without tenants that have no body arriving."""
 
     async def read(
         self, request: Request, tenant: str, *, max_bytes: int, within_s: float
@@ -30,10 +30,11 @@ class BodyReader:
         """Return the body of a JSON request, never holding more than `max_bytes`.
 
         Raises:
-            RequestTooLargeError: found from content-length, or while reading.
+            RequestTooLargeError: judged by content-length, or found while reading.
             UnsupportedContentTypeError: it is declared as something other than plain JSON.
-            InvalidJsonError: the client hung up before its end, or took longer than `within_s`.
-            ConcurrencyLimitError: the tenant is sending too much at once.
+            InvalidJsonError: the client hung up before the end of the body, or took longer than
+                `within_s` seconds.
+            ConcurrencyLimitError: the tenant is sending too many large bodies at once.
         """
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > max_bytes:

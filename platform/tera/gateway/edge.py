@@ -29,7 +29,7 @@ EXPOSED_HEADERS = (
 
 
 LINGER_S = 10.0
-"""How long a connection outlasts an answer whose request is not read to its end."""
+"""How long a connection stays open after an answer that was sent before the request's end."""
 
 
 class Edge:
@@ -87,7 +87,7 @@ class Edge:
 
 
 def _exchange(scope: Scope, send: Send, config: GatewayConfig) -> Exchange:
-    """Return the exchange of a request, whose answer gets the headers that all have."""
+    """Return the exchange of a request; its `send` adds the headers that every answer has."""
     shared = _cors_headers(scope, config.cors)
 
     async def send_with_headers(message: Message) -> None:
@@ -124,7 +124,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 
 def _announces_body(scope: Scope) -> bool:
-    """Return whether a request says that it has a body, which may never end."""
+    """Return whether a request's head announces a body."""
     return any(
         name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
         for name, value in scope["headers"]
@@ -132,10 +132,10 @@ def _announces_body(scope: Scope) -> bool:
 
 
 async def _linger(receive: Receive) -> None:
-    """Throw away what the client still sends of a body that nobody wants, for a bounded time.
+    """Discard the rest of a request that has its answer already, for a limited time.
 
-    Many clients read an answer only when they have sent their whole request, and lose it when the
-    connection is closed on them before. One whose body never ends must not stay for that.
+    Many clients read an answer only after they have sent their whole request, and lose it if the
+    connection closes before. The limit is for clients whose body never ends.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):

@@ -25,9 +25,9 @@ class Exchange:
     send: Send
     """Sends ASGI messages past the framework, whose layers would wrap every event once more."""
     body_is_read: bool = False
-    """To its end."""
+    """Whether the request was read to its end."""
     lingers: bool = False
-    """Answered before that, so the connection closes, a while after the answer."""
+    """Whether it was answered before that, so that its connection closes soon after the answer."""
     tenant: str = ""
     share: Share = field(default_factory=lambda: Share(""))
     """The tenant's share of the replicas, once the tenant is known."""

@@ -1,7 +1,8 @@
 """Every path that the gateway answers, in one table that everything else reads.
 
-The labels of metrics and of the ledger, the OpenAPI document's tests, the paths of the chart's
-Ingress and HTTPRoute and the checks that each generating route is admitted and settled go by it.
+It gives the labels of metrics and of the ledger, and the paths of the chart's Ingress and
+HTTPRoute; the tests of the OpenAPI document use it, and so do the checks that each generating route
+is admitted and settled.
 """
 
 from collections.abc import Iterable
@@ -52,10 +53,10 @@ PathType = Literal["Exact", "Prefix"]
 
 
 def public_paths(routes: Iterable[ApiRoute] = ROUTES) -> dict[str, PathType]:
-    """Return what reaches the gateway from outside, which is what tenants may ask.
+    """Return the paths that are reachable from outside: those of the tenants' routes.
 
-    All under the first segment of such a path does, so that an unknown one there gets the API's
-    own error.
+    Everything below the first segment of such a path is reachable, so that a client with a wrong
+    path gets the API's own error.
     """
     paths: dict[str, PathType] = {}
     for route in routes:

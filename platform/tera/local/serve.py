@@ -333,7 +333,7 @@ async def _start_redis(
 
 
 def _proxy_environment(platform: PlatformConfig) -> dict[str, str]:
-    """Return what `tera.haproxy` reads."""
+    """Return environment variables for `tera.haproxy`."""
     connections = platform.gateway.connections
     return {
         MAX_CONNECTIONS: str(connections.max),
