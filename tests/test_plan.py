@@ -373,6 +373,13 @@ def test_defaults_are_edits_of_what_inherits_them() -> None:
     }
 
 
+def test_bounds_on_connections_are_for_proxies_that_start_anew() -> None:
+    old, new = platform(), platform({"gateway": {"connections": {"perSource": 100}}})
+    for on_cluster, effect in ((True, "cluster_replaced"), (False, "not_taken")):
+        change = only(plan(old, new, on_cluster=on_cluster))
+        assert (change.effect, change.paths) == (effect, ("gateway.connections.perSource",))
+
+
 def test_one_machine_keeps_the_redis_that_it_was_started_with() -> None:
     elsewhere = {"redis": {"embedded": False, "external": {"address": "redis:6379"}}}
     change = only(plan(platform(), platform(elsewhere), on_cluster=False))

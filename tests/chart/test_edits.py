@@ -106,7 +106,8 @@ def check(before: Object, after: Object) -> None:
         assert old == new
 
 
-TABLE = [*IN_PLACE, *RELOADING, *CLUSTER]
+CONNECTIONS = {"gateway": {"connections": {"max": 1000}}}
+TABLE = [*IN_PLACE, *RELOADING, *CLUSTER, pytest.param(CONNECTIONS, id="connections")]
 
 
 @pytest.mark.parametrize("edit", [pytest.param(case.values[0], id=case.id) for case in TABLE])
