@@ -261,8 +261,8 @@ async def test_a_websocket_is_answered_as_a_request_without_that_wish(
 
 
 UNFINISHED = [
-    pytest.param(b"", "timeout http-request 10s", id="nothing"),
-    pytest.param(b"POST /v1/models HTTP/1.1\r\nhost:", "timeout http-request 10s", id="head"),
+    pytest.param(b"", "timeout http-request 30s", id="nothing"),
+    pytest.param(b"POST /v1/models HTTP/1.1\r\nhost:", "timeout http-request 30s", id="head"),
     pytest.param(
         b"POST /v1/models HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{",
         "timeout client 60s",
@@ -428,7 +428,7 @@ def test_the_completed_file_keeps_tokens_flowing_and_bounds_slow_headers(tmp_pat
     haproxy.complete_file(config, {})
     text = config.read_text()
     assert "option http-no-delay" in text
-    assert "timeout http-request 10s" in text
+    assert "timeout http-request 30s" in text
     assert re.findall("timeout client (.*)", text) == ["60s"]
     assert "mode 600 level admin" in text
     assert "bind *:" in text  # without TERA_HOST the addresses are Ray's

@@ -57,8 +57,9 @@ the connection then closes without an answer.
 
 _SERVER_FAULTS = (500, 502, 503, 504)
 
-_HEAD_TIMEOUT = "timeout http-request 10s"
-"""From the start of a connection, or a later request's first byte, to the end of the head."""
+_HEAD_TIMEOUT = "timeout http-request 30s"
+"""From the start of a connection, or a later request's first byte, to the end of the head. Clients
+and proxies connect before they have a request."""
 
 _CLIENT_TIMEOUT = "timeout client 60s"
 """How long a client may send nothing of its body, or read nothing of an answer that is there. It
