@@ -153,6 +153,8 @@ class Exchange:
     received: int
     """Messages of the request that the application has asked for."""
     sent: list[Message]
+    read: int = 0
+    """Those it had asked for when it began to answer; what it takes later can only be discarded."""
 
     @property
     def status(self) -> int:
@@ -359,6 +361,8 @@ class InProcessGateway(Gateway):
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
+            if not exchange.sent:
+                exchange.read = exchange.received
             exchange.sent.append(message)
             if leaves(exchange):
                 gone.set()

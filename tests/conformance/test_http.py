@@ -398,7 +398,8 @@ def test_h7_a_declared_length_over_the_limit_is_refused_unread(
     for length in (in_process.max_body_bytes + 1, 10**40):
         exchange = in_process.exchange([b"x", b"x"], headers={"content-length": str(length)})
         assert exchange.status == 413
-        assert exchange.received == 0
+        assert exchange.read == 0
+        assert json.loads(exchange.sent[1]["body"])["error"]["code"] == "request_too_large"
 
 
 def test_h7_a_body_of_unknown_length_is_refused_as_soon_as_it_is_over_the_limit(
