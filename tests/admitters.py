@@ -39,6 +39,16 @@ class LocalAdmitter:
         self.running[opening.request_id] = progress
         return Held(self)
 
+    async def refuse_early(
+        self, key: ApiKey, opening: UsageRecord, *, told: Callable[[Admission], None]
+    ) -> None:
+        scopes = scopes_of(self.limits, key.limits, key.key_id, None)
+        if any(scope.blocks for scope in scopes):
+            admission = self._limiter.admit(key.tenant, opening.request_id, scopes, 1)
+            assert admission.refusal is not None
+            told(admission)
+            raise admission.refusal.error()
+
     def weight(self, key: ApiKey, model: str) -> float:
         return 1
 

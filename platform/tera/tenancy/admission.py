@@ -24,7 +24,7 @@ from tera.errors import InternalError
 from tera.tenancy.heartbeat import Heartbeat
 from tera.tenancy.keys import ApiKey
 from tera.tenancy.leases import LeaseRenewal, Reclaimer
-from tera.tenancy.limits import Admission, Progress, Scope
+from tera.tenancy.limits import Admission, Progress, Scope, refusal_of
 from tera.tenancy.local_limits import LocalLimiter
 from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import is_refusal
@@ -40,6 +40,11 @@ logger = logging.getLogger(__name__)
 AT_A_TIME: Final = 256
 """Requests being admitted at a time: a few tens of milliseconds of Redis's time. More would only
 wait in Redis, and use memory there and here."""
+
+
+CONCURRENCY_WAIT_US: Final = 1_000_000
+"""How long a client waits after a refusal by concurrency, the same as in `limits.lua`: nobody knows
+when a running request will end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,12 @@ class Reservation:
         admissions: "Admissions",
         opening: UsageRecord,
         progress: Callable[[], Progress],
+        admission: Admission,
         local_scopes: list[Scope] | None,
     ) -> None:
         self.opening = opening
+        self.admission = admission
+        """What was left of the limits when it was admitted."""
         self.progress = progress
         """What has been used so far."""
         self.local_scopes = local_scopes
@@ -207,9 +215,12 @@ class Admissions:
         asked_at = asyncio.get_running_loop().time()
         admission = self._refusals.again(key, opening.model, scopes, asked_at)
         if admission is None and not self._watch.away:
-            admission = await self._ask(key.tenant, opening, scopes, tokens)
+            admission = await self._ask(key, opening, scopes, tokens)
             if admission is not None and admission.refusal is not None:
                 self._refusals.remember(key, opening.model, scopes, admission, asked_at)
+                whatever = self._scopes.of(key, None)
+                if whatever == scopes:
+                    self._refusals.remember(key, None, whatever, admission, asked_at)
         local_scopes = None
         if admission is None:
             local_scopes = scopes
@@ -219,9 +230,58 @@ class Admissions:
         told(admission)
         if admission.refusal is not None:
             raise admission.refusal.error()
-        held = Reservation(self, opening, progress, local_scopes)
+        held = Reservation(self, opening, progress, admission, local_scopes)
         self._running[opening.request_id] = held
         return held
+
+    async def refuse_early(
+        self, key: ApiKey, opening: UsageRecord, *, told: Callable[[Admission], None]
+    ) -> None:
+        """Raise if the limits refuse every request of this key, whichever model it names.
+
+        Nothing is spent, and Redis is asked only about a blocked key. A request that passes here
+        may still be refused by `admit`. See docs/decisions/0009-limits-before-a-body.md.
+
+        Args:
+            key: the key that sent the request.
+            opening: the request's record, without a model yet.
+            told: receives what is left of the limits if the request is refused.
+
+        Raises:
+            TeraError: as `admit` does.
+        """
+        scopes = self._scopes.of(key, None)
+        asked_at = asyncio.get_running_loop().time()
+        admission = self._refusals.again(key, None, scopes, asked_at)
+        if admission is None and any(scope.blocks for scope in scopes):
+            # A limit of 0 admits nothing, so this cannot spend anything.
+            admission = None if self._watch.away else await self._ask(key, opening, scopes, 1)
+            if admission is not None:
+                self._refusals.remember(key, None, scopes, admission, asked_at)
+            else:
+                admission = self._admit_here(key.tenant, opening, scopes, 1)
+        elif admission is None:
+            admission = self._as_many_as_may_run(key, scopes)
+        if admission is not None and admission.refusal is not None:
+            told(admission)
+            raise admission.refusal.error()
+
+    def _as_many_as_may_run(self, key: ApiKey, scopes: list[Scope]) -> Admission | None:
+        """Return a refusal if this replica alone already runs as many requests as are allowed."""
+        limits = {scope.name: scope.limits.concurrent_requests for scope in scopes}
+        if not any(limits.values()):
+            return None
+        mine = [held for held in self._running.values() if held.opening.tenant == key.tenant]
+        of_key = [held for held in mine if held.opening.key_id == key.key_id]
+        running = {"tenant": len(mine), f"key:{key.key_id}": len(of_key)}
+        full = [name for name, limit in limits.items() if limit and running[name] >= limit]
+        # The other limits' figures are those of the key's last request, if it has the same limits.
+        if not full or not of_key or self.scopes(key, of_key[-1].opening.model) != scopes:
+            return None
+        limit = limits[full[0]]
+        assert limit is not None
+        refusal = refusal_of("concurrency", full[0], limit, CONCURRENCY_WAIT_US, 0, scopes)
+        return structs.replace(of_key[-1].admission, refusal=refusal, budgets=())
 
     def scopes(self, key: ApiKey, model: str) -> list[Scope]:
         """Return the scopes that now limit a request of this key for this model."""
@@ -244,7 +304,7 @@ class Admissions:
         self._settler.add(record, held.local_scopes)
 
     async def _ask(
-        self, tenant: str, opening: UsageRecord, scopes: list[Scope], tokens: int
+        self, key: ApiKey, opening: UsageRecord, scopes: list[Scope], tokens: int
     ) -> Admission | None:
         """Return Redis's answer to a request, or None if Redis is away."""
 
@@ -259,7 +319,7 @@ class Admissions:
                 return None  # found to be away while this request waited for its turn
             try:
                 return await self._limiter.admit(
-                    tenant,
+                    key.tenant,
                     opening.request_id,
                     scopes,
                     tokens,
@@ -268,7 +328,9 @@ class Admissions:
                 )
             except RedisError as error:
                 if is_refusal(error):
-                    logger.exception("Limits of tenant %r cannot be read; its share holds.", tenant)
+                    logger.exception(
+                        "Limits of tenant %r cannot be read; its share holds.", key.tenant
+                    )
                 else:
                     self._watch.mark_away(error)
                 return None

@@ -35,6 +35,11 @@ class Scope:
     """`tenant`, `model:<short name>` or `key:<key id>`."""
     limits: Limits
 
+    @property
+    def blocks(self) -> bool:
+        """Whether one of its limits is 0, so that no request can pass."""
+        return any(getattr(self.limits, name) == 0 for name in _COUNTED)
+
     @cached_property
     def line(self) -> str:
         """Its form for `limits.lua`; cached, since a scope lives as long as its limits."""
@@ -137,9 +142,9 @@ class Progress:
 
 
 def scopes_of(
-    tenant_limits: TenantLimits, key_limits: Limits | None, key_id: str, model_name: str
+    tenant_limits: TenantLimits, key_limits: Limits | None, key_id: str, model_name: str | None
 ) -> list[Scope]:
-    """Return the scopes that a request is counted for.
+    """Return the scopes that a request is counted for; without a model, those of every request.
 
     A limit that the tenant has for this model counts only the model's requests, and replaces the
     tenant's own; a key's limits apply in addition. Scopes without any limit are left out.
@@ -148,14 +153,16 @@ def scopes_of(
         tenant_limits: the limits in force for the tenant.
         key_limits: the key's own limits; None means none.
         key_id: the key's id.
-        model_name: the model's short name.
+        model_name: the model's short name; None leaves out what a limit of some model replaces.
     """
-    of_model = tenant_limits.models.get(model_name, _UNLIMITED)
+    if model_name is None:
+        of_model, of_models = _UNLIMITED, list(tenant_limits.models.values())
+    else:
+        of_model = tenant_limits.models.get(model_name, _UNLIMITED)
+        of_models = [of_model]
+    replaced = {name for name in _COUNTED for own in of_models if getattr(own, name) is not None}
     of_tenant = Limits(
-        **{
-            name: None if getattr(of_model, name) is not None else getattr(tenant_limits, name)
-            for name in _COUNTED
-        },
+        **{name: None if name in replaced else getattr(tenant_limits, name) for name in _COUNTED},
         budget_period=tenant_limits.budget_period,
     )
     scopes = (

@@ -46,9 +46,11 @@ class Refusals:
     def __init__(self, most_known: int = MAX_KNOWN) -> None:
         """Up to `most_known` are kept; one more clears all."""
         self._most_known = most_known
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._known: dict[tuple[str, str | None], _Known] = {}
 
-    def again(self, key: ApiKey, model: str, scopes: list[Scope], now: float) -> Admission | None:
+    def again(
+        self, key: ApiKey, model: str | None, scopes: list[Scope], now: float
+    ) -> Admission | None:
         """Return the refusal that Redis would give; None if it must be asked.
 
         A refusal applies only to the same scope objects: other objects mean other limits.
@@ -62,9 +64,17 @@ class Refusals:
         return None
 
     def remember(
-        self, key: ApiKey, model: str, scopes: list[Scope], refused: Admission, asked_at: float
+        self,
+        key: ApiKey,
+        model: str | None,
+        scopes: list[Scope],
+        refused: Admission,
+        asked_at: float,
     ) -> None:
-        """Keep a refusal, if it lasts; `asked_at` is when Redis was asked, or earlier."""
+        """Keep a refusal, if it lasts; `asked_at` is when Redis was asked, or earlier.
+
+        With None for the model it applies to all of the key's requests, whatever they are for.
+        """
         refusal = refused.refusal
         assert refusal is not None
         if refusal.limit == 0:

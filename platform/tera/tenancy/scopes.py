@@ -52,10 +52,13 @@ class EffectiveScopes:
         self._keyring = keyring
         self._config = config
         self._most_known = most_known
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._known: dict[tuple[str, str | None], _Known] = {}
 
-    def of(self, key: ApiKey, model: str) -> list[Scope]:
-        """Return the scopes of a key and model; the same list until something changes."""
+    def of(self, key: ApiKey, model: str | None) -> list[Scope]:
+        """Return the scopes of a key and model; the same list until something changes.
+
+        Without a model they are those of all the key's requests, whatever they are for.
+        """
         return self._current(key, model).scopes
 
     def weight(self, key: ApiKey, model: str) -> int:
@@ -71,7 +74,7 @@ class EffectiveScopes:
         ]
         return min(bounds, default=None)
 
-    def _current(self, key: ApiKey, model: str) -> _Known:
+    def _current(self, key: ApiKey, model: str | None) -> _Known:
         config = self._config()
         stored = self._keyring.tenant_limits(key.tenant)
         known = self._known.get((key.key_id, model))
