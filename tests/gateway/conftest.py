@@ -26,6 +26,7 @@ from tera.gateway.exchange import Exchange
 from tera.gateway.pipeline import Authenticator, Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
+from tera.gateway.text_pool import TextPool
 from tera.generation import ReplicaLoad
 from tera.observability import Metrics, merge_expositions
 from tera.routing.run import Dispatcher, DispatchLimits
@@ -77,6 +78,7 @@ class Gateway:
         profile: Mapping[str, JsonValue] | None = None,
         faults: Mapping[str, JsonValue] | None = None,
         keys: Authenticator | None = None,
+        pool: TextPool | None = None,
     ) -> None:
         free: dict[str, JsonValue] = {"prefill_tokens_per_s": 0, "decode_step_s": 0}
         self._args: dict[str, JsonValue] = {
@@ -90,7 +92,7 @@ class Gateway:
         self.admitter = LocalAdmitter()
         self.catalog = Catalog()
         self.pipeline = Pipeline(
-            self.catalog, keys or EveryKey(), self.admitter, self._status, self.metrics
+            self.catalog, keys or EveryKey(), self.admitter, self._status, self.metrics, pool
         )
         self.app: ASGIApp = build_app(self.pipeline, self, self.metrics, lambda: self.config)
 

@@ -1,6 +1,8 @@
 """The encoder against the tokenizer that it stands for, whatever it remembers."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,25 +52,22 @@ def test_ids_are_the_tokenizers_own(text: str) -> None:
     wanted = PLAIN(text, add_special_tokens=False)["input_ids"]
     assert ENCODER is not None
     for _ in range(2):  # the second time from memory
-        assert encoded(ENCODER, text, add_special_tokens=False) == wanted
-    assert encoded(ENCODER, text, add_special_tokens=True) == PLAIN.encode(text)
+        assert ENCODER.encode(text, add_special_tokens=False) == wanted
+    assert ENCODER.encode(text, add_special_tokens=True) == PLAIN.encode(text)
 
 
-def encoded(encoder: TextEncoder, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Run an encoding that is short enough to wait for nothing."""
-    run = encoder.encode(text, add_special_tokens=add_special_tokens)
-    with pytest.raises(StopIteration) as ended:
-        run.send(None)
-    ids: list[int] = ended.value.value
-    return ids
-
-
-async def test_a_long_text_is_encoded_in_a_thread_to_the_same_ids() -> None:
-    text = "<|im_start|>" + "the lazy dog " * 2000 + "<|im_end|>"
-    assert ENCODER is not None
-    for add_special_tokens in (False, True):
-        found = await ENCODER.encode(text, add_special_tokens=add_special_tokens)
-        assert found == PLAIN(text, add_special_tokens=add_special_tokens)["input_ids"]
+def test_threads_that_share_an_encoder_find_the_same_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encode, "REMEMBERED_CHARACTERS", 1000)  # so that all of it is forgotten
+    texts = [f"<|im_start|>{number}{' the lazy dog' * 40}<|im_end|>" for number in range(40)]
+    wanted = [PLAIN(text, add_special_tokens=False)["input_ids"] for text in texts]
+    encoder = TextEncoder.of(PLAIN)
+    assert encoder is not None
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(partial(encoder.encode, add_special_tokens=False), texts * 5))
+    assert found == wanted * 5
+    assert sum(map(len, encoder._remembered)) == encoder._remembered_characters <= 1000
 
 
 @pytest.mark.parametrize(
@@ -84,14 +83,14 @@ def test_tokenizers_of_other_kinds_are_followed_exactly(other: PreTrainedTokeniz
     assert encoder is not None
     for text in ("a<|im_end|>  the dog<|im_start|>", " the\u0301 dog <|im_end|> the"):
         wanted = other(text, add_special_tokens=False)["input_ids"]
-        assert encoded(encoder, text, add_special_tokens=False) == wanted
+        assert encoder.encode(text, add_special_tokens=False) == wanted
 
 
-async def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "REMEMBERED_CHARACTERS", 1000)
     encoder = TextEncoder.of(PLAIN)
     assert encoder is not None
     for number in range(50):
-        await encoder.encode(f"{number} " * 40 + "<|im_end|>", add_special_tokens=False)
+        encoder.encode(f"{number} " * 40 + "<|im_end|>", add_special_tokens=False)
     assert sum(map(len, encoder._remembered)) <= 1000
     assert encoder._remembered

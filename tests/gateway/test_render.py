@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tera.contract.completions import Prompt
 from tera.errors import InvalidValueError
-from tera.gateway.render import StopStrings, render_prompts
-from tera.gateway.request import Prompts
+from tera.gateway.render import StopStrings, render_prompt
 from tera.gateway.simulated_text import SimulatedTextModel
 
 # Few characters, so that texts hold stop strings and beginnings of them.
@@ -91,21 +91,21 @@ TEXT = SimulatedTextModel({})
 
 
 async def test_c3_prompts_are_text_or_ids_and_each_stays_what_it_is() -> None:
-    content = Prompts(["One", [72, 105], "日本"], ["prompt[0]", "prompt[1]", "prompt[2]"])
-    token_ids, echoes = await render_prompts(TEXT, content)
-    assert token_ids == [await TEXT.encode("One"), [72, 105], await TEXT.encode("日本")]
-    assert echoes == [None, None, None]
+    prompts: list[Prompt] = ["One", [72, 105], "日本"]
+    found = [await render_prompt(TEXT, prompt, "prompt", echo=False) for prompt in prompts]
+    ids = [await TEXT.encode("One"), [72, 105], await TEXT.encode("日本")]
+    assert found == [(token_ids, None) for token_ids in ids]
 
 
 async def test_c3_an_echo_is_the_prompt_as_text() -> None:
-    content = Prompts(["One", [72, 105], [*"🚀".encode()]], ["a", "b", "c"], echo=True)
-    assert (await render_prompts(TEXT, content))[1] == ["One", "Hi", "🚀"]
+    prompts: list[Prompt] = ["One", [72, 105], [*"🚀".encode()]]
+    found = [await render_prompt(TEXT, prompt, "prompt", echo=True) for prompt in prompts]
+    assert [echo for _, echo in found] == ["One", "Hi", "🚀"]
 
 
 @pytest.mark.parametrize("token_id", [-1, TEXT.vocab_size, 10**9])
 async def test_c3_an_id_that_no_token_has_is_named_by_its_place(token_id: int) -> None:
-    content = Prompts([[1], [2, token_id]], ["prompt[0]", "prompt[1]"])
     with pytest.raises(InvalidValueError) as refused:
-        await render_prompts(TEXT, content)
+        await render_prompt(TEXT, [2, token_id], "prompt[1]", echo=False)
     assert refused.value.param == "prompt[1][1]"
     assert str(token_id) in refused.value.message

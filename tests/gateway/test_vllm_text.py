@@ -161,7 +161,7 @@ async def test_a_long_prompt_is_encoded_as_a_short_one(plain: VllmTextModel) -> 
 async def test_x1_a_text_that_cannot_fit_is_refused_unread(
     plain: VllmTextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def encode(*_: Any, **__: Any) -> list[int]:
+    def encode(*_: Any, **__: Any) -> list[int]:
         raise AssertionError("this text was to be refused unread")
 
     monkeypatch.setattr(plain._encoder, "encode", encode)

@@ -27,10 +27,10 @@ from tera.gateway.dialects.base import Question
 from tera.gateway.edge import Edge
 from tera.gateway.error_answers import error_response
 from tera.gateway.exchange import Exchange
-from tera.gateway.parsing import RequestParser
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.relay import ClientGoneError, EventStream, Outbox, StreamedAnswer, while_connected
 from tera.gateway.routes import ApiRoute
+from tera.gateway.text_pool import SHORT_BYTES
 from tera.observability import EXPOSITION_TYPE, Metrics
 from tera.tenancy.keys import ApiKey
 
@@ -117,7 +117,6 @@ class _Endpoints:
         self._outbox = Outbox()
         self._document = openapi_json()
         self._bodies = BodyReader()
-        self._parser = RequestParser()
 
     def of(self, route: ApiRoute) -> Callable[[Request], Awaitable[Response]]:
         """Return the function of a route."""
@@ -155,15 +154,7 @@ class _Endpoints:
     ) -> Response:
         caller = self._authenticate(request)
         exchange = Exchange.of(request)
-        limits = self._config().requests
-        body = await self._bodies.read(
-            request,
-            caller.tenant,
-            max_bytes=limits.max_body_bytes,
-            within_s=limits.body_deadline_seconds,
-        )
-        exchange.body_is_read = True
-        question = await self._parser.parse(dialect, body)
+        question = await self._question(request, caller, dialect, exchange)
 
         async def make(answer: StreamedAnswer) -> None:
             await self._pipeline.generate(caller, question.request, exchange, answer)
@@ -180,6 +171,27 @@ class _Endpoints:
         async with while_connected(request.receive):
             await self._pipeline.generate(caller, question.request, exchange, answer)
         return Response(answer.body(), media_type="application/json")
+
+    async def _question(
+        self,
+        request: Request,
+        caller: ApiKey,
+        dialect: Callable[[dict[str, Any]], Question],
+        exchange: Exchange,
+    ) -> Question:
+        """Read and parse the body, which is not kept."""
+        limits = self._config().requests
+        body = await self._bodies.read(
+            request,
+            caller.tenant,
+            max_bytes=limits.max_body_bytes,
+            within_s=limits.body_deadline_seconds,
+        )
+        exchange.body_is_read = True
+        if len(body) <= SHORT_BYTES:
+            return await self._pipeline.parse(caller, dialect, body, exchange)
+        async with while_connected(request.receive):
+            return await self._pipeline.parse(caller, dialect, body, exchange)
 
     def _authenticate(self, request: Request) -> ApiKey:
         caller = self._pipeline.authenticate(request.headers.get("authorization"))

@@ -29,6 +29,7 @@ from tera.gateway.model_status import model_status
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
+from tera.gateway.text_pool import TextPool
 from tera.gateway.vllm_text import VllmTextModel
 from tera.observability import Metrics, log_json_lines, merge_expositions
 from tera.routing.fleet import Fleet
@@ -94,8 +95,10 @@ class GatewayReplica:
         self._statuses = StatusWatcher(self._catalog)
         self._links.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
+        pool = TextPool()
+        self._stack.callback(pool.close)
         self._pipeline = Pipeline(
-            self._catalog, self._keys, self._admissions, self._statuses.status, self._metrics
+            self._catalog, self._keys, self._admissions, self._statuses.status, self._metrics, pool
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

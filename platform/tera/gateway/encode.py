@@ -1,16 +1,12 @@
 """Encodes text to token ids with a model's own tokenizer, doing only the work that is needed."""
 
-import asyncio
 import json
 import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any, Self
-
-INLINE_CHARACTERS = 4096
-"""Longer text is encoded in a thread (the tokenizer releases the GIL), so that one long prompt does
-not delay the tokens of every other stream."""
 
 REMEMBERED_CHARACTERS = 8 * 1024 * 1024
 """How much text is remembered with its ids; it takes at most about 50 MB together with them."""
@@ -31,6 +27,8 @@ _PROBE = " The  naïve café\tcosts 1234€,\r\n\r\n日本語 and 🚀🏽 — d
 class TextEncoder:
     """A fast tokenizer that skips offsets, which nobody reads, and remembers segments.
 
+    Several threads may use it at once; it does not hold the GIL while it encodes.
+
     The tokenizers that `_separators` accepts encode the text between two special tokens
     independently of its surroundings. So ids are remembered per segment: when a conversation
     returns with one more message, only that message is encoded.
@@ -50,6 +48,7 @@ class TextEncoder:
         self._separator = re.compile(f"({'|'.join(words)})") if words else None
         self._remembered: OrderedDict[str, array[int]] = OrderedDict()
         self._remembered_characters = 0
+        self._remembering = Lock()
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self | None:
@@ -73,7 +72,7 @@ class TextEncoder:
         found = encoder._joined(encoder._encoded(segments))
         return encoder if (found, encoder._whole(_PROBE)) == (wanted, wanted_whole) else None
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text.
 
         Args:
@@ -82,18 +81,14 @@ class TextEncoder:
                 template already has them.
         """
         if add_special_tokens:
-            if len(text) <= INLINE_CHARACTERS:
-                return self._whole(text)
-            return await asyncio.to_thread(self._whole, text)
+            return self._whole(text)
         segments = self._segments(text)
         known = [self._separators.get(part) or self._remembered.get(part) for part in segments]
         new = [part for part, ids in zip(segments, known, strict=True) if ids is None]
-        if sum(map(len, new)) <= INLINE_CHARACTERS:
-            encoded = iter(self._encoded(new))
-        else:
-            encoded = iter(await asyncio.to_thread(self._encoded, new))
+        encoded = iter(self._encoded(new))
         parts = [next(encoded) if ids is None else ids for ids in known]
-        self._remember(segments, parts)
+        with self._remembering:
+            self._remember(segments, parts)
         return self._joined(parts)
 
     def _whole(self, text: str) -> list[int]:

@@ -33,6 +33,8 @@ class Exchange:
     """The tenant's share of the replicas, once the tenant is known."""
     model: str = ""
     """Short name of the model, once it is known to exist."""
+    body_bytes: int = 0
+    """Size of the request's body, once it has been read."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

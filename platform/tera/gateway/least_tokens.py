@@ -4,7 +4,6 @@ Encoding ten megabytes takes half a minute and gigabytes of memory, only to find
 fit.
 """
 
-import asyncio
 import json
 import math
 import unicodedata
@@ -90,7 +89,7 @@ class ContextBound:
         self._context_length = context_length
         self._least = least
 
-    async def check(self, text: str, param: str) -> None:
+    def check(self, text: str, param: str) -> None:
         """Check that `text` may fit.
 
         Raises:
@@ -98,10 +97,7 @@ class ContextBound:
         """
         if self._least is None or len(text) <= SHORT_CHARACTERS:
             return
-        if len(text) <= _SLICE_CHARACTERS:
-            tokens = self._least.at_least(text, self._context_length)
-        else:
-            tokens = await asyncio.to_thread(self._least.at_least, text, self._context_length)
+        tokens = self._least.at_least(text, self._context_length)
         if tokens > self._context_length:
             raise ContextLengthError(
                 f"This model's context holds {self._context_length} tokens, but the prompt alone "

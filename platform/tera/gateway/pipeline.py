@@ -1,4 +1,4 @@
-"""A request's path through the gateway: authenticate → render → admit → run → derender → settle.
+"""A request's path: authenticate → parse → render → admit → run → derender → settle.
 
 The file to read first. It knows no API: a dialect (`gateway/dialects/`) has turned the client's
 body into a `TextRequest`, and turns the pieces that are added to its `Answer` into the client's
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -27,9 +27,11 @@ from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.checks import check_biases, check_context
 from tera.gateway.derender import Choice, ChoiceText
 from tera.gateway.exchange import Exchange
+from tera.gateway.parsing import RequestParser
 from tera.gateway.pieces import Answer
-from tera.gateway.render import AnswerParser, render_prompts
-from tera.gateway.request import Conversation, TextRequest
+from tera.gateway.render import AnswerParser, render_prompt
+from tera.gateway.request import Conversation, Prompts, TextRequest
+from tera.gateway.text_pool import SHORT_BYTES, TextPool
 from tera.generation import Sampling, TokenDelta
 from tera.observability import Metrics
 from tera.routing.run import Work
@@ -38,7 +40,7 @@ from tera.tenancy.keys import ApiKey
 from tera.tenancy.limits import Admission, Progress
 from tera.tenancy.usage import Status, UsageRecord
 
-Clock = Callable[[], float]
+R = TypeVar("R")
 
 
 class Authenticator(Protocol):
@@ -74,6 +76,16 @@ class Admitter(Protocol):
         told: Callable[[Admission], None],
     ) -> Held:
         """Return the hold on the limits, to be settled; see `Admissions.admit`."""
+        ...
+
+    async def refuse_early(
+        self, key: ApiKey, opening: UsageRecord, *, told: Callable[[Admission], None]
+    ) -> None:
+        """Raise if every request of this key is refused, whichever model it names.
+
+        Raises:
+            RateLimitError: it is; see `Admissions.refuse_early`.
+        """
         ...
 
     def most_tokens(self, key: ApiKey, model: str) -> int | None:
@@ -118,14 +130,16 @@ class Pipeline:
         admitter: Admitter,
         status: Callable[[str], ModelStatus],
         metrics: Metrics,
-        clock: Clock = time.monotonic,
+        pool: TextPool | None = None,
     ) -> None:
+        """Long requests are parsed and rendered in `pool`; by default in one of its own."""
         self._catalog = catalog
         self._keys = keys
         self._admitter = admitter
         self._status = status
         self._metrics = metrics
-        self._clock = clock
+        self._pool = pool or TextPool()
+        self._parser = RequestParser(self._pool)
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """Return the caller's key; see `Authenticator`."""
@@ -147,6 +161,22 @@ class Pipeline:
         model = self._catalog.find(caller, client_name)
         return model.card(client_name, self._status(model.name))
 
+    async def parse(
+        self, caller: ApiKey, read: Callable[[dict[str, Any]], R], body: bytes, exchange: Exchange
+    ) -> R:
+        """Return the result of `read`, an API's dialect, for a caller's body.
+
+        Raises:
+            InvalidRequestError: it is not a valid request of that API.
+            RateLimitError: it is long, and the caller's limits refuse it whatever it says.
+            EngineOverloadedError: too many long requests are waiting already.
+        """
+        exchange.body_bytes = len(body)
+        if len(body) > SHORT_BYTES:
+            opening = _opening(caller, exchange, user="")
+            await self._admitter.refuse_early(caller, opening, told=exchange.tell)
+        return await self._parser.parse(caller.tenant, read, body)
+
     async def generate(
         self, caller: ApiKey, request: TextRequest, exchange: Exchange, answer: Answer
     ) -> None:
@@ -162,7 +192,7 @@ class Pipeline:
             BackendFailureError: the engines failed.
         """
         model = self._model(caller, request.model, request.capability, exchange)
-        rendered = await self._render(caller, model, request)
+        rendered = await self._render(caller, model, request, exchange)
         exchange.prompt_tokens = rendered.prompt_tokens
         async with self._admitted(caller, exchange, rendered.most_tokens, request.user):
             await all_or_none(
@@ -188,19 +218,22 @@ class Pipeline:
             )
         return model
 
-    async def _render(self, caller: ApiKey, model: ServedModel, request: TextRequest) -> Rendered:
+    async def _render(
+        self, caller: ApiKey, model: ServedModel, request: TextRequest, exchange: Exchange
+    ) -> Rendered:
         """Return the request as token ids, checked against the model's context and vocabulary."""
         text, content, sampling = model.text, request.content, request.sampling
         special_tokens = False
         new_parser: Callable[[], AnswerParser | None] = _no_parser
         echoes: list[str | None] = [None]
         if isinstance(content, Conversation):
-            chat = await text.render_chat(content)
+            render = partial(text.render_chat, content)
+            chat = await self._apart(caller, exchange.body_bytes, render)
             prompts, special_tokens = [chat.token_ids], chat.special_tokens
             sampling = msgspec.structs.replace(sampling, structured=chat.structured)
             new_parser = partial(text.answer_parser, content, chat)
         else:
-            prompts, echoes = await render_prompts(text, content)
+            prompts, echoes = await self._render_prompts(caller, model, content)
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = self._rest(caller, model, len(prompts[0]), request.n)
@@ -222,6 +255,29 @@ class Pipeline:
         ]
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
         return Rendered(prompts, sampling, choices, model.cache_salt(caller), new_parser)
+
+    async def _render_prompts(
+        self, caller: ApiKey, model: ServedModel, content: Prompts
+    ) -> tuple[list[list[int]], list[str | None]]:
+        """Return the token ids of raw prompts, and for each the text that its answers echo."""
+        # Each prompt is a piece of work of its own, so that other tenants get turns between them.
+        rendered = [
+            await self._apart(
+                caller,
+                len(prompt),
+                partial(render_prompt, model.text, prompt, path, echo=content.echo),
+            )
+            for prompt, path in zip(content.prompts, content.paths, strict=True)
+        ]
+        return [token_ids for token_ids, _ in rendered], [echo for _, echo in rendered]
+
+    async def _apart(
+        self, caller: ApiKey, size_bytes: int, render: Callable[[], Coroutine[Any, Any, R]]
+    ) -> R:
+        """Render a text of about this size: a short one here, a longer one in the text pool."""
+        if size_bytes <= SHORT_BYTES:
+            return await render()
+        return await self._pool.render(caller.tenant, size_bytes, render)
 
     def _rest(self, caller: ApiKey, model: ServedModel, prompt_tokens: int, answers: int) -> int:
         """Return the token bound where the client has set none: the rest of the context.
@@ -245,21 +301,11 @@ class Pipeline:
         Raises:
             RateLimitError: they do not admit it; nothing has been spent.
         """
-        opening = UsageRecord(
-            request_id=exchange.request_id,
-            tenant=caller.tenant,
-            key_id=caller.key_id,
-            model=exchange.model,
-            route=exchange.route,
-            status="lost",
-            started_s=exchange.started_s,
-            prompt_tokens=exchange.prompt_tokens,
-            user=user,
-        )
+        opening = _opening(caller, exchange, user)
         held = await self._admitter.admit(
             caller, opening, most_tokens, progress=exchange.progress, told=exchange.tell
         )
-        self._metrics.added_s.labels(exchange.model).observe(self._clock() - exchange.arrived)
+        self._metrics.added_s.labels(exchange.model).observe(time.monotonic() - exchange.arrived)
         # A client that hangs up, or a draining replica, cancels the block: not an error of ours.
         status: Status = "cancelled"
         code = ""
@@ -280,7 +326,7 @@ class Pipeline:
                     cached_tokens=exchange.cached_tokens,
                     completion_tokens=exchange.completion_tokens,
                     first_token_s=exchange.first_token_s,
-                    duration_s=self._clock() - exchange.arrived,
+                    duration_s=time.monotonic() - exchange.arrived,
                     replica_switches=exchange.replica_switches,
                 )
             )
@@ -326,7 +372,7 @@ class Pipeline:
         """Return the function to call at each delivery of a choice's tokens, which times them."""
         first_token_s = self._metrics.first_token_s.labels(model.name)
         between_tokens_s = self._metrics.between_tokens_s.labels(model.name)
-        clock = self._clock
+        clock = time.monotonic
         previous: float | None = None
 
         def delivered(delta: TokenDelta) -> None:
@@ -343,6 +389,21 @@ class Pipeline:
             previous = now
 
         return delivered
+
+
+def _opening(caller: ApiKey, exchange: Exchange, user: str) -> UsageRecord:
+    """Return a request's usage record as it is before the request ends."""
+    return UsageRecord(
+        request_id=exchange.request_id,
+        tenant=caller.tenant,
+        key_id=caller.key_id,
+        model=exchange.model,
+        route=exchange.route,
+        status="lost",
+        started_s=exchange.started_s,
+        prompt_tokens=exchange.prompt_tokens,
+        user=user,
+    )
 
 
 def _no_parser() -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from tera.contract.chat_answers import ToolCallDelta
 from tera.contract.completions import Prompt
 from tera.errors import InvalidValueError
-from tera.gateway.request import Conversation, Prompts
+from tera.gateway.request import Conversation
 
 
 class Detokenizer(Protocol):
@@ -152,21 +152,17 @@ class StopStrings:
         return 0
 
 
-async def render_prompts(
-    text: TextModel, content: Prompts
-) -> tuple[list[list[int]], list[str | None]]:
-    """Return the token ids of raw prompts, and for each the text that its answers echo.
+async def render_prompt(
+    text: TextModel, prompt: Prompt, path: str, *, echo: bool
+) -> tuple[list[int], str | None]:
+    """Return the token ids of a raw prompt, and its text if its answers echo it.
 
     Raises:
         InvalidValueError: an id is outside the vocabulary.
+        ContextLengthError: the text is so long that it cannot fit.
     """
-    prompts = [
-        await _token_ids(text, prompt, path)
-        for prompt, path in zip(content.prompts, content.paths, strict=True)
-    ]
-    if not content.echo:
-        return prompts, [None] * len(prompts)
-    return prompts, [_as_text(text, prompt) for prompt in content.prompts]
+    token_ids = await _token_ids(text, prompt, path)
+    return token_ids, _as_text(text, prompt) if echo else None
 
 
 async def _token_ids(text: TextModel, prompt: Prompt, path: str) -> list[int]:

@@ -1,6 +1,5 @@
 """The text side of simulated models, with a vocabulary of bytes and words."""
 
-import asyncio
 import codecs
 from functools import cache
 
@@ -9,7 +8,7 @@ from pydantic import JsonValue
 from tera.engine.simulated_args import SimulatedArgs
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.errors import UnsupportedParameterError
-from tera.gateway.least_tokens import SHORT_CHARACTERS, ContextBound, LeastTokens
+from tera.gateway.least_tokens import ContextBound, LeastTokens
 from tera.gateway.render import RenderedChat, TokenText
 from tera.gateway.request import Conversation
 
@@ -39,14 +38,11 @@ class SimulatedTextModel:
 
     async def encode(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt; see `TextModel`."""
-        return await self._encoded(text, "prompt")
+        return self._encoded(text, "prompt")
 
-    async def _encoded(self, text: str, param: str) -> list[int]:
-        await self._bound.check(text, param)
-        if len(text) <= SHORT_CHARACTERS:
-            return self._vocabulary.encode(text)
-        # Pure Python, which in a thread yields to the event loop every 5 ms.
-        return await asyncio.to_thread(self._vocabulary.encode, text)
+    def _encoded(self, text: str, param: str) -> list[int]:
+        self._bound.check(text, param)
+        return self._vocabulary.encode(text)
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
         """Return the conversation, each message after its role in angle brackets."""
@@ -68,7 +64,7 @@ class SimulatedTextModel:
         turns = [
             f"<{turn['role']}> {turn.get('content') or ''}\n" for turn in conversation.messages
         ]
-        return RenderedChat(await self._encoded("".join([*turns, "<assistant>"]), "messages"))
+        return RenderedChat(self._encoded("".join([*turns, "<assistant>"]), "messages"))
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
         """Return no parser: everything is content."""

@@ -1,8 +1,7 @@
 """The text side of vLLM's models: its renderer, detokeniser and parsers, without an engine."""
 
-import asyncio
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from tera.gateway.render import (
     TokenText,
 )
 from tera.gateway.request import Conversation
+from tera.gateway.text_pool import WORKERS
 from tera.upstream.vllm_text import (
     VllmConversation,
     VllmDetokenizer,
@@ -73,6 +73,8 @@ class VllmTextModel:
         self._bound = ContextBound(text.context_length, least_tokens(self._tokenizer))
         encode = None if self._encoder is None else self._encoder.encode
         text.encode_by(encode, partial(self._bound.check, param="messages"))
+        self._token_texts: dict[int, TokenText] = {}
+        """Cache of `token_texts`: a token takes 30 µs to decode, a whole vocabulary some 30 MB."""
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
 
@@ -85,14 +87,16 @@ class VllmTextModel:
             StartError: Tera does not work with this version of vLLM.
         """
         frontend = {name: args.get(name) for name in FRONTEND_ARGS}
-        return cls(VllmText.load(model_path, engine_args(args), frontend))
+        # One copy of the tokenizer per thread: making another one later would take a while.
+        threads: dict[str, JsonValue] = {"renderer_num_workers": WORKERS}
+        return cls(VllmText.load(model_path, {**threads, **engine_args(args)}, frontend))
 
     async def encode(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt; see `TextModel`."""
-        await self._bound.check(text, "prompt")
+        self._bound.check(text, "prompt")
         if self._encoder is not None:
-            return await self._encoder.encode(text, add_special_tokens=True)
-        token_ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, text)
+            return self._encoder.encode(text, add_special_tokens=True)
+        token_ids: list[int] = self._tokenizer.encode(text)
         return token_ids
 
     async def render_chat(self, conversation: Conversation) -> RenderedChat:
@@ -136,11 +140,14 @@ class VllmTextModel:
 
     def token_texts(self, token_ids: list[int]) -> list[TokenText]:
         """Return the text of each token by itself."""
-        pieces: list[str] = self._tokenizer.convert_ids_to_tokens(token_ids)
-        return [
-            TokenText(text, _piece_bytes(piece) if "\ufffd" in text else text.encode())
-            for text, piece in zip(self._text.token_texts(token_ids), pieces, strict=True)
-        ]
+        known = self._token_texts
+        new = list({token_id for token_id in token_ids if token_id not in known})
+        if new:
+            pieces: list[str] = self._tokenizer.convert_ids_to_tokens(new)
+            for token_id, text, piece in zip(new, self._text.token_texts(new), pieces, strict=True):
+                data = _piece_bytes(piece) if "\ufffd" in text else text.encode()
+                known[token_id] = TokenText(text, data)
+        return [known[token_id] for token_id in token_ids]
 
 
 _byte_symbols = cache(byte_symbols)
@@ -159,9 +166,10 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _vllm_fields(conversation: Conversation) -> dict[str, Any]:
     """Return the fields of vLLM's request that its renderer and parsers read."""
-    fields = {name: value for name, value in asdict(conversation).items() if value is not None}
+    given = {field.name: getattr(conversation, field.name) for field in fields(conversation)}
+    found = {name: value for name, value in given.items() if value is not None}
     # Fields that rendering does not read but vLLM validates together with the rest.
-    fields["max_completion_tokens"] = 1
-    if "response_format" in fields and fields["response_format"]["type"] == "text":
-        del fields["response_format"]
-    return fields
+    found["max_completion_tokens"] = 1
+    if "response_format" in found and found["response_format"]["type"] == "text":
+        del found["response_format"]
+    return found

@@ -5,6 +5,7 @@ here, when a vllm model is loaded: it costs seconds and 0.7 GB.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,6 +72,11 @@ NEEDS = (
     Symbol(_ONLINE, "OnlineRenderer.parser", "the class of the model's parsers, or None"),
     Symbol(_ONLINE, "OnlineRenderer.renderer", "the tokenizer behind it"),
     Symbol("vllm.renderers.base", "BaseRenderer.get_tokenizer", "raw prompts are encoded", call=""),
+    Symbol(
+        "vllm.renderers.base",
+        "BaseRenderer._executor",
+        "templates are rendered in the calling thread instead of one thread for all",
+    ),
     Symbol(
         "vllm.renderers.base",
         "BaseRenderer.tokenize_prompts_async",
@@ -166,7 +172,7 @@ NEEDS = (
 class Encode(Protocol):
     """Encodes text with a tokenizer."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Awaitable[list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text, with the special tokens of a raw prompt if requested."""
         ...
 
@@ -246,6 +252,7 @@ class VllmText:
     def __init__(self, model_config: Any, online: Any) -> None:
         self._model_config = model_config
         self._online = online
+        online.renderer._executor.submit = _at_once
         self.tokenizer: Any = online.renderer.get_tokenizer()
         parser = online.parser
         self.has_tools: bool = parser is not None and parser.tool_parser_cls is not None
@@ -291,7 +298,7 @@ class VllmText:
             raise ConfigError(f"vLLM cannot load the text side of the model: {error}") from error
         return cls(model_config, online)
 
-    def encode_by(self, encode: Encode | None, check: Callable[[str], Awaitable[None]]) -> None:
+    def encode_by(self, encode: Encode | None, check: Callable[[str], None]) -> None:
         """Have rendered text checked by `check`, which may refuse it, and encoded by `encode`.
 
         It is checked once rendered, since a template may leave out parts of a conversation. Prompts
@@ -305,14 +312,14 @@ class VllmText:
         async def tokenize(prompts: Sequence[Any], params: Any) -> list[Any]:
             for prompt in prompts:
                 if "prompt" in prompt:
-                    await check(prompt["prompt"])
+                    check(prompt["prompt"])
             if encode is None or not all(set(prompt) == {"prompt"} for prompt in prompts):
                 return await otherwise(prompts, params)
             add_special_tokens: bool = params.add_special_tokens
             return [
                 {
                     **prompt,
-                    "prompt_token_ids": await encode(
+                    "prompt_token_ids": encode(
                         prompt["prompt"], add_special_tokens=add_special_tokens
                     ),
                 }
@@ -368,6 +375,16 @@ class VllmText:
 
         texts: list[str] = convert_ids_list_to_tokens(self.tokenizer, token_ids)
         return texts
+
+
+def _at_once(work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """Run submitted work at once, in the calling thread."""
+    done: Future[Any] = Future()
+    try:
+        done.set_result(work(*args, **kwargs))
+    except Exception as error:  # noqa: BLE001  it is raised where the future is awaited
+        done.set_exception(error)
+    return done
 
 
 def byte_symbols() -> dict[str, int]:
