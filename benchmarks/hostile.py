@@ -1,6 +1,8 @@
-"""What it costs the gateway to refuse the dearest bodies and prompts, each in its own process."""
+"""What the dearest bodies and prompts cost the gateway, and what they cost another tenant.
 
-import asyncio
+Those that are refused, and those that are accepted; each is measured in its own process.
+"""
+
 import gc
 import re
 import subprocess
@@ -13,17 +15,18 @@ import msgspec
 from rich.table import Table
 
 from benchmarks.hostile_bodies import BODIES
+from benchmarks.hostile_neighbours import Felt
 from tera.contract.common import parse_request
 from tera.contract.json_body import parse_json_object
 from tera.errors import InvalidRequestError
 from tera.gateway.encode import TextEncoder
 from tera.gateway.least_tokens import ContextBound, least_tokens
-from tera.gateway.parsing import INLINE_BYTES
+from tera.gateway.text_pool import SHORT_BYTES
 from tera.local.demo_model import ensure_demo_model
 
 MOST_BYTES = 10 * 1024 * 1024
 """Of a body, by default."""
-GOALS_S = {INLINE_BYTES: 0.02, MOST_BYTES: 1.0}
+GOALS_S = {SHORT_BYTES: 0.02, MOST_BYTES: 1.0}
 GOAL_MIB = 200
 CONTEXT_TOKENS = 8192
 
@@ -48,18 +51,20 @@ class Cost(msgspec.Struct, frozen=True):
 
 def run(quick: bool) -> tuple[Table, dict[str, object]]:
     """Return the table and the figures behind it."""
-    sizes = [INLINE_BYTES] if quick else list(GOALS_S)
+    sizes = [SHORT_BYTES] if quick else list(GOALS_S)
     cases = [(name, size) for size in sizes for name in BODIES]
     model_path = ensure_demo_model(
         "smollm2-135m-instruct", Path(".tera/models"), "bfloat16", lambda *_: None
     )
     bodies = {(name, size): _measured("body", name, str(size)) for name, size in cases}
     texts = {name: _measured("prompt", name, str(model_path)) for name in PROMPTS}
+    felt = _felt_by_others(str(model_path))
     table = Table(
         "what",
         *(column for size in sizes for column in (_size(size), "memory")),
         "answer",
-        title="hostile: CPU and memory of one request, up to its refusal",
+        title="hostile: CPU and memory of one request, up to its refusal; what others feel of "
+        "those that are accepted",
         caption=", ".join(f"{_size(size)}: {GOALS_S[size]} s" for size in sizes)
         + f" and {GOAL_MIB} MiB at the most; prompts for a context of {CONTEXT_TOKENS} tokens",
     )
@@ -69,8 +74,19 @@ def run(quick: bool) -> tuple[Table, dict[str, object]]:
     for name, cost in texts.items():
         before = [""] * (2 * len(sizes) - 2)
         table.add_row(f"prompt: {name}", *before, *_cells(cost), cost.answer)
+    for name, it in felt.items():
+        what = (
+            f"{1000 * it.stall_s:.0f} ms at the most that the event loop stands still, "
+            f"{1000 * it.waited_s:.0f} that another tenant waits"
+        )
+        before = [""] * (2 * len(sizes) - 2)
+        table.add_row(f"accepted: {name}", *before, f"{it.each_s:.3f} s", "", what)
     figures = {f"{name}, {_size(size)}": cost for (name, size), cost in bodies.items()}
-    return table, {"bodies": msgspec.to_builtins(figures), "prompts": msgspec.to_builtins(texts)}
+    return table, {
+        "bodies": msgspec.to_builtins(figures),
+        "prompts": msgspec.to_builtins(texts),
+        "felt_by_others": msgspec.to_builtins(felt),
+    }
 
 
 def _size(size: int) -> str:
@@ -86,6 +102,12 @@ def _measured(*arguments: str) -> Cost:
     command = [sys.executable, "-m", "benchmarks.hostile", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603  of ourselves
     return msgspec.json.decode(done.stdout, type=Cost)
+
+
+def _felt_by_others(model_path: str) -> dict[str, Felt]:
+    command = [sys.executable, "-m", "benchmarks.hostile_neighbours", model_path]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603  of ourselves
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[str, Felt])
 
 
 def body_cost(name: str, size: int) -> Cost:
@@ -106,11 +128,11 @@ def prompt_cost(name: str, model_path: str) -> Cost:
     piece = PROMPTS[name]
     prompt = piece * (MOST_BYTES // len(piece.encode()))
 
-    async def encode() -> None:
-        await bound.check(prompt, "prompt")
-        await encoder.encode(prompt, add_special_tokens=True)
+    def encode() -> None:
+        bound.check(prompt, "prompt")
+        encoder.encode(prompt, add_special_tokens=True)
 
-    return _cost(lambda: asyncio.run(encode()))
+    return _cost(encode)
 
 
 def _cost(work: Callable[[], object]) -> Cost:

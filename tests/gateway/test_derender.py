@@ -11,6 +11,7 @@ from tests.gateway.conftest import exchange
 from tera.contract.chat_answers import ToolCallDelta
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.gateway.derender import Choice, ChoiceText
+from tera.gateway.echo import EchoedPrompt
 from tera.gateway.pieces import Piece, PositionLogprobs
 from tera.gateway.render import AnswerPiece
 from tera.gateway.simulated_text import SimulatedTextModel
@@ -91,14 +92,24 @@ async def told(case: Case, cuts: Sequence[tuple[int, bool]]) -> Told:
             comes at once.
     """
     answer, its_exchange, parser = Kept(), exchange(), Parsed() if case.parsed else None
-    choice = Choice(0, 0, PROMPT, case.stops, logprobs=case.logprobs, echo=case.echo)
+    echo = case.echo or ""
+    prompt = EchoedPrompt(echo, PROMPT, range(1)) if case.logprobs and echo else None
+    choice = Choice(
+        *(0, 0, PROMPT, case.stops),
+        logprobs=case.logprobs,
+        echo="" if prompt else echo,
+        prompt=prompt,
+    )
     heard: list[TokenDelta] = []
     text = ChoiceText(choice, TEXT, parser, answer, its_exchange, heard.append)
     for delta, reads in deltas(case, cuts):
         answer.blocked = not reads
         before = len(answer.pieces)
+        may_begin = prompt is None or prompt.is_told
         enough = text.push(delta)
-        assert len(answer.pieces) - before == reads
+        assert len(answer.pieces) - before == (reads and may_begin)
+        if prompt is not None and not may_begin:
+            await prompt.tell(TEXT, answer)
         if enough:
             break
     await text.finish()
@@ -107,7 +118,8 @@ async def told(case: Case, cuts: Sequence[tuple[int, bool]]) -> Told:
     assert last.finish_reason is not None
     assert all(piece.finish_reason is None for piece in others)
     if parser is not None:
-        assert parser.finished == [False] * len(others) + [True]
+        pieces_of_the_prompt = 0 if prompt is None else 1
+        assert parser.finished == [False] * (len(others) - pieces_of_the_prompt) + [True]
     return Told(
         answer.text,
         "".join(piece.reasoning for piece in answer.pieces),

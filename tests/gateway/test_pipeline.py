@@ -10,13 +10,13 @@ from tests.routing.conftest import until
 
 from tera.contract.chat_answers import ToolCallDelta
 from tera.errors import BackendFailureError, ContextLengthError, ModelNotFoundError
+from tera.gateway.all_or_none import all_or_none
 from tera.gateway.catalog import Catalog
 from tera.gateway.dialects.base import Unblocked
 from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.dialects.completions import CompletionQuestion
 from tera.gateway.exchange import Exchange
 from tera.gateway.pieces import Piece
-from tera.gateway.pipeline import all_or_none
 from tera.gateway.render import AnswerPiece, RenderedChat
 from tera.gateway.request import Conversation, TextRequest
 from tera.gateway.simulated_text import SimulatedTextModel

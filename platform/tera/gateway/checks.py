@@ -1,6 +1,7 @@
 """Checks a request against the model that it names."""
 
 from collections.abc import Iterable
+from typing import Final
 
 from tera.errors import ContextLengthError, InvalidValueError
 from tera.gateway.render import TextModel
@@ -18,6 +19,31 @@ def check_context(context_length: int, prompt_tokens: int, max_tokens: int) -> N
             f"{prompt_tokens + max_tokens}: {prompt_tokens} of the prompt and {max_tokens} "
             "of max_tokens. Shorten the prompt or lower max_tokens.",
             param="max_tokens" if prompt_tokens < context_length else "prompt",
+        )
+
+
+MAX_ECHOED_LOGPROBS: Final = 65_536
+"""Entries for all echoed prompts of a request, in all of its choices. They make an answer of some
+2 MB, which takes 20 ms to encode."""
+
+
+def check_echo(prompt_tokens: int, n: int, logprobs: int) -> None:
+    """Check that the log-probabilities of echoed prompts fit an answer.
+
+    Args:
+        prompt_tokens: of all prompts.
+        n: answers to each prompt, all of which echo it.
+        logprobs: likeliest tokens at each position, in addition to the prompt's own.
+
+    Raises:
+        InvalidValueError: they do not.
+    """
+    entries = prompt_tokens * n * (logprobs + 1)
+    if entries > MAX_ECHOED_LOGPROBS:
+        raise InvalidValueError(
+            f"Invalid 'echo': prompt tokens × n × (logprobs + 1) must be at most "
+            f"{MAX_ECHOED_LOGPROBS}, but {prompt_tokens} × {n} × {logprobs + 1} is {entries}.",
+            param="echo",
         )
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tera.gateway.echo import EchoedPrompt, position
 from tera.gateway.exchange import Exchange
 from tera.gateway.pieces import Answer, Piece, PositionLogprobs
 from tera.gateway.render import AnswerParser, Detokenizer, StopStrings, TextModel
-from tera.generation import FinishReason, TokenDelta, TokenLogprobs, merge
+from tera.generation import FinishReason, TokenDelta, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,10 @@ class Choice:
     special_tokens: bool = False
     """Whether special tokens are text."""
     logprobs: bool = False
-    echo: str | None = None
-    """The prompt's text, when the answer begins with it."""
+    echo: str = ""
+    """The text that the answer begins with."""
+    prompt: EchoedPrompt | None = None
+    """Set if the answer begins with the prompt and its log-probabilities."""
 
 
 class ChoiceText:
@@ -31,7 +34,8 @@ class ChoiceText:
 
     It lives in the gateway and so survives the replica that generates the tokens. While the client
     does not keep up, tokens are held back here and become one piece once it does; their number is
-    bounded by the tokens that the request may generate.
+    bounded by the tokens that the request may generate. They are also held back until an echoed
+    prompt has been sent.
     """
 
     def __init__(
@@ -54,16 +58,18 @@ class ChoiceText:
             choice.token_ids, special_tokens=choice.special_tokens
         )
         self._stops = StopStrings(choice.stops)
-        self._echo = choice.echo or ""
+        self._echo = choice.echo
+        self._prompt = choice.prompt
         self._held: TokenDelta | None = None
-        self._first = True
 
     def push(self, delta: TokenDelta) -> bool:
         """Add what is new to the answer; return whether a stop string has ended it."""
         self._delivered(delta)
+        if self._prompt is not None and self._choice.sample == 0:
+            self._prompt.take(delta)
         if self._held is not None:
             delta, self._held = merge(self._held, delta), None
-        if self._answer.blocked:
+        if self._answer.blocked or not self._may_begin:
             # The client does not keep up: merge what comes instead of queueing it.
             self._held = delta
             return False
@@ -71,11 +77,17 @@ class ChoiceText:
 
     async def finish(self) -> None:
         """Add what is still held back, once the client accepts it."""
+        if self._held is not None and self._prompt is not None:
+            await self._prompt.told()
         while self._held is not None:
             await self._answer.free()
             if not self._answer.blocked:
                 held, self._held = self._held, None
                 self._add(held)
+
+    @property
+    def _may_begin(self) -> bool:
+        return self._prompt is None or self._prompt.is_told
 
     @property
     def held_tokens(self) -> int:
@@ -91,8 +103,7 @@ class ChoiceText:
             # No stop string came, so what looked like the beginning of one is text.
             text += self._stops.flush()
         logprobs = self._logprobs(delta, used) if self._choice.logprobs else None
-        if self._first:
-            self._first, text = False, self._echo + text
+        self._echo, text = "", self._echo + text
         index = self._choice.index
         if self._parser is None:
             self._answer.add(Piece(index, text, finish, logprobs=logprobs))
@@ -112,33 +123,19 @@ class ChoiceText:
         if not self._choice.stops:
             return "".join(map(detokenize, shown)), count, False
         text = ""
-        for position, token_id in enumerate(shown, start=1):
+        for taken, token_id in enumerate(shown, start=1):
             piece, stopped = self._stops.push(detokenize(token_id))
             text += piece
             if stopped:
-                return text, position, True
+                return text, taken, True
         return text, count, False
 
     def _logprobs(self, delta: TokenDelta, used: int) -> list[PositionLogprobs]:
         """Return the log-probabilities of a delta's first `used` tokens as text.
 
-        The token that ended the text has none; an echoed prompt's come first.
+        The token that ended the text has none.
         """
         entries = list((delta.logprobs or [])[:used])
         if delta.finish_reason is FinishReason.STOP and used == len(delta.token_ids):
             entries = entries[: used - 1]
-        positions = [_position(self._text, entry) for entry in entries]
-        if self._choice.echo is None or not self._first:
-            return positions
-        token_ids = self._choice.token_ids
-        prompt = delta.prompt_logprobs or [None] * len(token_ids)
-        return [
-            PositionLogprobs(token, None, []) if entry is None else _position(self._text, entry)
-            for token, entry in zip(self._text.token_texts(token_ids), prompt, strict=True)
-        ] + positions
-
-
-def _position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
-    token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
-    likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
-    return PositionLogprobs(token, entry.logprob, likely)
+        return [position(self._text, entry) for entry in entries]

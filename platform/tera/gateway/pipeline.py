@@ -10,9 +10,8 @@ its tokens through `Run` and `ChoiceText` into the answer in one go, after which
 bytes are sent: no task is woken for a token.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +22,11 @@ import msgspec
 from tera.config.model import Capability
 from tera.contract.common import ModelCard, ModelStatus
 from tera.errors import InternalError, TeraError, UnsupportedParameterError
+from tera.gateway.all_or_none import all_or_none
 from tera.gateway.catalog import Catalog, ServedModel
-from tera.gateway.checks import check_biases, check_context
+from tera.gateway.checks import check_biases, check_context, check_echo
 from tera.gateway.derender import Choice, ChoiceText
+from tera.gateway.echo import EchoedPrompt
 from tera.gateway.exchange import Exchange
 from tera.gateway.parsing import RequestParser
 from tera.gateway.pieces import Answer
@@ -106,6 +107,8 @@ class Rendered:
     choices: list[Choice]
     cache_salt: str
     """Of all prompts; see `Generation`."""
+    echoed: list[EchoedPrompt]
+    """Prompts that answers begin with, including their log-probabilities."""
     new_parser: Callable[[], AnswerParser | None]
     """Creates the parser that separates content, reasoning and tool calls; may return None."""
 
@@ -196,7 +199,13 @@ class Pipeline:
         exchange.prompt_tokens = rendered.prompt_tokens
         async with self._admitted(caller, exchange, rendered.most_tokens, request.user):
             await all_or_none(
-                [self._choose(model, exchange, rendered, each, answer) for each in rendered.choices]
+                [
+                    *(each.tell(model.text, answer) for each in rendered.echoed),
+                    *(
+                        self._choose(model, exchange, rendered, each, answer)
+                        for each in rendered.choices
+                    ),
+                ]
             )
 
     def _model(
@@ -240,6 +249,10 @@ class Pipeline:
         for prompt in prompts:
             check_context(text.context_length, len(prompt), max_tokens)
         check_biases(text, sampling.logit_bias)
+        echoed: list[EchoedPrompt] = []
+        if sampling.prompt_logprobs is not None:
+            check_echo(sum(map(len, prompts)), request.n, sampling.prompt_logprobs)
+            echoed = _echoed(prompts, echoes, request.n)
         choices = [
             Choice(
                 index=position * request.n + sample,
@@ -248,13 +261,15 @@ class Pipeline:
                 stops=request.stops,
                 special_tokens=special_tokens,
                 logprobs=sampling.logprobs is not None,
-                echo=echo,
+                echo="" if echoed else echo or "",
+                prompt=echoed[position] if echoed else None,
             )
             for position, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True))
             for sample in range(request.n)
         ]
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
-        return Rendered(prompts, sampling, choices, model.cache_salt(caller), new_parser)
+        salt = model.cache_salt(caller)
+        return Rendered(prompts, sampling, choices, salt, echoed, new_parser)
 
     async def _render_prompts(
         self, caller: ApiKey, model: ServedModel, content: Prompts
@@ -340,7 +355,7 @@ class Pipeline:
         answer: Answer,
     ) -> None:
         """Add one choice to the answer, from its first token to its last."""
-        sampling = _seeded(rendered.sampling, choice.sample)
+        sampling = _of_sample(rendered.sampling, choice.sample)
         delivered = self._stopwatch(model, exchange, first_sample=choice.sample == 0)
         parser = rendered.new_parser()
         text = ChoiceText(choice, model.text, parser, answer, exchange, delivered)
@@ -410,26 +425,24 @@ def _no_parser() -> None:
     """Return None: all of the answer is content."""
 
 
-def _seeded(sampling: Sampling, sample: int) -> Sampling:
-    """Return the sampling of one of several samples, each with its own seed, as vLLM does."""
-    if sampling.seed is None or sample == 0:
+def _echoed(prompts: list[list[int]], echoes: list[str | None], n: int) -> list[EchoedPrompt]:
+    """Return the prompts to be echoed, each by its `n` answers."""
+    return [
+        EchoedPrompt(echo or "", prompt, range(place * n, (place + 1) * n))
+        for place, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True))
+    ]
+
+
+def _of_sample(sampling: Sampling, sample: int) -> Sampling:
+    """Return the sampling of one of several samples, each with its own seed, as vLLM does.
+
+    Only the first one requests the log-probabilities of the prompt, for which an engine has to
+    compute all of it, whatever it has cached.
+    """
+    if sample == 0:
         return sampling
-    # Wrapped around, to stay a signed 64-bit number.
-    seed = (sampling.seed + sample + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(sampling, seed=seed)
-
-
-async def all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run all to completion; the first error cancels the others and is raised."""
-    if len(work) == 1:
-        await work[0]
-        return
-    tasks = [asyncio.create_task(each) for each in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    seed = sampling.seed
+    if seed is not None:
+        # Wrapped around, to stay a signed 64-bit number.
+        seed = (seed + sample + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

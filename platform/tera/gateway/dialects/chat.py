@@ -222,7 +222,9 @@ class WholeChat(Unblocked):
         for call in self._tool_calls.of(piece):
             gathered.add_call(call)
         if piece.logprobs is not None:
-            gathered.logprobs = [*(gathered.logprobs or []), *piece.logprobs]
+            if gathered.logprobs is None:
+                gathered.logprobs = []
+            gathered.logprobs += piece.logprobs
         gathered.finish_reason = self._tool_calls.finish_reason(piece) or gathered.finish_reason
 
     def body(self) -> bytes:

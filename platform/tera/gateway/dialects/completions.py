@@ -180,11 +180,11 @@ def _top(position: PositionLogprobs) -> dict[str, float] | None:
 def _joined(
     before: CompletionLogprobs | None, more: CompletionLogprobs | None
 ) -> CompletionLogprobs | None:
+    """Return both, in the lists of the first, which are not to be copied for each piece."""
     if before is None or more is None:
         return before or more
-    return CompletionLogprobs(
-        before.tokens + more.tokens,
-        before.token_logprobs + more.token_logprobs,
-        before.top_logprobs + more.top_logprobs,
-        before.text_offset + more.text_offset,
-    )
+    before.tokens.extend(more.tokens)
+    before.token_logprobs.extend(more.token_logprobs)
+    before.top_logprobs.extend(more.top_logprobs)
+    before.text_offset.extend(more.text_offset)
+    return before
