@@ -42,6 +42,7 @@ from tera.contract.fields import (
     User,
     only_with_stream,
 )
+from tera.contract.schemas import JsonSchema, check_schemas
 
 MAX_MESSAGES = 2048
 """Most messages of a conversation. Each is an object here, in the template and in vLLM's checks,
@@ -206,7 +207,7 @@ class JsonSchemaFormat(Request):
 
     name: FunctionName
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: JsonSchema | None = Field(default=None, alias="schema")
     strict: bool = False
 
 
@@ -327,6 +328,16 @@ class ChatRequest(Request):
     def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("logprobs") is False:
             invalid("is only allowed together with 'logprobs': true")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _bounded_parameters(cls, value: list[Tool] | None) -> list[Tool] | None:
+        check_schemas(
+            (f"[{position}].function.parameters", tool.function.parameters)
+            for position, tool in enumerate(value or ())
+            if tool.function.parameters is not None
+        )
         return value
 
     @field_validator("tool_choice")

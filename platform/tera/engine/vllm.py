@@ -23,6 +23,7 @@ from tera.errors import (
 )
 from tera.generation import Generation, ReplicaLoad, TokenDelta
 from tera.upstream.vllm import check_engine, deliver, engine_processes, stat_logger
+from tera.upstream.vllm_grammar import leave_check_to_gateways
 
 # vLLM takes ten seconds to import and is not installed with every part of Tera, so it is only
 # imported in functions that start an engine or run once one has started.
@@ -90,6 +91,7 @@ class VllmEngine:
             StartError: Tera does not work with this version of vLLM.
         """
         check_engine()
+        leave_check_to_gateways()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         figures = StepFigures(clock)

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from tera.engine.vllm_worker import WorkerExtension
 from tera.errors import ConfigError
 from tera.upstream.vllm import argument_names
+from tera.upstream.xgrammar import BACKEND
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -21,6 +22,8 @@ _DECIDED = {
     "worker_extension_cls": "Tera uses its own extension there",
 }
 """vLLM arguments that `engine.args` may not contain, and why."""
+
+_STRUCTURED = "structured_outputs_config"
 
 WORKER_EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 
@@ -47,6 +50,7 @@ def async_engine_args(
 
     check_args(args, "engine.args")
     given: dict[str, Any] = {**(_sleep_args() if sleeps else {}), **args, **decided}
+    given[_STRUCTURED] = {**(given.get(_STRUCTURED) or {}), "backend": BACKEND}
     return AsyncEngineArgs(**given, worker_extension_cls=WORKER_EXTENSION)
 
 
@@ -70,6 +74,9 @@ def check_args(args: Mapping[str, JsonValue], path: str) -> None:
         elif name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
+    structured = args.get(_STRUCTURED)
+    if isinstance(structured, Mapping) and structured.get("backend", BACKEND) != BACKEND:
+        faults.append(f"{path}.{_STRUCTURED}.backend: is always {BACKEND}")
     if faults:
         raise ConfigError("\n".join(faults))
 

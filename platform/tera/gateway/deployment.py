@@ -25,6 +25,7 @@ from tera.config.names import (
 from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.grammars import Grammars
 from tera.gateway.model_status import model_status
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
@@ -92,6 +93,8 @@ class GatewayReplica:
             Admissions(limits, self._keys, lambda: self._config.limits, self._replica_id)
         )
         await self._stack.enter_async_context(UsageExporter(redis, lambda: self._config.usage))
+        self._grammars = Grammars()
+        self._stack.callback(self._grammars.close)
         self._statuses = StatusWatcher(self._catalog)
         self._links.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
@@ -140,7 +143,7 @@ class GatewayReplica:
         path = source.engine_path(self._runtime.home, config.engine.dtype)
         # Seconds of imports and file reading: in a thread, so that other models' streams continue.
         args = {**source.revision_args(), **config.engine.args}
-        return await asyncio.to_thread(VllmTextModel.load, path, args)
+        return await asyncio.to_thread(VllmTextModel.load, path, args, self._grammars)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
         fleet = self._fleets.get(name)

@@ -90,6 +90,17 @@ class TextModel(Protocol):
         """
         ...
 
+    async def check_structured(
+        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
+    ) -> None:
+        """Return if engines can be held to what a rendered conversation asks for.
+
+        Raises:
+            UnsupportedParameterError: a part of a schema would not be enforced.
+            InvalidValueError: it is no schema, or takes too long to compile.
+        """
+        ...
+
     def answer_parser(
         self, conversation: Conversation, rendered: RenderedChat
     ) -> AnswerParser | None:

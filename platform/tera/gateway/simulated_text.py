@@ -2,6 +2,7 @@
 
 import codecs
 from functools import cache
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -65,6 +66,11 @@ class SimulatedTextModel:
             f"<{turn['role']}> {turn.get('content') or ''}\n" for turn in conversation.messages
         ]
         return RenderedChat(self._encoded("".join([*turns, "<assistant>"]), "messages"))
+
+    async def check_structured(
+        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
+    ) -> None:
+        """Return: no conversation is rendered that asks for any."""
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
         """Return no parser: everything is content."""

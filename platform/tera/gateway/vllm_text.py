@@ -11,6 +11,7 @@ from tera.config.model import FRONTEND_ARGS, engine_args
 from tera.contract.chat_answers import FunctionCallDelta, ToolCallDelta
 from tera.errors import UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
+from tera.gateway.grammars import Grammars, Vocabulary
 from tera.gateway.least_tokens import ContextBound, least_tokens
 from tera.gateway.render import (
     AnswerParser,
@@ -19,6 +20,7 @@ from tera.gateway.render import (
     TokenText,
 )
 from tera.gateway.request import Conversation
+from tera.gateway.structured import StructuredOutputs
 from tera.gateway.text_pool import WORKERS
 from tera.upstream.vllm_text import (
     VllmConversation,
@@ -66,8 +68,9 @@ class _VllmChat(RenderedChat):
 class VllmTextModel:
     """A model's tokenizer, chat template and parsers, as vLLM loads them."""
 
-    def __init__(self, text: VllmText) -> None:
+    def __init__(self, text: VllmText, grammars: Grammars) -> None:
         self._text = text
+        self._structured = StructuredOutputs(grammars, Vocabulary(text.serialised_vocabulary))
         self._tokenizer = text.tokenizer
         self._encoder = TextEncoder.of(self._tokenizer)
         self._bound = ContextBound(text.context_length, least_tokens(self._tokenizer))
@@ -79,8 +82,13 @@ class VllmTextModel:
         self.vocab_size = text.vocab_size
 
     @classmethod
-    def load(cls, model_path: str, args: dict[str, JsonValue]) -> Self:
+    def load(cls, model_path: str, args: dict[str, JsonValue], grammars: Grammars) -> Self:
         """Load what the gateway needs of the model at `model_path`; takes seconds.
+
+        Args:
+            model_path: directory with the model's files.
+            args: the model's `engine.args`.
+            grammars: compiles what engines are held to, for all models.
 
         Raises:
             ConfigError: vLLM refuses the model or its arguments.
@@ -89,7 +97,8 @@ class VllmTextModel:
         frontend = {name: args.get(name) for name in FRONTEND_ARGS}
         # One copy of the tokenizer per thread: making another one later would take a while.
         threads: dict[str, JsonValue] = {"renderer_num_workers": WORKERS}
-        return cls(VllmText.load(model_path, {**threads, **engine_args(args)}, frontend))
+        text = VllmText.load(model_path, {**threads, **engine_args(args)}, frontend)
+        return cls(text, grammars)
 
     async def encode(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt; see `TextModel`."""
@@ -109,6 +118,12 @@ class VllmTextModel:
             special_tokens=rendered.special_tokens,
             inner=rendered,
         )
+
+    async def check_structured(
+        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
+    ) -> None:
+        """Return if engines can be held to it; see `TextModel`."""
+        await self._structured.check(tenant, conversation, structured)
 
     def _refuse_what_is_missing(self, conversation: Conversation) -> None:
         if conversation.tools and conversation.tool_choice != "none" and not self._text.has_tools:

@@ -2,10 +2,13 @@
 
 vLLM starts a request's grammar at its first generated token. A resumed generation has its first
 tokens in the prompt, so here the grammar is advanced through them before it is used.
+
+An engine's process also skips vLLM's own check of a grammar: a gateway has made it.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from tera.upstream import xgrammar
 from tera.upstream.symbols import Symbol, check
 from tera.upstream.vllm_penalties import resumed_tokens
 
@@ -46,6 +49,25 @@ NEEDS = (
     Symbol("vllm.v1.request", "Request.prompt_token_ids", "which they are"),
     Symbol("vllm.v1.request", "Request.request_id", "grammars log it"),
 )
+
+
+def leave_check_to_gateways() -> None:
+    """Let this process' vLLM take structured outputs without compiling them on its event loop.
+
+    A gateway has compiled each one already, in a process that may die of it; here one that does
+    would take all generations along, and a slow one holds all of them up. vLLM's engine compiles
+    it in a thread, and one that fails there fails its own request.
+
+    Raises:
+        StartError: this vLLM is not one that Tera works with.
+    """
+    check(xgrammar.NEEDS)
+    from vllm.v1.structured_output import backend_xgrammar
+
+    def trusted(sampling_params: Any) -> None:
+        """Return: it is known to compile."""
+
+    backend_xgrammar.validate_xgrammar_grammar = trusted
 
 
 def lead_grammars() -> None:

@@ -13,6 +13,8 @@ from pydantic import JsonValue
 
 from tera.errors import ConfigError, InvalidValueError, UnsupportedParameterError
 from tera.upstream.symbols import Symbol, check
+from tera.upstream.vllm_grammar import leave_check_to_gateways
+from tera.upstream.xgrammar import serialised_vocabulary
 
 _ANSWERS = "vllm.entrypoints.generate.base.protocol"
 _CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
@@ -276,6 +278,7 @@ class VllmText:
             ConfigError: vLLM refuses the model or its arguments.
         """
         check(NEEDS)
+        leave_check_to_gateways()
         from vllm.config import VllmConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.renderers import renderer_from_config
@@ -355,6 +358,10 @@ class VllmText:
             special_tokens=not request.skip_special_tokens,
             request=request,
         )
+
+    def serialised_vocabulary(self) -> str:
+        """Return the tokens as what compiles grammars knows them; takes a second."""
+        return serialised_vocabulary(self._model_config, self.tokenizer)
 
     def parser(self, conversation: VllmConversation) -> VllmParser | None:
         """Return the parser of one new answer, or None if the model has none."""

@@ -1,0 +1,214 @@
+"""What engines are held to, compiled before an engine sees it."""
+
+import asyncio
+import hashlib
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from functools import cached_property
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from tera.errors import InternalError
+from tera.gateway.grammar_compiler import BEGUN, COMPILE, CPU_S, MEMORY_BYTES, VOCABULARY, WALL_S
+
+AT_ONCE = 2
+"""Grammars that compile at the same time, of different tenants."""
+
+REMEMBERED = 4096
+"""Grammars of which it is known whether they compile, some 100 bytes each."""
+
+_START_S = 120
+"""How long xgrammar may take to load; on a machine at rest it is 4 s."""
+
+TOO_DEAR = f"it takes more than {CPU_S} s or {MEMORY_BYTES // 1024**2} MiB to compile; simplify it"
+
+
+class Fault(NamedTuple):
+    """Why a grammar is not for an engine."""
+
+    reason: str
+    unsupported: bool
+    """It is right, and the engine's backend would not enforce all of it."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a compiling process answers."""
+
+    fault: str | None
+    ignored: list[str]
+
+
+class Vocabulary:
+    """A model's tokens as xgrammar knows them; made at the first grammar, in a second."""
+
+    def __init__(self, make: Callable[[], str]) -> None:
+        self.name = secrets.token_hex(16)
+        self._make = make
+
+    @cached_property
+    def serialised(self) -> str:
+        """The `TokenizerInfo` of xgrammar, as JSON."""
+        return self._make()
+
+
+class Compiler:
+    """The process of `grammar_compiler`, started when the first grammar comes."""
+
+    def __init__(self) -> None:
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told: set[str] = set()
+        self._starting = asyncio.Lock()
+
+    async def compile(self, vocabulary: Vocabulary, kind: str, text: str) -> Outcome | None:
+        """Compile a grammar; None says that it has used up its time or memory, or crashed.
+
+        Raises:
+            InternalError: there is no process to compile it.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                await self._ask(vocabulary, theirs)
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        try:
+            asked = {"vocabulary": vocabulary.name, "kind": kind, "text": text}
+            writer.write(msgspec.json.encode(asked))
+            writer.write_eof()
+            async with asyncio.timeout(_START_S + WALL_S):
+                answer = await reader.read()
+        except (TimeoutError, OSError):
+            answer = b""
+        finally:
+            writer.close()
+        if not answer.startswith(BEGUN):
+            self.close()  # the next grammar starts another
+            raise InternalError("Structured output is not available at the moment.")
+        told = answer.removeprefix(BEGUN)
+        return msgspec.json.decode(told, type=Outcome) if told else None
+
+    async def _ask(self, vocabulary: Vocabulary, connection: socket.socket) -> None:
+        async with self._starting:
+            control = self._control
+            if control is None or self._process is None or self._process.poll() is not None:
+                control = self._start()
+            if vocabulary.name not in self._told:
+                serialised = await asyncio.to_thread(lambda: vocabulary.serialised)
+                with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+                    file.write(serialised)
+                    file.seek(0)
+                    message = VOCABULARY + vocabulary.name.encode()
+                    socket.send_fds(control, [message], [file.fileno()])
+                self._told.add(vocabulary.name)
+            socket.send_fds(control, [COMPILE], [connection.fileno()])
+
+    def _start(self) -> socket.socket:
+        self.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-m", "tera.gateway.grammar_compiler"]
+            self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                command, stdin=theirs.fileno()
+            )
+        self._control = ours
+        return ours
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self._control is not None:
+            self._control.close()
+        self._control = None
+        self._told.clear()
+
+
+class Grammars:
+    """Which grammars compile: each is tried once, in a process that may die of it.
+
+    A tenant has one compiled at a time, so that the slow ones of one wait for each other and not
+    those of another. What is known of a grammar is known for its tenant alone, or else the time
+    that an answer takes would tell one what another one sends.
+    """
+
+    def __init__(self, compiler: Compiler | None = None) -> None:
+        self._compiler = compiler or Compiler()
+        self._known: OrderedDict[bytes, Fault | None] = OrderedDict()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    async def check(
+        self, tenant: str, vocabulary: Vocabulary, kind: str, text: str
+    ) -> Fault | None:
+        """Return why a grammar is not for an engine; None if it is.
+
+        Args:
+            tenant: whose it is.
+            vocabulary: the model's.
+            kind: as in `Sampling.structured`.
+            text: exactly what the engine compiles.
+
+        Raises:
+            InternalError: it cannot be found out.
+        """
+        key = hashlib.sha256("\0".join([tenant, vocabulary.name, kind, text]).encode()).digest()
+        if key in self._known:
+            return self._recalled(key)
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        await turn.acquire()
+        if key in self._known:  # the same, sent many times at once
+            turn.release()
+            return self._recalled(key)
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            turn.release()
+            raise
+        outcome = await self._begun(turn, self._compiler.compile(vocabulary, kind, text))
+        if outcome is None:
+            return Fault(TOO_DEAR, unsupported=False)  # not for good: the machine may be busy
+        fault = _fault(outcome)
+        self._known[key] = fault
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return fault
+
+    async def _begun(
+        self, turn: asyncio.Lock, compile_: Coroutine[Any, Any, Outcome | None]
+    ) -> Outcome | None:
+        """Compile, and give turn and slot back at the end of it.
+
+        That is also so when the client leaves meanwhile: the process stays at work.
+        """
+
+        def ended(task: asyncio.Task[Outcome | None]) -> None:
+            self._slots.release()
+            turn.release()
+            if not task.cancelled():
+                task.exception()  # known, even where nobody waits for it any more
+
+        compiling = asyncio.create_task(compile_)
+        compiling.add_done_callback(ended)
+        return await asyncio.shield(compiling)
+
+    def _recalled(self, key: bytes) -> Fault | None:
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def close(self) -> None:
+        """Let the compiling process end."""
+        self._compiler.close()
+
+
+def _fault(outcome: Outcome) -> Fault | None:
+    if outcome.fault is not None:
+        return Fault(outcome.fault, unsupported="not support" in outcome.fault)
+    return Fault(outcome.ignored[0], unsupported=True) if outcome.ignored else None
