@@ -172,24 +172,28 @@ class Grammars:
         except BaseException:
             turn.release()
             raise
-        outcome = await self._begun(turn, self._compiler.compile(vocabulary, kind, text))
+        return await self._begun(turn, self._found_out(key, vocabulary, kind, text))
+
+    async def _found_out(
+        self, key: bytes, vocabulary: Vocabulary, kind: str, text: str
+    ) -> Fault | None:
+        outcome = await self._compiler.compile(vocabulary, kind, text)
         if outcome is None:
             return Fault(TOO_DEAR, unsupported=False)  # not for good: the machine may be busy
-        fault = _fault(outcome)
-        self._known[key] = fault
+        self._known[key] = fault = _fault(outcome)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return fault
 
     async def _begun(
-        self, turn: asyncio.Lock, compile_: Coroutine[Any, Any, Outcome | None]
-    ) -> Outcome | None:
+        self, turn: asyncio.Lock, compile_: Coroutine[Any, Any, Fault | None]
+    ) -> Fault | None:
         """Compile, and give turn and slot back at the end of it.
 
         That is also so when the client leaves meanwhile: the process stays at work.
         """
 
-        def ended(task: asyncio.Task[Outcome | None]) -> None:
+        def ended(task: asyncio.Task[Fault | None]) -> None:
             self._slots.release()
             turn.release()
             if not task.cancelled():
