@@ -133,7 +133,10 @@ async def test_what_would_not_be_enforced_is_unsupported() -> None:
 @pytest.mark.parametrize(
     ("message", "shown"),
     [
-        ('[20:40:18] /project/cpp/json_schema.cc:4944: Unsupported type "x"\n', 'Unsupported type "x"'),
+        (
+            '[20:40:18] /project/cpp/json_schema.cc:4944: Unsupported type "x"\n',
+            'Unsupported type "x"',
+        ),
         ("[20:40:18] /project/cpp/a.cc:1: Bad.\nTraceback: /usr/lib/a.py", "Bad"),
         ("", "it is no schema"),
     ],
