@@ -14,6 +14,7 @@ from tests.engine.streams import streamed
 
 from tera.engine.bounds import MAX_LOGIT_BIAS_TOKENS
 from tera.engine.vllm import VllmEngine
+from tera.engine.vllm_args import async_engine_args
 from tera.engine.vllm_sampling import sampling_params
 from tera.errors import (
     ConfigError,
@@ -59,6 +60,11 @@ def asker(vllm_engine: VllmEngine) -> Asker:
             "engine.args.worker_extension_cls: Tera uses its own extension there",
             id="worker",
         ),
+        pytest.param(
+            {"structured_outputs_config": {"backend": "outlines"}},
+            "engine.args.structured_outputs_config.backend: is always xgrammar",
+            id="backend",
+        ),
     ],
 )
 async def test_wrong_arguments_are_named(
@@ -67,6 +73,14 @@ async def test_wrong_arguments_are_named(
     with pytest.raises(ConfigError) as raised:
         await VllmEngine.launch(model_path, args, stall_s=5)
     assert raised.value.message == message
+
+
+async def test_x2_no_request_chooses_the_backend_of_its_engine(model_path: str) -> None:
+    args: dict[str, JsonValue] = {"structured_outputs_config": {"disable_any_whitespace": True}}
+    for given in ({}, args):
+        config = async_engine_args(given, sleeps=False, model=model_path).structured_outputs_config
+        assert config.backend == "xgrammar"
+    assert config.disable_any_whitespace
 
 
 async def test_arguments_are_known_without_importing_vllm() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tera.errors import ContextLengthError, InvalidRequestError, UnsupportedParameterError
 from tera.gateway.dialects.chat import ChatQuestion
+from tera.gateway.grammars import Grammars
 from tera.gateway.render import AnswerPiece
 from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
@@ -46,7 +47,9 @@ def model_path() -> str:
 def plain(model_path: str) -> Iterator[VllmTextModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield VllmTextModel.load(model_path, {"max_model_len": 2048, "dtype": "float32"})
+        yield VllmTextModel.load(
+            model_path, {"max_model_len": 2048, "dtype": "float32"}, Grammars()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,7 @@ def with_tools(model_path: str) -> VllmTextModel:
     return VllmTextModel.load(
         model_path,
         {"max_model_len": 2048, "dtype": "float32", "tool_call_parser": "hermes"},
+        Grammars(),
     )
 
 
@@ -137,7 +141,9 @@ async def test_t1_response_formats_become_structured_outputs(
 
 async def test_t3_a_model_without_a_template_names_the_other_route(model_path: str) -> None:
     bare = VllmTextModel.load(
-        model_path, {"max_model_len": 2048, "chat_template": "{{ raise_exception('no') }}"}
+        model_path,
+        {"max_model_len": 2048, "chat_template": "{{ raise_exception('no') }}"},
+        Grammars(),
     )
     with pytest.raises(InvalidRequestError) as refused:
         await bare.render_chat(chat())

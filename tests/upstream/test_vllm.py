@@ -17,7 +17,7 @@ import pytest
 from tera.engine import bounds, vllm_args, vllm_plugin, vllm_worker
 from tera.errors import ConfigError, StartError
 from tera.gateway.request import Conversation
-from tera.upstream import symbols, vllm, vllm_grammar, vllm_penalties, vllm_text
+from tera.upstream import symbols, vllm, vllm_grammar, vllm_penalties, vllm_text, xgrammar
 from tera.upstream.symbols import Need, Symbol, missing
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,7 @@ NEEDS = [
     *vllm_penalties.V1_NEEDS,
     *vllm_penalties.V2_NEEDS,
     *vllm_text.NEEDS,
+    *xgrammar.NEEDS,
 ]
 
 
@@ -56,6 +57,18 @@ def test_a_conversation_is_what_vllms_renderer_reads() -> None:
     assert {field.name for field in fields(Conversation)} == {*vllm_text.CHAT_FIELDS}
 
 
+def test_xgrammar_enforces_the_formats_that_vllm_says() -> None:
+    module = symbols._tree("vllm.v1.structured_output.backend_xgrammar")
+    assert module is not None
+    (formats,) = (
+        ast.literal_eval(statement.value)
+        for statement in module.body
+        if isinstance(statement, ast.Assign)
+        and ast.unparse(statement.targets[0]) == "STRING_SUPPORTED_FORMATS"
+    )
+    assert formats == xgrammar.FORMATS
+
+
 def test_a_vllm_without_any_of_it_is_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +84,7 @@ def test_a_vllm_without_any_of_it_is_refused_at_the_start(
             lambda: vllm_penalties.count_resumed_in_v1(SimpleNamespace()),  # type: ignore[arg-type]
             lambda: vllm_penalties.count_resumed_in_v2(SimpleNamespace()),  # type: ignore[arg-type]
             lambda: vllm_text.VllmText.load("model", {}, {}),
+            vllm_grammar.leave_check_to_gateways,
         ]
         for start in starts:
             with pytest.raises(StartError, match=symbols.PAGE):

@@ -15,13 +15,18 @@ from tera.upstream.symbols import Symbol, check
 BACKEND: Final = "xgrammar"
 
 _MODULE = "vllm.v1.structured_output.backend_xgrammar"
+_TYPES = "vllm.v1.structured_output.backend_types"
 
 NEEDS = (
-    Symbol(
-        _MODULE,
-        "XgrammarBackend",
-        "a gateway compiles with the tokens as the engine does",
-        call="vllm_config tokenizer vocab_size",
+    *(
+        Symbol(module, name, "a gateway compiles with the tokens as the engine does")
+        for module, name in (
+            (_MODULE, "XgrammarBackend.__post_init__"),
+            (_MODULE, "XgrammarBackend.compiler"),
+            (_TYPES, "StructuredOutputBackend.vllm_config"),
+            (_TYPES, "StructuredOutputBackend.tokenizer"),
+            (_TYPES, "StructuredOutputBackend.vocab_size"),
+        )
     ),
     Symbol(
         _MODULE,
