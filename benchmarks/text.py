@@ -18,6 +18,7 @@ from tera.contract.common import parse_request
 from tera.contract.completions import CompletionRequest
 from tera.contract.json_body import parse_json_object
 from tera.gateway.dialects.chat import ChatQuestion
+from tera.gateway.grammars import Grammars
 from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
 from tera.local.demo_model import ensure_demo_model
@@ -93,7 +94,9 @@ async def _rendering(repeats: int) -> dict[str, dict[str, Any]]:
     set_environment({"VLLM_LOGGING_LEVEL": "ERROR"}, keep_existing=True)
     models = Runtime.from_environment().home / "models"
     path = ensure_demo_model("smollm2-135m-instruct", models, "bfloat16", lambda *_: None)
-    model = VllmTextModel.load(str(path), {"max_model_len": CONTEXT_TOKENS, "dtype": "bfloat16"})
+    model = VllmTextModel.load(
+        str(path), {"max_model_len": CONTEXT_TOKENS, "dtype": "bfloat16"}, Grammars()
+    )
 
     async def completion(body: bytes) -> tuple[float, int]:
         request = parse_request(CompletionRequest, parse_json_object(body))

@@ -87,7 +87,7 @@ async def test_a_grammar_is_compiled_once_for_all_who_send_it_at_once() -> None:
     assert compiler.begun == {"same": 1}
 
 
-async def test_b8_no_tenant_learns_what_another_has_sent() -> None:
+async def test_x2_no_tenant_learns_what_another_has_sent() -> None:
     compiler = ToldCompiler()
     known = Grammars(compiler)
     for tenant in ("acme", "other"):
