@@ -1,4 +1,4 @@
-"""Compiles grammars, each in a process of its own: `python -m tera.gateway.grammar_compiler`.
+"""Compiles grammars, each in a process of its own; run as a program by `grammars.Compiler`.
 
 What a client sends can make xgrammar take minutes and gigabytes, or run out of stack and die. This
 process loads xgrammar once and forks for each grammar, so that a child that dies of one costs

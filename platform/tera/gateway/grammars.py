@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from tera.errors import InternalError
+from tera.gateway import grammar_compiler
 from tera.gateway.grammar_compiler import BEGUN, COMPILE, CPU_S, MEMORY_BYTES, VOCABULARY, WALL_S
 
 AT_ONCE = 2
@@ -78,6 +79,9 @@ class Compiler:
             with theirs:
                 await self._ask(vocabulary, theirs)
             reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except OSError as error:
+            ours.close()
+            raise self._unavailable() from error
         except BaseException:
             ours.close()
             raise
@@ -92,8 +96,7 @@ class Compiler:
         finally:
             writer.close()
         if not answer.startswith(BEGUN):
-            self.close()  # the next grammar starts another
-            raise InternalError("Structured output is not available at the moment.")
+            raise self._unavailable()
         told = answer.removeprefix(BEGUN)
         return msgspec.json.decode(told, type=Outcome) if told else None
 
@@ -116,12 +119,17 @@ class Compiler:
         self.close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "tera.gateway.grammar_compiler"]
+            # By its file, since it imports nothing of Tera, and none of the files beside it.
+            command = [sys.executable, "-P", grammar_compiler.__file__]
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
                 command, stdin=theirs.fileno()
             )
         self._control = ours
         return ours
+
+    def _unavailable(self) -> InternalError:
+        self.close()  # the next grammar starts another
+        return InternalError("Structured output is not available at the moment.")
 
     def close(self) -> None:
         """Let the process end."""
