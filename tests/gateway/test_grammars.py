@@ -1,4 +1,4 @@
-"""Who waits for whose grammar, and what is remembered of them, over a compiler that is told."""
+"""Which grammars wait for which, and which results are kept, with a scripted compiler."""
 
 import asyncio
 from collections import Counter
@@ -14,7 +14,7 @@ TOKENS = Vocabulary(lambda: "")
 GOOD = Outcome(None, [])
 
 
-class ToldCompiler(Compiler):
+class ScriptedCompiler(Compiler):
     """Ends compiling a grammar when the test says so, and as it says."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ def check(known: Grammars, tenant: str, text: str) -> "asyncio.Task[Fault | None
 
 
 async def test_x2_a_tenants_slow_grammars_wait_for_each_other_alone() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     slow = [check(known, "hostile", f"slow {n}") for n in range(20)]
     await until(lambda: "slow 0" in compiler.compiling)
@@ -59,7 +59,7 @@ async def test_x2_a_tenants_slow_grammars_wait_for_each_other_alone() -> None:
 
 
 async def test_x2_a_client_that_leaves_gives_no_second_turn() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     leaving = check(known, "hostile", "left behind")
     await until(lambda: "left behind" in compiler.compiling)
@@ -78,7 +78,7 @@ async def test_x2_a_client_that_leaves_gives_no_second_turn() -> None:
 
 
 async def test_a_grammar_is_compiled_once_for_all_who_send_it_at_once() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     asked = [check(known, "acme", "same") for _ in range(10)]
     await until(lambda: "same" in compiler.compiling)
@@ -88,7 +88,7 @@ async def test_a_grammar_is_compiled_once_for_all_who_send_it_at_once() -> None:
 
 
 async def test_x2_no_tenant_learns_what_another_has_sent() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     for tenant in ("acme", "other"):
         asked = check(known, tenant, "same")
@@ -100,7 +100,7 @@ async def test_x2_no_tenant_learns_what_another_has_sent() -> None:
 
 async def test_the_memory_of_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "REMEMBERED", 2)
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     for text in ("a", "b", "a", "c", "a", "b"):
         asked = check(known, "acme", text)
@@ -112,7 +112,7 @@ async def test_the_memory_of_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_what_took_too_long_may_be_tried_again() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     known = Grammars(compiler)
     for outcome in (None, GOOD):
         asked = check(known, "acme", "slow")
@@ -123,7 +123,7 @@ async def test_what_took_too_long_may_be_tried_again() -> None:
 
 
 async def test_what_would_not_be_enforced_is_unsupported() -> None:
-    compiler = ToldCompiler()
+    compiler = ScriptedCompiler()
     asked = check(Grammars(compiler), "acme", "half")
     await until(lambda: "half" in compiler.compiling)
     compiler.end("half", Outcome(None, ["multipleOf is ignored"]))
@@ -138,7 +138,7 @@ async def test_what_would_not_be_enforced_is_unsupported() -> None:
             'Unsupported type "x"',
         ),
         ("[20:40:18] /project/cpp/a.cc:1: Bad.\nTraceback: /usr/lib/a.py", "Bad"),
-        ("", "it is no schema"),
+        ("", "it is not valid"),
     ],
 )
 def test_h9_no_message_names_a_file_of_xgrammars(message: str, shown: str) -> None:

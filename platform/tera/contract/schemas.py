@@ -1,7 +1,7 @@
-"""Bounds on the JSON schemas in a request, looked at before anything is made of them.
+"""Bounds on the JSON schemas in a request, checked before anything else is done with them.
 
-Inside of them the time that a schema takes to compile still differs by a factor of a thousand, so a
-gateway compiles each under a bound on time too (`gateway/grammars.py`).
+Within them, the time to compile a schema still varies by a factor of a thousand, so a gateway also
+bounds that time (`gateway/grammars.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,24 +13,24 @@ from pydantic import AfterValidator, WithJsonSchema
 from tera.contract.common import invalid
 
 MAX_SCHEMA_BYTES = 262_144
-"""As JSON, descriptions included. A replica takes some milliseconds of its event loop to hand so
-much on."""
+"""As JSON, descriptions included. Passing that much on takes a few milliseconds of a replica's
+event loop."""
 
 MAX_SCHEMA_DEPTH = 32
-"""Of objects and arrays, two or three for each level of what the schema describes."""
+"""Of objects and arrays: two or three for each level of the data that a schema describes."""
 
 MAX_SCHEMA_PROPERTIES = 2000
-"""Required ones compile in 2 s. Of optional ones in one object each may be followed by each later
-one, so 700 of them take the 5 s that a schema has."""
+"""So many required properties compile in 2 s. Optional ones in one object take quadratic time: some
+700 of them take the 5 s that a schema may take."""
 
 MAX_ENUM_VALUES = 1000
-"""OpenAI's bound. With a hundred characters each they compile in 1.4 s."""
+"""OpenAI's bound too. With a hundred characters each they compile in 1.4 s."""
 
 MAX_PATTERN_CHARACTERS = 1000
-"""Of a regular expression."""
+"""Of one regular expression."""
 
 MAX_PATH_CHARACTERS = 200
-"""Of a place inside a schema that an error names; its parts are the client's own words."""
+"""Of a path inside a schema in an error message, whose parts the client chose."""
 
 
 class Place(NamedTuple):
@@ -43,13 +43,13 @@ class Place(NamedTuple):
 
 
 def step(at: str, key: str | int) -> str:
-    """Return the path of what is under `key` at a path, cut where it gets too long to read."""
+    """Return the path of the entry `key` of what is at a path, cut off if it gets too long."""
     path = f"{at}[{key}]" if isinstance(key, int) else f"{at}.{key[:64]}"
     return path if len(path) <= MAX_PATH_CHARACTERS else f"{path[: MAX_PATH_CHARACTERS - 1]}…"
 
 
 def check_schemas(schemas: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Refuse, inside a validator, the schemas of one field that are too large together.
+    """Refuse, inside a validator, schemas of one field that are too large together.
 
     Args:
         schemas: each with its path within the field.
@@ -69,7 +69,7 @@ def check_schemas(schemas: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 
 def _places(at: str, schema: dict[str, Any]) -> Iterator[Place]:
-    """Yield every object and array, also where it is no schema: a `$ref` can point anywhere."""
+    """Yield every object and array, even outside of subschemas: a `$ref` can point anywhere."""
     left = [Place(at, 1, schema)]
     while left:
         place = left.pop()
@@ -124,4 +124,4 @@ JsonSchema = Annotated[
         }
     ),
 ]
-"""A schema that an answer has to fit."""
+"""A schema that an answer must match."""

@@ -1,9 +1,9 @@
 """Compiles grammars, each in a process of its own; run as a program by `grammars.Compiler`.
 
-What a client sends can make xgrammar take minutes and gigabytes, or run out of stack and die. This
-process loads xgrammar once and forks for each grammar, so that a child that dies of one costs
-milliseconds; the kernel ends it when its time or memory is used up. It has one thread, as forking
-wants, and ends when the gateway that started it does.
+A client's schema can make xgrammar take minutes and gigabytes, or overflow its stack. This process
+loads xgrammar once and forks for each grammar, so a child that crashes costs milliseconds, and the
+kernel ends one that uses up its time or memory. It has a single thread, because it forks, and ends
+when the gateway that started it does.
 """
 
 import json
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from xgrammar import TokenizerInfo
 
 CPU_S = 5
-"""Of one grammar. An engine takes as much again, in threads that its steps do not wait for."""
+"""Per grammar. The engine then takes as much again, in threads that do not delay its steps."""
 WALL_S = 20
-"""For those seconds of CPU, on a machine that has other things to do."""
+"""Per grammar, for when the machine is busy."""
 MEMORY_BYTES = 1024**3
-"""More than the process has when it begins."""
+"""Per grammar, on top of what the process has when it starts."""
 
 VOCABULARY, COMPILE = b"v", b"c"
-"""What a message on the control socket asks for; with each comes a file or a connection."""
+"""The kinds of control messages; each comes with a file descriptor."""
 BEGUN = b"+"
-"""A child's first byte: what ends from here on ends because of the grammar."""
+"""A child's first byte: if it dies after that, the grammar is the reason."""
 
 _BEFORE_MESSAGE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """xgrammar's time, and a path of the machine that it was built on."""
 _WARNING = "Warning: "
 _ACCEPTABLE = "falling back to anyOf semantics"
-"""Of the things that xgrammar warns of, the one that OpenAI does too: `oneOf` is `anyOf`."""
+"""The one warning that is no reason to refuse: `oneOf` is treated as `anyOf`, as by OpenAI."""
 
 
 def main() -> None:
-    """Serve the control socket, which is the standard input, until its other end is closed."""
+    """Serve the control socket, which is standard input, until the gateway closes its end."""
     with socket.socket(fileno=0) as control:
         serve(control)
 
 
 def serve(control: socket.socket) -> None:
-    """Fork for each grammar until the control socket's other end is closed."""
+    """Fork for each grammar until the gateway closes its end of the socket."""
     import xgrammar
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to wait for a child
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
     vocabularies: dict[str, TokenizerInfo] = {}
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 256, 1)
@@ -67,7 +67,7 @@ def serve(control: socket.socket) -> None:
 
 
 def _answer(client: socket.socket, vocabularies: "dict[str, TokenizerInfo]") -> None:
-    """Compile the one grammar that the client sends, and end."""
+    """Compile the grammar that the connection brings, and exit."""
     try:
         _limit()
         client.sendall(BEGUN)
@@ -92,10 +92,10 @@ def _limit() -> None:
 
 
 def _fault(vocabulary: "TokenizerInfo", kind: str, text: str) -> str | None:
-    """Return what xgrammar has against a grammar, or None if it compiles.
+    """Return why xgrammar refuses a grammar, or None if it compiles.
 
     Raises:
-        MemoryError: there is not enough.
+        MemoryError: it takes more than `MEMORY_BYTES`.
     """
     import xgrammar
 
@@ -108,7 +108,7 @@ def _fault(vocabulary: "TokenizerInfo", kind: str, text: str) -> str | None:
         return plain(str(error))
     mask = xgrammar.allocate_token_bitmask(1, vocabulary.vocab_size)
     xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
-    # An engine that may choose no token at all fails the request at its first step.
+    # With no token allowed at all, an engine would fail the request at its first step.
     return None if mask.any() else "no text fits it"
 
 
@@ -124,14 +124,14 @@ def _compile(compiler: Any, kind: str, text: str) -> Any:
 
 
 def plain(message: str) -> str:
-    """Return the first line of xgrammar's message, without where in its source it comes from."""
-    first = message.strip().splitlines()[0] if message.strip() else "it is no schema"
+    """Return the first line of xgrammar's message, without the place in its source."""
+    first = message.strip().splitlines()[0] if message.strip() else "it is not valid"
     return _BEFORE_MESSAGE.sub("", first).rstrip(". ")
 
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collect what xgrammar says on standard error that it ignores, filled when the block ends."""
+    """Collect what xgrammar warns of on standard error; complete when the block ends."""
     ignored: list[str] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What engines are held to, compiled before an engine sees it."""
+"""Compiles the grammars of structured output before an engine sees them."""
 
 import asyncio
 import hashlib
@@ -23,31 +23,33 @@ AT_ONCE = 2
 """Grammars that compile at the same time, of different tenants."""
 
 REMEMBERED = 4096
-"""Grammars of which it is known whether they compile, some 100 bytes each."""
+"""Results that are kept, of some 100 bytes each."""
 
 _START_S = 120
-"""How long xgrammar may take to load; on a machine at rest it is 4 s."""
+"""How long loading xgrammar may take: 6 s of CPU, more by the clock on a busy machine."""
 
-TOO_DEAR = f"it takes more than {CPU_S} s or {MEMORY_BYTES // 1024**2} MiB to compile; simplify it"
+TOO_COSTLY = (
+    f"it takes more than {CPU_S} s or {MEMORY_BYTES // 1024**2} MiB to compile; simplify it"
+)
 
 
 class Fault(NamedTuple):
-    """Why a grammar is not for an engine."""
+    """Why a grammar cannot be sent to an engine."""
 
     reason: str
     unsupported: bool
-    """It is right, and the engine's backend would not enforce all of it."""
+    """It is valid, but the engine's backend would not enforce all of it."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a compiling process answers."""
+    """The answer of a compiling process."""
 
     fault: str | None
     ignored: list[str]
 
 
 class Vocabulary:
-    """A model's tokens as xgrammar knows them; made at the first grammar, in a second."""
+    """A model's tokens in xgrammar's form; made for the first grammar, which takes a second."""
 
     def __init__(self, make: Callable[[], str]) -> None:
         self.name = secrets.token_hex(16)
@@ -69,7 +71,7 @@ class Compiler:
         self._starting = asyncio.Lock()
 
     async def compile(self, vocabulary: Vocabulary, kind: str, text: str) -> Outcome | None:
-        """Compile a grammar; None says that it has used up its time or memory, or crashed.
+        """Compile a grammar; None means that it used up its time or memory, or crashed.
 
         Raises:
             InternalError: there is no process to compile it.
@@ -132,7 +134,7 @@ class Compiler:
         return InternalError("Structured output is not available at the moment.")
 
     def close(self) -> None:
-        """Let the process end."""
+        """End the process."""
         if self._control is not None:
             self._control.close()
         self._control = None
@@ -140,11 +142,11 @@ class Compiler:
 
 
 class Grammars:
-    """Which grammars compile: each is tried once, in a process that may die of it.
+    """Knows which grammars compile; each is compiled once, in a process that it may crash.
 
-    A tenant has one compiled at a time, so that the slow ones of one wait for each other and not
-    those of another. What is known of a grammar is known for its tenant alone, or else the time
-    that an answer takes would tell one what another one sends.
+    Each tenant has one grammar compiled at a time, so a tenant's slow ones delay only its own.
+    Results are kept per tenant: if they were shared, response times would reveal to one tenant
+    what another has sent.
     """
 
     def __init__(self, compiler: Compiler | None = None) -> None:
@@ -156,16 +158,16 @@ class Grammars:
     async def check(
         self, tenant: str, vocabulary: Vocabulary, kind: str, text: str
     ) -> Fault | None:
-        """Return why a grammar is not for an engine; None if it is.
+        """Return why a grammar cannot be sent to an engine; None if it can.
 
         Args:
-            tenant: whose it is.
+            tenant: who sends it.
             vocabulary: the model's.
             kind: as in `Sampling.structured`.
             text: exactly what the engine compiles.
 
         Raises:
-            InternalError: it cannot be found out.
+            InternalError: there is no process to compile it.
         """
         key = hashlib.sha256("\0".join([tenant, vocabulary.name, kind, text]).encode()).digest()
         if key in self._known:
@@ -187,7 +189,7 @@ class Grammars:
     ) -> Fault | None:
         outcome = await self._compiler.compile(vocabulary, kind, text)
         if outcome is None:
-            return Fault(TOO_DEAR, unsupported=False)  # not for good: the machine may be busy
+            return Fault(TOO_COSTLY, unsupported=False)  # not kept: the machine may be busy
         self._known[key] = fault = _fault(outcome)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
@@ -196,16 +198,16 @@ class Grammars:
     async def _begun(
         self, turn: asyncio.Lock, compile_: Coroutine[Any, Any, Fault | None]
     ) -> Fault | None:
-        """Compile, and give turn and slot back at the end of it.
+        """Run a compilation, and free the turn and the slot when it ends.
 
-        That is also so when the client leaves meanwhile: the process stays at work.
+        If the client leaves, the compilation goes on and holds them until then.
         """
 
         def ended(task: asyncio.Task[Fault | None]) -> None:
             self._slots.release()
             turn.release()
             if not task.cancelled():
-                task.exception()  # known, even where nobody waits for it any more
+                task.exception()  # retrieved, even if nobody waits for it any more
 
         compiling = asyncio.create_task(compile_)
         compiling.add_done_callback(ended)

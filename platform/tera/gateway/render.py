@@ -93,11 +93,11 @@ class TextModel(Protocol):
     async def check_structured(
         self, tenant: str, conversation: Conversation, structured: dict[str, Any]
     ) -> None:
-        """Return if engines can be held to what a rendered conversation asks for.
+        """Return if engines can enforce what a rendered conversation asks for.
 
         Raises:
             UnsupportedParameterError: a part of a schema would not be enforced.
-            InvalidValueError: it is no schema, or takes too long to compile.
+            InvalidValueError: it is not a schema, or takes too long to compile.
         """
         ...
 

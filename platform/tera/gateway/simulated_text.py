@@ -70,7 +70,7 @@ class SimulatedTextModel:
     async def check_structured(
         self, tenant: str, conversation: Conversation, structured: dict[str, Any]
     ) -> None:
-        """Return: no conversation is rendered that asks for any."""
+        """Return: rendering refuses conversations that ask for structured output."""
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:
         """Return no parser: everything is content."""

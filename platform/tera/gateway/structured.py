@@ -1,4 +1,4 @@
-"""What a conversation asks a model's engine to hold its answer to, checked before it is sent."""
+"""Checks what a conversation asks structured output to enforce, before an engine is asked."""
 
 import asyncio
 import json
@@ -14,21 +14,21 @@ FORMAT_PATH = "response_format.json_schema.schema"
 
 
 class _Given(NamedTuple):
-    """A client's own schema that becomes a part of the grammar, and its path in the request."""
+    """A client's schema that becomes part of the grammar, and its path in the request."""
 
     path: str
     schema: dict[str, Any]
 
 
 class _Grammar(NamedTuple):
-    """What the engine compiles."""
+    """A grammar as the engine compiles it."""
 
     kind: str
     text: str
 
 
 class StructuredOutputs:
-    """Refuses what the engines of one model would not enforce, or not compile."""
+    """Refuses what one model's engines would not enforce or could not compile."""
 
     def __init__(self, grammars: Grammars, vocabulary: Vocabulary) -> None:
         self._grammars = grammars
@@ -37,12 +37,12 @@ class StructuredOutputs:
     async def check(
         self, tenant: str, conversation: Conversation, structured: dict[str, Any]
     ) -> None:
-        """Return if engines can be held to `structured`, which rendering has made.
+        """Return if the engines can enforce `structured`, which rendering has produced.
 
         Raises:
             UnsupportedParameterError: a part of a schema would not be enforced.
-            InvalidValueError: it is no schema, or compiling it takes too long.
-            InternalError: it cannot be found out.
+            InvalidValueError: it is not a schema, or takes too long to compile.
+            InternalError: there is no process to compile it.
         """
         given = list(_given(conversation))
         grammar = await asyncio.to_thread(_prepared, given, structured)
@@ -67,7 +67,7 @@ def _given(conversation: Conversation) -> Iterator[_Given]:
 
 
 def _prepared(given: list[_Given], structured: dict[str, Any]) -> _Grammar | None:
-    """Return the grammar in the form that the engine compiles; None if every engine has it.
+    """Return the grammar that the engine compiles; None if it is the same for every request.
 
     Raises:
         UnsupportedParameterError: see `unsupported`.
@@ -78,7 +78,7 @@ def _prepared(given: list[_Given], structured: dict[str, Any]) -> _Grammar | Non
     ((kind, spec),) = structured.items()
     if kind == "json_object":
         return None
-    # As vLLM's `get_structured_output_key`: the order of the properties is that of the answer.
+    # As in vLLM's `get_structured_output_key`; the answer's properties come in the schema's order.
     return _Grammar(kind, spec if isinstance(spec, str) else json.dumps(spec))
 
 

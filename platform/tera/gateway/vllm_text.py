@@ -88,7 +88,7 @@ class VllmTextModel:
         Args:
             model_path: directory with the model's files.
             args: the model's `engine.args`.
-            grammars: compiles what engines are held to, for all models.
+            grammars: compiles the grammars of structured output, for all models.
 
         Raises:
             ConfigError: vLLM refuses the model or its arguments.
@@ -122,7 +122,7 @@ class VllmTextModel:
     async def check_structured(
         self, tenant: str, conversation: Conversation, structured: dict[str, Any]
     ) -> None:
-        """Return if engines can be held to it; see `TextModel`."""
+        """Return if engines can enforce it; see `TextModel`."""
         await self._structured.check(tenant, conversation, structured)
 
     def _refuse_what_is_missing(self, conversation: Conversation) -> None:

@@ -52,20 +52,20 @@ NEEDS = (
 
 
 def leave_check_to_gateways() -> None:
-    """Let this process' vLLM take structured outputs without compiling them on its event loop.
+    """Patch vLLM to accept structured outputs without parsing them on its event loop.
 
-    A gateway has compiled each one already, in a process that may die of it; here one that does
-    would take all generations along, and a slow one holds all of them up. vLLM's engine compiles
-    it in a thread, and one that fails there fails its own request.
+    A gateway has already compiled each of them in a process of its own. Here a slow one would delay
+    every generation, and one that overflows the stack would end them all. vLLM's engine core then
+    compiles it in a thread, where a failure is only that request's.
 
     Raises:
-        StartError: this vLLM is not one that Tera works with.
+        StartError: Tera does not work with this version of vLLM.
     """
     check(xgrammar.NEEDS)
     from vllm.v1.structured_output import backend_xgrammar
 
     def trusted(sampling_params: Any) -> None:
-        """Return: it is known to compile."""
+        """Accept it: it is known to compile."""
 
     backend_xgrammar.validate_xgrammar_grammar = trusted
 

@@ -1,7 +1,7 @@
-"""xgrammar, the one backend of structured output: what it cannot enforce, and a model's tokens.
+"""xgrammar, the only backend of structured output: what it cannot enforce, and a model's tokens.
 
-vLLM chooses among backends by each request by default, and keeps the first choice for all. Here it
-is always this one, so that a gateway can know beforehand what an engine will say to a schema.
+By default vLLM chooses a backend for the first structured request and keeps it for all others. Tera
+always uses this one, so that a gateway knows in advance what an engine will do with a schema.
 """
 
 import re
@@ -49,7 +49,7 @@ _IGNORED = {
     *("not", "if", "dependentRequired", "dependentSchemas", "dependencies", "multipleOf"),
     *("contains", "minContains", "maxContains", "$dynamicRef", "$recursiveRef"),
 }
-"""Keywords that xgrammar passes over in silence, or in whose place it puts something else."""
+"""Keywords that xgrammar ignores or enforces only in part."""
 
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems")
@@ -67,7 +67,7 @@ class Unsupported(NamedTuple):
 
 
 def serialised_vocabulary(model_config: Any, tokenizer: Any) -> str:
-    """Return a model's tokens as JSON, exactly as the model's engine gives them to xgrammar.
+    """Return a model's tokens as JSON, exactly as its engine passes them to xgrammar.
 
     Takes a second of CPU.
     """
@@ -81,7 +81,7 @@ def serialised_vocabulary(model_config: Any, tokenizer: Any) -> str:
         speculative_config=None,
     )
     backend = XgrammarBackend(config, tokenizer, vocab_size=model_config.get_vocab_size())
-    # The compiler does not tell its tokens, a grammar does.
+    # A compiler does not expose its tokens, but a grammar does.
     serialised: str = backend.compiler.compile_grammar(
         'root ::= "a"'
     ).tokenizer_info.serialize_json()
@@ -91,7 +91,7 @@ def serialised_vocabulary(model_config: Any, tokenizer: Any) -> str:
 def unsupported(at: str, schema: Any) -> Iterator[Unsupported]:
     """Yield what xgrammar would not enforce of a schema.
 
-    Each vLLM refuses or xgrammar warns of, and some more; none of them says where it is.
+    This covers what vLLM refuses and what xgrammar warns of, without saying where, and more.
     """
     left = [(at, schema)]
     while left:
