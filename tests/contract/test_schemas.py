@@ -13,7 +13,7 @@ from tera.contract.schemas import (
     MAX_SCHEMA_DEPTH,
     MAX_SCHEMA_PROPERTIES,
 )
-from tera.errors import InvalidValueError
+from tera.errors import InvalidValueError, MissingParameterError
 
 FORMAT = "response_format.json_schema.schema"
 
@@ -90,6 +90,13 @@ def test_x2_a_schema_over_a_bound_is_refused_with_it(
     with pytest.raises(InvalidValueError, match=bound) as refused:
         ask_with_tools({}, schema)
     assert refused.value.param == ("tools[1].function.parameters" + at if at else "tools")
+
+
+def test_t9_a_format_without_its_schema_lacks_a_member() -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer"}}
+    with pytest.raises(MissingParameterError) as refused:
+        parse_request(ChatRequest, {**BODY, "response_format": wanted})
+    assert refused.value.param == FORMAT
 
 
 def test_x2_all_tools_together_are_bounded() -> None:

@@ -77,10 +77,11 @@ async def test_wrong_arguments_are_named(
 
 async def test_x2_no_request_chooses_the_backend_of_its_engine(model_path: str) -> None:
     args: dict[str, JsonValue] = {"structured_outputs_config": {"disable_any_whitespace": True}}
-    for given in ({}, args):
-        config = async_engine_args(given, sleeps=False, model=model_path).structured_outputs_config
+    for given in ({}, args, {"reasoning_parser": "deepseek_r1"}):
+        engine_args = async_engine_args({**given}, sleeps=False, model=model_path)
+        config = engine_args.create_structured_outputs_config()
         assert config.backend == "xgrammar"
-    assert config.disable_any_whitespace
+        assert config.disable_any_whitespace is (given is args)
 
 
 async def test_arguments_are_known_without_importing_vllm() -> None:

@@ -207,7 +207,7 @@ class JsonSchemaFormat(Request):
 
     name: FunctionName
     description: str | None = None
-    schema_: JsonSchema | None = Field(default=None, alias="schema")
+    schema_: JsonSchema = Field(alias="schema")
     strict: bool = False
 
 

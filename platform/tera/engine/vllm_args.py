@@ -46,11 +46,13 @@ def async_engine_args(
         ValueError: vLLM refuses a value.
         TypeError: likewise.
     """
+    from vllm.config.structured_outputs import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     check_args(args, "engine.args")
     given: dict[str, Any] = {**(_sleep_args() if sleeps else {}), **args, **decided}
-    given[_STRUCTURED] = {**(given.get(_STRUCTURED) or {}), "backend": BACKEND}
+    structured = {**(given.get(_STRUCTURED) or {}), "backend": BACKEND}
+    given[_STRUCTURED] = StructuredOutputsConfig(**structured)  # vLLM sets attributes of it
     return AsyncEngineArgs(**given, worker_extension_cls=WORKER_EXTENSION)
 
 
