@@ -4,18 +4,22 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from tests.gateway.conftest import Gateway
-from tests.routing.conftest import until
+from tests.tenancy.conftest import RedisServer
+from tests.tenancy.waiting import until
 
 from tera.config.names import ENGINE_DEPLOYMENT, application_name
 from tera.gateway import deployment
-from tera.gateway.deployment import StatusWatcher, _spare_collections
+from tera.gateway.deployment import GatewayReplica, StatusWatcher, _spare_collections
+from tera.tenancy.keys import generate_key
 
 NEVER_S = 3600.0
 
@@ -28,6 +32,9 @@ class FakeServe:
     """Replicas by model."""
     error: Exception | None = None
     looks: int = 0
+
+    def get_replica_context(self) -> Any:
+        return SimpleNamespace(replica_id=SimpleNamespace(unique_id="gateway#1"))
 
     def status(self) -> Any:
         self.looks += 1
@@ -137,3 +144,57 @@ def test_what_is_there_at_the_start_is_not_looked_through_again() -> None:
     assert gc.get_freeze_count() > 0
     assert gc.get_threshold()[0] > before
     assert gc.isenabled()  # a cycle that is made later is still found
+
+
+class Replica(GatewayReplica):
+    """A gateway replica outside of Serve, which nobody but the test closes."""
+
+    def __del__(self) -> None:  # type: ignore[override]  # Serve's is awaited
+        pass
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls) -> AsyncGenerator[GatewayReplica]:
+        replica = cls.__new__(cls)
+        await GatewayReplica.__init__(replica)  # type: ignore[misc]  # as Serve does
+        try:
+            yield replica
+        finally:
+            await GatewayReplica.__del__(replica)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
+    """The Redis of the gateway that the environment describes."""
+    monkeypatch.setattr(deployment, "log_json_lines", lambda: None)
+    with RedisServer.running(tmp_path / "redis") as server:
+        for name, value in {
+            "REDIS_URL": server.url,
+            "KEY_PEPPER": "pepper",
+            "CLUSTER_SECRET": "secret",
+            "CHANNEL_HOST": "127.0.0.1",
+            "KEYS_FILE": str(tmp_path / "keys.yaml"),
+        }.items():
+            monkeypatch.setenv(f"TERA_{name}", value)
+        yield server
+
+
+@pytest.mark.usefixtures("serve")
+async def test_l7_a_gateway_that_starts_before_its_redis_waits_for_it(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    key = generate_key()
+    (tmp_path / "keys.yaml").write_text(f"[{{tenant: acme, key: {key}}}]")
+    redis_server.kill()
+    async with Replica.running() as replica:
+        assert await replica.readiness() == (False, {"models": {}, "redis": "away"})
+        redis_server.start()
+
+        async def ready() -> bool:
+            return (await replica.readiness())[0]
+
+        await until(ready)
+        assert replica._keys_file is not None
+        assert replica._keys_file.ready
+        await until(lambda: replica._keys.version > 0)
+        assert replica._pipeline.authenticate(f"Bearer {key}").tenant == "acme"

@@ -187,3 +187,15 @@ async def test_a_key_that_was_revoked_stays_so(
         (two,) = await eventually(store, bool)
         assert two.key_id != one.key_id
     assert one.key_id in caplog.text
+
+
+async def test_l7_keys_are_imported_as_soon_as_redis_is_there(
+    secret: Secret, store: KeyStore, redis_server: RedisServer
+) -> None:
+    secret.write(keys(ONE))
+    redis_server.kill()
+    async with KeysFile(secret.path, store, POLL_S) as file:
+        assert not file.ready
+        redis_server.start()
+        await eventually(store, lambda _: file.ready)
+        assert len(await store.list()) == 1

@@ -80,9 +80,12 @@ class GatewayReplica:
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
+        self._keys_file: KeysFile | None = None
         if runtime.keys_file is not None:
             store = KeyStore(redis, runtime.key_pepper, time.time)
-            await self._stack.enter_async_context(KeysFile(runtime.keys_file, store))
+            self._keys_file = await self._stack.enter_async_context(
+                KeysFile(runtime.keys_file, store)
+            )
         self._keys = await self._stack.enter_async_context(
             KeySnapshot(redis, runtime.key_pepper, time.time)
         )
@@ -166,7 +169,8 @@ class GatewayReplica:
             model.config.id: self._statuses.status(name)
             for name, model in self._catalog.models.items()
         }
-        ready = self._keys.ready and (self._statuses.any_answered or not statuses)
+        knows_keys = self._keys.ready and (self._keys_file is None or self._keys_file.ready)
+        ready = knows_keys and (self._statuses.any_answered or not statuses)
         return ready, {"models": statuses, "redis": "away" if self._degraded else "ok"}
 
     @property

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S: Final = 5.0
 """Polling interval: a mounted Secret changes by swapping a link, which not every file system
 reports."""
+FIRST_INTERVAL_S: Final = 0.5
+"""Polling interval until the keys are in Redis for the first time: nobody is served before."""
 
 
 class KeysFile(Background):
@@ -37,20 +39,28 @@ class KeysFile(Background):
         """Digest of the last valid version."""
         self._records: list[ApiKey] = []
         self._imported = False
+        self.ready = False
+        """The keys have been in Redis; from then on they are whatever becomes of either."""
 
     async def __aenter__(self) -> Self:
         """Import the keys and start following the file.
 
+        Without Redis it goes on too, and imports them as soon as it can: a gateway that failed here
+        would be given up by Serve after the third time, however soon Redis comes.
+
         Raises:
             ConfigError: the file is invalid.
-            InternalError: Redis cannot be reached.
         """
-        await self._look()
+        try:
+            await self._look()
+        except InternalError as error:
+            logger.warning("The keys file is not imported yet: %s", error.message)
         return await super().__aenter__()
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
+            first_s = min(FIRST_INTERVAL_S, self._interval_s)
+            await asyncio.sleep(self._interval_s if self.ready else first_s)
             try:
                 await self._look()
             except ConfigError as error:
@@ -73,7 +83,7 @@ class KeysFile(Background):
             return
         await import_records(self._store, self._records)
         await self._store.note_file(self._digest)
-        self._imported = True
+        self._imported = self.ready = True
 
     def _load(self) -> list[ApiKey]:
         entries = load_keys_file(self._path)
