@@ -9,13 +9,26 @@ import pytest
 
 from tera.config.limits import Limits, TenantLimits
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
+from tera.tenancy import key_table
 from tera.tenancy.key_store import KeyStore
-from tera.tenancy.keys import KEYS, LAST_USED, TENANTS, VERSION, generate_key
+from tera.tenancy.keys import (
+    CHANGED,
+    KEYS,
+    LAST_USED,
+    TENANTS,
+    VERSION,
+    ApiKey,
+    decode_keys,
+    encode_key,
+    generate_key,
+)
 from tera.tenancy.redis import connect
-from tera.tenancy.snapshot import KeySnapshot
+from tera.tenancy.snapshot import PAGE_RECORDS, KeySnapshot
 from tera.tenancy.tenants import BLOCKED, TenantStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from redis.asyncio import Redis
     from tests.tenancy.conftest import FakeClock, RedisServer
 
@@ -222,6 +235,83 @@ async def test_a_redis_that_counted_up_again_is_not_taken_for_unchanged(
         await eventually(lambda: accepts(snapshot, made.key))
         assert not accepts(snapshot, lost.key)
         assert snapshot.version == 1
+
+
+async def commands(redis: Redis) -> dict[str, int]:
+    stats = await redis.info("commandstats")
+    return {name.removeprefix("cmdstat_"): found["calls"] for name, found in stats.items()}
+
+
+async def test_a_change_of_one_key_reads_that_key_alone(
+    redis: Redis, store: KeyStore, clock: FakeClock
+) -> None:
+    old = await store.create("team-a")
+    async with KeySnapshot(redis, PEPPER, clock, NEVER_S) as snapshot:
+        await eventually(lambda: accepts(snapshot, old.key))
+        made = await store.create("team-a")  # with it the confirmation has been read too
+        await eventually(lambda: accepts(snapshot, made.key))
+        before = await commands(redis)
+        new = (await store.rotate(old.record.key_id, grace_s=0)).new
+        await eventually(lambda: accepts(snapshot, new.key))
+        await store.revoke(made.record.key_id)
+        await eventually(lambda: not accepts(snapshot, made.key))
+        assert not accepts(snapshot, old.key)
+        await TenantStore(redis).set("team-a", BLOCKED)
+        await eventually(lambda: snapshot.tenant_limits("team-a") == BLOCKED)
+        after = await commands(redis)
+        whole = ("hscan", "hgetall")
+        assert [after.get(name) for name in whole] == [before.get(name) for name in whole]
+        assert snapshot.version == 5
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param("2", id="of an older writer"),
+        pytest.param("7 key:{key_id}", id="after one that was lost"),
+        pytest.param("1 key:{key_id}", id="of a server that counts anew"),
+        pytest.param("2 door:{key_id}", id="of a newer writer"),
+    ],
+)
+async def test_a_message_that_does_not_say_all_that_changed_is_read_as_a_change_of_all(
+    redis: Redis, store: KeyStore, clock: FakeClock, message: str
+) -> None:
+    one, other = [await store.create("team-a") for _ in range(2)]
+    await redis.set(VERSION, 1)
+    async with KeySnapshot(redis, PEPPER, clock, NEVER_S) as snapshot:
+        await eventually(lambda: accepts(snapshot, other.key))
+        await redis.hdel(KEYS, other.record.key_id)
+        await redis.set(VERSION, 2)
+        await redis.publish(CHANGED, message.format(key_id=one.record.key_id))
+        await eventually(lambda: not accepts(snapshot, other.key))
+        assert accepts(snapshot, one.key)
+
+
+async def test_x1_many_keys_are_read_in_turns_between_which_other_work_goes_on(
+    redis: Redis, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {
+        f"key_{number:024}": encode_key(
+            ApiKey(f"key_{number:024}", "team-a", f"{number:064}", "", None, 0.0)
+        )
+        for number in range(20 * PAGE_RECORDS)
+    }
+    await redis.hset(KEYS, mapping=records)
+    turns: dict[int, int] = {}
+    turn = 0
+
+    def counted(stored: Mapping[bytes, bytes]) -> list[ApiKey]:
+        turns[turn] = turns.get(turn, 0) + len(stored)
+        return decode_keys(stored)
+
+    monkeypatch.setattr(key_table, "decode_keys", counted)
+    async with KeySnapshot(redis, PEPPER, clock) as snapshot:
+        while not snapshot.ready:
+            turn += 1
+            await asyncio.sleep(0)
+    assert sum(turns.values()) == len(records)
+    assert max(turns.values()) <= 2 * PAGE_RECORDS  # HSCAN may return somewhat more
+    assert len(turns) >= 10
 
 
 async def test_an_unreadable_key_set_ends_nothing(

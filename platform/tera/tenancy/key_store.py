@@ -49,15 +49,17 @@ _PUT_SCRIPT: Final = """
 if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 1 then return 'revoked' end
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 'changed' end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]))
+redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]) .. ' key:' .. ARGV[1])
 return 'done'
 """
 
+# A full Redis runs it too: it refuses a script only what would be its first write, and HDEL frees
+# memory.
 _REVOKE_SCRIPT: Final = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
-redis.call('PUBLISH', ARGV[3], redis.call('INCR', KEYS[2]))
+redis.call('PUBLISH', ARGV[3], redis.call('INCR', KEYS[2]) .. ' key:' .. ARGV[1])
 return 1
 """
 
@@ -73,7 +75,8 @@ else
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[6])
 end
 redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
-redis.call('PUBLISH', ARGV[7], redis.call('INCR', KEYS[2]))
+redis.call('PUBLISH', ARGV[7],
+  redis.call('INCR', KEYS[2]) .. ' key:' .. ARGV[1] .. ' key:' .. ARGV[4])
 return 1
 """
 
@@ -210,7 +213,8 @@ class KeyStore:
 
     async def list(self) -> list[ApiKey]:
         """Return all keys that are not revoked, including expired ones, oldest first."""
-        async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
+        # No MULTI, here and below: a full Redis refuses every command in one.
+        async with reaching(_STORE), self._redis.pipeline(transaction=False) as pipeline:
             pipeline.hgetall(KEYS)
             pipeline.hgetall(LAST_USED)
             stored, last_used = await pipeline.execute()
@@ -309,7 +313,7 @@ class KeyStore:
 
     async def _find(self, key_id: str) -> tuple[bytes, ApiKey | None]:
         """Return the stored bytes, empty if there are none, and the record if it can be read."""
-        async with reaching(_STORE), self._redis.pipeline(transaction=True) as pipeline:
+        async with reaching(_STORE), self._redis.pipeline(transaction=False) as pipeline:
             pipeline.hget(KEYS, key_id)
             pipeline.hget(LAST_USED, key_id)
             stored, last_used = await pipeline.execute()

@@ -4,7 +4,7 @@
 
     tera:keys            hash     key id → JSON record, without the key itself
     tera:keys:version    counter  incremented by every change of a key or tenant
-    tera:keys:changed    channel  notified of every change
+    tera:keys:changed    channel  notified of every change, in the form of `Change`
     tera:keys:last_used  hash     key id → seconds; apart, so that use never rewrites a record
     tera:keys:revoked    hash     key id → seconds; what an import must not restore
     tera:keys:files      set      digests of imported keys files
@@ -115,6 +115,32 @@ def hint_of(key: str) -> str:
 def id_of(key_hash: str) -> str:
     """Return the id derived from a hash, so that importing a key twice finds the first."""
     return "key_" + sha256(b"tera key id:" + key_hash.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What changed with one version: `41 key:key_0123… key:…` or `41 tenant:acme`."""
+
+    version: int
+    key_ids: tuple[bytes, ...]
+    tenants: tuple[bytes, ...]
+
+
+def read_change(message: bytes) -> Change | None:
+    """Return what a message on `CHANGED` says; None if it does not say what changed.
+
+    Older writers send the version alone.
+    """
+    version, *names = message.split(b" ")
+    changed: dict[bytes, list[bytes]] = {b"key": [], b"tenant": []}
+    for each in names:
+        kind, _, name = each.partition(b":")
+        if kind not in changed:
+            return None
+        changed[kind].append(name)
+    if not names or not version.isdigit():
+        return None
+    return Change(int(version), tuple(changed[b"key"]), tuple(changed[b"tenant"]))
 
 
 def _checksum(body: str) -> str:

@@ -79,10 +79,12 @@ class KeysFile(Background):
             self._seen = digest  # set first, so that a fault is logged only once
             self._records = await asyncio.to_thread(self._load)
             self._digest, self._imported = digest, False
-        if self._imported and await self._store.has_file(self._digest):
+        noted = await self._store.has_file(self._digest)
+        if self._imported and noted:
             return
         await import_records(self._store, self._records)
-        await self._store.note_file(self._digest)
+        if not noted:  # a full Redis would refuse to be told again
+            await self._store.note_file(self._digest)
         self._imported = self.ready = True
 
     def _load(self) -> list[ApiKey]:

@@ -25,6 +25,7 @@ _MAX_CONNECTIONS = 32
 """More would be no faster, since Redis runs one command at a time."""
 _ATTEMPT_TIMEOUT_S = 2.0
 _READ_ONLY: Final = re.compile(r"(?:^|-)READONLY ")
+_FULL: Final = re.compile(r"(?:^|-)OOM ")
 
 
 def connect(url: str, *, timeout_s: float) -> Redis:
@@ -134,6 +135,11 @@ def is_read_only(error: ResponseError) -> bool:
     """Return whether a server refuses a write because it is a replica."""
     # A script's error quotes it: at the beginning on newer servers, later on older ones.
     return isinstance(error, ReadOnlyError) or _READ_ONLY.search(str(error)) is not None
+
+
+def is_full(error: RedisError) -> bool:
+    """Return whether a server refuses a write because it has no memory left for it."""
+    return isinstance(error, OutOfMemoryError) or _FULL.search(str(error)) is not None
 
 
 @asynccontextmanager

@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -15,21 +14,21 @@ from redis.exceptions import RedisError
 from tera.background import Background
 from tera.config.limits import TenantLimits
 from tera.errors import InvalidApiKeyError, MissingApiKeyError
+from tera.tenancy.key_table import KeyTable, Table, TenantTable
 from tera.tenancy.keys import (
     CHANGED,
     KEY_PATTERN,
     KEYS,
-    LAST_USED,
     TENANTS,
     VERSION,
     ApiKey,
-    decode_keys,
     generate_key,
     hash_key,
     is_well_formed,
+    read_change,
     require_pepper,
 )
-from tera.tenancy.tenants import BLOCKED, decode_tenant
+from tera.tenancy.last_used import LastUsed
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,8 @@ _BEARER = re.compile(rf"[ \t]*(?i:bearer)[ \t]+({KEY_PATTERN})[ \t]*")
 
 _RETRY_INTERVAL_S: Final = 1.0
 """How often Redis is tried while it is away, however many requests arrive (contract L-8)."""
-_LAST_USED_INTERVAL_S: Final = 60.0
+PAGE_RECORDS: Final = 250
+"""Read and decoded in one turn of the event loop: about two milliseconds, and less of Redis'."""
 
 _MISSING_TEXT: Final = (
     "You did not provide an API key. Send it in the header `Authorization: Bearer sk-tera-...`."
@@ -46,17 +46,6 @@ _INVALID_TEXT: Final = (
     "The API key is not valid. Check the header `Authorization: Bearer sk-tera-...`, "
     "or ask your administrator for a new key."
 )
-
-# Gateway replicas write in any order, so the later use wins; nothing is written for a key that was
-# revoked meanwhile.
-_TOUCH_SCRIPT: Final = """
-for i = 1, #ARGV, 2 do
-  local known = tonumber(redis.call('HGET', KEYS[2], ARGV[i]) or '-inf')
-  if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 1 and tonumber(ARGV[i + 1]) > known then
-    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
-  end
-end
-"""
 
 
 class KeySnapshot(Background):
@@ -90,17 +79,13 @@ class KeySnapshot(Background):
         self._pepper = pepper
         self._clock = clock
         self._reread_interval_s = reread_interval_s
-        self._by_hash: dict[str, ApiKey] = {}
-        self._by_id: dict[bytes, ApiKey] = {}
-        self._stored_keys: dict[bytes, bytes] = {}
-        self._tenants: dict[str, TenantLimits] = {}
-        self._stored_tenants: dict[bytes, bytes] = {}
+        self._keys, self._tenants = KeyTable(), TenantTable()
+        self._by_hash = self._keys.by_hash
         self._decoy = generate_key()
         self._ready = False
         self._version = 0
         self._degraded_since_s: float | None = None
-        self._used_s: dict[str, float] = {}
-        self._last_used_written_s: dict[str, float] = {}
+        self._last_used = LastUsed(redis, clock)
 
     @property
     def ready(self) -> bool:
@@ -127,7 +112,7 @@ class KeySnapshot(Background):
 
         It is the same object until it changes, so derived data can be cached by identity.
         """
-        return self._tenants.get(name)
+        return self._tenants.limits.get(name)
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """Return the key in an `Authorization` header, without I/O.
@@ -150,7 +135,7 @@ class KeySnapshot(Background):
         now_s = self._clock()
         if record is None or (record.expires_s is not None and now_s >= record.expires_s):
             raise InvalidApiKeyError(_INVALID_TEXT)
-        self._used_s[record.key_id] = now_s
+        self._last_used.note(record.key_id, now_s)
         return record
 
     async def __aexit__(
@@ -162,7 +147,7 @@ class KeySnapshot(Background):
         """Stop following, and store when each key was last used."""
         await super().__aexit__(exc_type, exc, traceback)
         try:
-            await self._write_last_used(self._used_s.copy())
+            await self._last_used.write()
         except RedisError as error:
             # Last uses may be off by a minute anyway.
             logger.warning("When keys were last used is not written down: %s", error)
@@ -189,33 +174,61 @@ class KeySnapshot(Background):
         1. SUBSCRIBE is sent first, but Redis may run it after the first read, which uses another
            connection, and would notify nobody of a change in between.
         2. So the confirmation of SUBSCRIBE counts as a message and causes a second read.
-        3. Every message and every new connection reads everything: either may come from a
-           server that lost its data and has counted up to the same version again.
+        3. A message says what changed, and only that is read, if its version is the next one.
+           Any other message, and every new connection, may come from a server that lost its data
+           and has counted up again, so it reads everything.
         """
         await pubsub.subscribe(CHANGED)
-        changed = True
+        await self._read_all()
         while True:
-            if changed or await self._stored_version() != self._version:
-                await self._read()
             self._mark_reached()
-            await self._write_last_used(self._due_last_used())
-            changed = await pubsub.get_message(timeout=self._reread_interval_s) is not None
-            while changed and await pubsub.get_message(timeout=0) is not None:
-                pass  # One read serves all messages that have already arrived.
+            await self._last_used.write_due()
+            heard = await self._heard(pubsub)
+            if heard:
+                await self._take(heard)
+            elif await self._stored_version() != self._version:
+                await self._read_all()  # a message was lost
+
+    async def _heard(self, pubsub: PubSub) -> list[Any]:
+        """Return the messages that are here, after a while none."""
+        messages = []
+        timeout_s = self._reread_interval_s
+        while (message := await pubsub.get_message(timeout=timeout_s)) is not None:
+            messages.append(message)
+            timeout_s = 0.0
+        return messages
+
+    async def _take(self, messages: list[Any]) -> None:
+        """Read what messages say has changed; all there is if one was missed or does not say."""
+        version = self._version
+        key_ids: set[bytes] = set()
+        tenants: set[bytes] = set()
+        for message in messages:
+            change = read_change(message["data"]) if message["type"] == "message" else None
+            if change is None or change.version != version + 1:
+                await self._read_all()
+                return
+            version = change.version
+            key_ids.update(change.key_ids)
+            tenants.update(change.tenants)
+        await self._read_some(TENANTS, self._tenants, tenants)
+        await self._read_some(KEYS, self._keys, key_ids)
+        self._version = version
 
     async def _stored_version(self) -> int:
         return int(await self._redis.get(VERSION) or 0)
 
-    async def _read(self) -> None:
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.get(VERSION)
-            pipeline.hgetall(KEYS)
-            pipeline.hgetall(TENANTS)
-            stored_version, stored, stored_tenants = await pipeline.execute()
-        version = int(stored_version or 0)
+    async def _read_all(self) -> None:
+        """Read everything, in turns between which other work goes on, here and in Redis.
+
+        The version is read first, so that a change during the read has a later one. There is no
+        MULTI around it, and nothing is written: a full Redis would refuse either.
+        """
+        version = await self._stored_version()
         known_before = len(self._by_hash)
-        self._read_keys(stored)
-        self._read_tenants(stored_tenants)
+        # Tenants first: no key is accepted before its tenant's limits are known.
+        await self._read_hash(TENANTS, self._tenants)
+        await self._read_hash(KEYS, self._keys)
         if version < self._version:
             logger.error(
                 "Redis has lost API keys: their version went back from %d to %d, and %d keys "
@@ -227,38 +240,30 @@ class KeySnapshot(Background):
                 len(self._by_hash),
             )
         self._version, self._ready = version, True
-        known = {record.key_id for record in self._by_hash.values()}
-        for times in (self._used_s, self._last_used_written_s):
-            for key_id in times.keys() - known:
-                del times[key_id]
 
-    def _read_keys(self, stored: dict[bytes, bytes]) -> None:
-        """Update only what differs: most changes are of one record among thousands.
+    async def _read_hash(self, name: str, table: Table) -> None:
+        """Read a hash page by page: what is in none of them is not there any more.
 
-        Parsing 10,000 records again would delay every stream of this process for 60 ms.
+        HSCAN returns each field that is there from its beginning to its end.
         """
-        changed = {
-            key_id: data for key_id, data in stored.items() if self._stored_keys.get(key_id) != data
-        }
-        for key_id in (self._stored_keys.keys() - stored.keys()) | changed.keys():
-            record = self._by_id.pop(key_id, None)
-            if record is not None:
-                self._by_hash.pop(record.key_hash, None)
-        for record in decode_keys(changed):
-            self._by_id[record.key_id.encode()] = record
-            self._by_hash[record.key_hash] = record
-        self._stored_keys = stored
+        gone = set(table.names)
+        cursor = -1
+        while cursor:
+            cursor, page = await self._redis.hscan(name, max(cursor, 0), count=PAGE_RECORDS)
+            table.put(page)
+            gone.difference_update(page)
+        rest = list(gone)
+        for first in range(0, len(rest), PAGE_RECORDS):
+            table.remove(rest[first : first + PAGE_RECORDS])
+            await asyncio.sleep(0)
 
-    def _read_tenants(self, stored: dict[bytes, bytes]) -> None:
-        for name in self._stored_tenants.keys() - stored.keys():
-            self._tenants.pop(name.decode(errors="replace"), None)
-        for name, data in stored.items():
-            if self._stored_tenants.get(name) != data:
-                limits = decode_tenant(name, data)
-                # A damaged record must not mean that the tenant is unlimited.
-                known_name = name.decode(errors="replace")
-                self._tenants[known_name] = BLOCKED if limits is None else limits
-        self._stored_tenants = stored
+    async def _read_some(self, name: str, table: Table, fields: Iterable[bytes]) -> None:
+        rest = list(fields)
+        for first in range(0, len(rest), PAGE_RECORDS):
+            page = rest[first : first + PAGE_RECORDS]
+            found = dict(zip(page, await self._redis.hmget(name, page), strict=True))
+            table.put({field: data for field, data in found.items() if data is not None})
+            table.remove(field for field, data in found.items() if data is None)
 
     def _mark_away(self, error: Exception) -> None:
         if self._degraded_since_s is None:
@@ -276,23 +281,3 @@ class KeySnapshot(Background):
             away_s = self._clock() - self._degraded_since_s
             self._degraded_since_s = None
             logger.info("Redis is back after %.1f s; API keys are up to date.", away_s)
-
-    def _due_last_used(self) -> dict[str, float]:
-        now_s = self._clock()
-        return {
-            key_id: used_s
-            for key_id, used_s in self._used_s.items()
-            if now_s - self._last_used_written_s.get(key_id, -math.inf) >= _LAST_USED_INTERVAL_S
-        }
-
-    async def _write_last_used(self, used_s: Mapping[str, float]) -> None:
-        if not used_s:
-            return
-        pairs = [part for key_id, time_s in used_s.items() for part in (key_id, repr(time_s))]
-        await self._redis.eval(_TOUCH_SCRIPT, 2, KEYS, LAST_USED, *pairs)
-        now_s = self._clock()
-        for key_id, time_s in used_s.items():
-            self._last_used_written_s[key_id] = now_s
-            # A use during the write stays marked for the next write.
-            if self._used_s.get(key_id) == time_s:
-                del self._used_s[key_id]

@@ -22,17 +22,19 @@ BLOCKED: Final = TenantLimits(requests_per_minute=0)
 """In force for a tenant whose record cannot be read."""
 
 # ARGV[3]: the former record as it was read, or '' for none, so that two editors never undo each
-# other's changes.
+# other's changes. A full Redis refuses a script's first write unless that write frees memory, so
+# the script starts with HDEL: a tenant can be blocked even if it has filled Redis.
 _SET_SCRIPT: Final = """
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]))
+redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]) .. ' tenant:' .. ARGV[1])
 return 1
 """
 
 _REMOVE_SCRIPT: Final = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('PUBLISH', ARGV[2], redis.call('INCR', KEYS[2]))
+redis.call('PUBLISH', ARGV[2], redis.call('INCR', KEYS[2]) .. ' tenant:' .. ARGV[1])
 return 1
 """
 
