@@ -98,6 +98,16 @@ class Metrics:
             "Times since its start that this gateway replica found Redis to be away.",
             registry=registry,
         )
+        self.redis_used_bytes = Gauge(
+            "tera_redis_memory_used_bytes",
+            "Memory that Redis uses for its data.",
+            registry=registry,
+        )
+        self.redis_max_bytes = Gauge(
+            "tera_redis_memory_max_bytes",
+            "Memory from which on Redis refuses writes; 0 is no bound.",
+            registry=registry,
+        )
         self.usage_unsettled = Gauge(
             "tera_usage_unsettled",
             "Ended requests whose record is not in the ledger yet.",

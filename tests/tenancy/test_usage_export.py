@@ -286,7 +286,7 @@ class TestTrimming:
     async def test_a_long_backlog_is_trimmed_bit_by_bit(
         self, redis: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(usage_export, "_TRIM_ENTRIES", 300)
+        monkeypatch.setattr(usage_export, "TRIM_ENTRIES", 300)
         async with redis.pipeline(transaction=False) as pipeline:
             for number in range(2050):
                 pipeline.xadd(stream_of("acme"), {"id": "r", "r": "{}"}, id=f"{number + 1}-0")
@@ -349,3 +349,20 @@ class TestInTheBackground:
 
 def test_nothing_is_read_where_nothing_is(tmp_path: Path) -> None:
     assert list[UsageRecord](read_export(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize("damaged", ["no place", "of another kind"])
+async def test_u2_one_tenants_damaged_keys_keep_no_other_tenant_from_the_files(
+    redis: Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    tenants = [f"t{number}" for number in range(20)]
+    for tenant in tenants:
+        await append(redis, record(f"r-{tenant}", tenant=tenant))
+    if damaged == "no place":
+        await redis.set(position_of("t7"), "nowhere")
+    else:
+        await redis.lpush(position_of("t7"), "something")
+    await exporter(redis, tmp_path).export()
+    assert ids(tmp_path) == sorted(f"r-{tenant}" for tenant in tenants if tenant != "t7")
+    (told,) = [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert "'t7'" in told

@@ -58,6 +58,9 @@ class UsageConfig(Section):
     retention_days: int = Field(default=35, ge=1)
     """How long Redis keeps a request's record. With an export, it is never removed before it is
     exported."""
+    max_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024)
+    """The most memory of Redis that all tenants' records take. Beyond it, the oldest records of the
+    tenants with the most are removed; with an export, never before they are exported."""
 
 
 class GatewayConfig(Section):

@@ -42,6 +42,7 @@ from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys_file import KeysFile
 from tera.tenancy.redis import connect
+from tera.tenancy.redis_memory import RedisMemory
 from tera.tenancy.snapshot import KeySnapshot
 from tera.tenancy.usage_export import UsageExporter
 from tera.upstream.ray_serve import ServedReplicas, ask_all, stay_on_loopback
@@ -98,6 +99,7 @@ class GatewayReplica:
         await self._stack.enter_async_context(UsageExporter(redis, lambda: self._config.usage))
         self._grammars = Grammars()
         self._stack.callback(self._grammars.close)
+        self._redis_memory = await self._stack.enter_async_context(RedisMemory(redis))
         self._statuses = StatusWatcher(self._catalog)
         self._links.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
@@ -182,6 +184,8 @@ class GatewayReplica:
         metrics = self._metrics
         metrics.redis_degraded.set(self._degraded)
         metrics.redis_outages.set(self._admissions.outages)
+        metrics.redis_used_bytes.set(self._redis_memory.memory.used_bytes)
+        metrics.redis_max_bytes.set(self._redis_memory.memory.max_bytes)
         metrics.usage_unsettled.set(self._admissions.unsettled)
         metrics.usage_given_up.set(self._admissions.given_up)
         return metrics.exposition()

@@ -19,6 +19,8 @@ from typing import IO, Self
 from tera.errors import StartError
 
 _HOST = "127.0.0.1"
+MAX_MEMORY = "768mb"
+"""As of the chart's Valkey. Full, the server refuses writes and evicts no key or limit."""
 _POLL_S = 0.02
 _PORT_ATTEMPTS = 5
 
@@ -205,6 +207,8 @@ requirepass {password}
 dir "{escaped}"
 logfile redis.log
 daemonize no
+maxmemory {MAX_MEMORY}
+maxmemory-policy noeviction
 appendonly yes
 appendfsync everysec
 save ""

@@ -6,7 +6,8 @@ Entries are exported at least once, in this order:
 
 1. A page of entries is appended to the files and synced.
 2. The position in the stream is stored in Redis.
-3. Entries before the position that are older than the retention are trimmed.
+3. Entries before the position that are older than the retention are trimmed, and then the oldest
+   ones while the ledger takes more memory than it may (`usage_bound.py`).
 
 So if the process ends between 1 and 2, entries are written again, and if it ends during 1, there
 may be a torn line. Each line has `entry`, its place in the stream, and a request's lines are all in
@@ -25,12 +26,12 @@ from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from tera.background import Background
 from tera.config.gateway import UsageConfig
 from tera.errors import TeraError
-from tera.tenancy.redis import reaching
+from tera.tenancy.redis import is_refusal, reaching
 from tera.tenancy.usage import (
     PAGE_ENTRIES,
     STORE,
@@ -41,23 +42,26 @@ from tera.tenancy.usage import (
     stream_of,
     tenants_with_records,
 )
+from tera.tenancy.usage_bound import TRIM_ENTRIES, keep_within
 
 logger = logging.getLogger(__name__)
 
 LOCK: Final = "tera:usage:exporter"
 
 _LOCK_S: Final = 30.0
-_TRIM_ENTRIES: Final = 10_000
-"""Most entries trimmed in one call: about a millisecond of Redis's time."""
 _PASS_BYTES: Final = 256 * 1024 * 1024
 """Larger files are read in several passes, each of which remembers a part of the request ids."""
 _FILES: Final = "[0-9][0-9][0-9][0-9]/[0-9][0-9]/[0-9][0-9]/[0-9][0-9].jsonl"
+
+# A full Redis refuses a script's first write unless that write frees memory. These scripts make
+# room in it, so each one that writes starts with DEL or XTRIM.
 
 # The lock contains its holder's token, or `resting` between passes: then another pass would find
 # little, so only one started by hand (ARGV[3]) may take it.
 _ACQUIRE_SCRIPT: Final = """
 local holder = redis.call('GET', KEYS[1])
 if holder and not (holder == 'resting' and ARGV[3] == '1') then return 0 end
+redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -69,8 +73,8 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 
 _RELEASE_SCRIPT: Final = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
-redis.call('SET', KEYS[1], 'resting', 'PX', ARGV[2])
+redis.call('DEL', KEYS[1])
+if ARGV[2] ~= '0' then redis.call('SET', KEYS[1], 'resting', 'PX', ARGV[2]) end
 return 1
 """
 
@@ -120,6 +124,7 @@ _ADVANCE_SCRIPT: Final = (
     _PLACES
     + """
 if before(redis.call('GET', KEYS[1]) or '0-0', ARGV[1]) then
+  redis.call('DEL', KEYS[1])
   redis.call('SET', KEYS[1], ARGV[1])
 end
 """
@@ -189,9 +194,19 @@ class UsageExporter(Background):
 
     async def _export_tenants(self, lock: "_Lock", config: UsageConfig) -> int:
         written = 0
+        tenants: set[str] = set()
         async with reaching(STORE):
             async for tenant in tenants_with_records(self._redis):
-                written += await self._export_tenant(tenant, lock, config)
+                tenants.add(tenant)
+                try:
+                    written += await self._export_tenant(tenant, lock, config)
+                except ResponseError as error:
+                    if not is_refusal(error):
+                        raise
+                    # What one tenant's keys hold must not keep the others' records from the files.
+                    logger.error("Records of tenant %r are not exported: %s", tenant, error)
+            exported = bool(config.export_directory)
+            await keep_within(self._redis, tenants, config.max_bytes, exported=exported)
         return written
 
     async def _export_tenant(self, tenant: str, lock: "_Lock", config: UsageConfig) -> int:
@@ -204,7 +219,7 @@ class UsageExporter(Background):
                 written += len(entries)
                 position = entries[-1][0]
                 await self._redis.eval(_ADVANCE_SCRIPT, 1, position_of(tenant), position)
-            elif trimmed * 2 < _TRIM_ENTRIES:
+            elif trimmed * 2 < TRIM_ENTRIES:
                 return written
 
     async def _page(self, tenant: str, config: UsageConfig) -> tuple[int, list[Any]]:
@@ -213,7 +228,7 @@ class UsageExporter(Background):
             2,
             *(stream_of(tenant), position_of(tenant)),
             *(PAGE_ENTRIES, config.retention_days * 86_400_000),
-            *(int(bool(config.export_directory)), _TRIM_ENTRIES),
+            *(int(bool(config.export_directory)), TRIM_ENTRIES),
         )
         return trimmed, entries
 
