@@ -242,26 +242,27 @@ class KeySnapshot(Background):
         self._version, self._ready = version, True
 
     async def _read_hash(self, name: str, table: Table) -> None:
-        """Read a hash page by page: what is in none of them is not there any more.
+        """Read a hash page by page, and what is in none of them by name, before the last is put.
 
-        HSCAN returns each field that is there from its beginning to its end.
+        HSCAN returns each field that is there from its beginning to its end. But a cursor means
+        nothing to a server that was started in between, and no key may be refused for that.
         """
-        gone = set(table.names)
+        missing = set(table.names)
         cursor = -1
         while cursor:
-            cursor, page = await self._redis.hscan(name, max(cursor, 0), count=PAGE_RECORDS)
+            found: Any = await self._redis.hscan(name, max(cursor, 0), count=PAGE_RECORDS)
+            cursor, page = found
+            missing.difference_update(page)
+            if not cursor:
+                await self._read_some(name, table, missing)
             table.put(page)
-            gone.difference_update(page)
-        rest = list(gone)
-        for first in range(0, len(rest), PAGE_RECORDS):
-            table.remove(rest[first : first + PAGE_RECORDS])
-            await asyncio.sleep(0)
 
     async def _read_some(self, name: str, table: Table, fields: Iterable[bytes]) -> None:
         rest = list(fields)
         for first in range(0, len(rest), PAGE_RECORDS):
             page = rest[first : first + PAGE_RECORDS]
-            found = dict(zip(page, await self._redis.hmget(name, page), strict=True))
+            values: Any = await self._redis.hmget(name, page)
+            found = dict(zip(page, values, strict=True))
             table.put({field: data for field, data in found.items() if data is not None})
             table.remove(field for field, data in found.items() if data is None)
 
