@@ -76,3 +76,55 @@ def test_who_was_idle_is_owed_nothing_for_that_time() -> None:
     for _ in range(50):
         waiting.push("back", 10, Asked("back"))
     assert 9 <= served(waiting, 20).count("back") <= 11
+
+
+def test_b4_who_gives_up_moves_its_tenant_behind_nobody() -> None:
+    waiting = queue()
+    for _ in range(3):
+        waiting.push("other", 10, Asked("other"))
+    given_up = [Asked("given up") for _ in range(99)]
+    for asked in given_up:
+        waiting.push("tenant", 10, asked)
+    for asked in given_up:
+        waiting.remove("tenant", asked)
+    waiting.push("tenant", 10, Asked("tenant"))
+    assert served(waiting) == ["other", "tenant", "other", "other"]
+
+
+def test_b4_who_is_passed_over_moves_its_tenant_behind_nobody() -> None:
+    waiting = queue()
+    for _ in range(3):
+        waiting.push("other", 10, Asked("other"))
+    given_up = [Asked("given up") for _ in range(99)]
+    for asked in given_up:
+        waiting.push("tenant", 10, asked)
+        asked.wanted = False
+    waiting.push("tenant", 10, Asked("tenant"))
+    assert served(waiting) == ["other", "tenant", "other", "other"]
+
+
+def test_who_gives_up_before_its_tenants_others_lets_them_move_up() -> None:
+    waiting = queue()
+    first, second = Asked("first"), Asked("second")
+    waiting.push("tenant", 1000, first)
+    waiting.push("tenant", 10, second)
+    for _ in range(5):
+        waiting.push("other", 100, Asked("other"))
+    waiting.remove("tenant", first)
+    assert served(waiting, 1) == ["second"]
+
+
+def test_x1_nothing_is_kept_of_who_gave_up_while_others_wait() -> None:
+    waiting = queue()
+    waiting.push("other", 10, Asked("other"))
+    for number in range(1000):
+        asked = Asked(str(number))
+        waiting.push(f"tenant{number}", 10, asked)
+        waiting.remove(f"tenant{number}", asked)
+    refused = Asked("refused")
+    waiting.push_front(refused)
+    waiting.remove("tenant", refused)
+    assert len(waiting) == 1
+    waiting.push("other", 10, Asked("other"))
+    assert served(waiting, 1) == ["other"]
+    assert list(waiting._lines) == ["other"]

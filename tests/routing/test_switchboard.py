@@ -327,6 +327,28 @@ async def test_b4_a_flood_leaves_the_others_their_turn() -> None:
     await asyncio.gather(*tasks)
 
 
+async def test_b4_a_tenant_that_gives_up_keeps_its_turn_and_leaves_nothing() -> None:
+    switchboard = board(a=1)
+    await switchboard.take(route())
+    other = [asyncio.create_task(switchboard.take(route("other"))) for _ in range(3)]
+    gone = [asyncio.create_task(switchboard.take(route("tenant"))) for _ in range(99)]
+    moved = [asyncio.create_task(switchboard.take(route(moved=True))) for _ in range(9)]
+    assert await waits(gone[-1])
+    for task in (*gone, *moved):
+        task.cancel()
+    await asyncio.gather(*gone, *moved, return_exceptions=True)
+    assert len(switchboard._waiting) == 3
+    assert len([each for each in moved if not each.cancelled()]) + len(switchboard._moved) == 1
+    last = asyncio.create_task(switchboard.take(route("tenant")))
+    assert await waits(last)
+    for _ in range(3):
+        switchboard.release("a")
+    assert not await waits(last)
+    assert [task.done() for task in other] == [True, False, False]
+    for task in other:
+        task.cancel()
+
+
 async def test_a_tenant_of_twice_the_weight_gets_twice_the_turns() -> None:
     switchboard = board(a=1)
     await switchboard.take(route("first"))

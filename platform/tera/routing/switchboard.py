@@ -81,7 +81,7 @@ class Switchboard:
         self._index = PrefixIndex()
         self._waiting: FairQueue[_Waiting] = FairQueue(lambda each: not each.granted.done())
         self._moved: deque[_Waiting] = deque()
-        """Waiting generations that another replica has lost, in order; some may wait no more."""
+        """Waiting generations that another replica has lost, in order."""
 
     def set_replicas(self, capacities: Mapping[str, int]) -> None:
         """Set which replicas exist and how many generations each runs at a time."""
@@ -126,6 +126,10 @@ class Switchboard:
             # Granted in the same turn in which it was cancelled: give the replica back.
             if waiting.granted.done() and not waiting.granted.cancelled():
                 self.release(waiting.granted.result())
+            else:
+                self._waiting.remove(route.share.tenant, waiting)
+                if waiting in self._moved:
+                    self._moved.remove(waiting)
             raise
 
     def _prints(self, route: Route) -> list[int]:
