@@ -25,6 +25,7 @@ from tera.tenancy.usage import UsageLedger
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+DAY_US = 86_400 * SECOND_US
 
 BLOCKERS = [
     pytest.param({"requests_per_minute": 1}, 10, "requests", id="requests"),
@@ -305,6 +306,40 @@ async def test_a_clock_that_was_set_back_gives_no_minute_twice_and_honest_waits(
     moved(limiter, 5_999_999)
     assert (await refused(limiter, scopes)).wait_us == 1
     moved(limiter, 1)
+    await admitted(limiter, "next", scopes)
+
+
+async def test_a_clock_that_was_a_day_ahead_for_one_request_keeps_nobody_out(
+    limiter: RedisLimiter,
+) -> None:
+    local = LocalLimiter(lambda: limiter.now_us or 0)
+    scopes = tenant(requests_per_minute=60)
+    moved(limiter, DAY_US)
+    for number in range(60):
+        await admitted(limiter, f"req-{number}", scopes)
+        local.admit("acme", f"req-{number}", scopes, 1)
+    moved(limiter, -DAY_US)
+    for wait_us in (SECOND_US, 600_000, 200_000):
+        told = await limiter.admit("acme", "next", scopes, 1, record())
+        assert told.refusal is not None
+        assert told.refusal.wait_us == wait_us
+        assert told == local.admit("acme", "next", scopes, 1)
+        moved(limiter, 400_000)
+    told = await limiter.admit("acme", "next", scopes, 1, record())
+    assert told.refusal is None
+    assert told == local.admit("acme", "next", scopes, 1)
+
+
+async def test_l9_a_lease_that_was_taken_by_a_clock_a_day_ahead_ends_as_others_do(
+    limiter: RedisLimiter,
+) -> None:
+    scopes = tenant(concurrent_requests=1)
+    moved(limiter, DAY_US)
+    await admitted(limiter, "lost", scopes)
+    moved(limiter, -DAY_US)
+    assert await limiter.reclaim("acme") == 0
+    moved(limiter, 31 * SECOND_US)
+    assert await limiter.reclaim("acme") == 1
     await admitted(limiter, "next", scopes)
 
 

@@ -19,6 +19,7 @@ local SECOND = 1e6
 local HOUR_MS = 3600 * 1000
 local DAY_MS = 24 * HOUR_MS
 local SPARE_MS = 60 * 1000
+local AHEAD = 60 * SECOND
 local BATCH = 100
 local NONE = '-'
 
@@ -91,11 +92,15 @@ local function written(scope)
 end
 
 -- Bring a scope's debts to `now`. They drain by the limits given, or by the last ones known. A
--- clock that was set back stops them until it has caught up: no minute is counted twice.
+-- clock that was set back stops them until it has caught up: no minute is counted twice. A time
+-- that lies further ahead is not believed, or a clock that was a day ahead for one request would
+-- keep a tenant out for a day.
 local function advance(scope, now, request_limit, token_limit)
   -- By a limit of 0 nothing would ever drain, and nothing is admitted anyway.
   if request_limit and request_limit > 0 then scope.request_rate = request_limit end
   if token_limit and token_limit > 0 then scope.token_rate = token_limit end
+  scope.corrected = scope.at > now + AHEAD
+  if scope.corrected then scope.at = now end
   local elapsed = max(0, now - scope.at)
   scope.ahead = max(0, scope.at - now)
   scope.requests, scope.request_parts =
@@ -212,6 +217,16 @@ local function sweep(now)
   end
   keep_closed(now, full)
   return #ended
+end
+
+-- ARGV 3 lease in µs. As `sweep`, after leases that end later than one could that was taken now,
+-- since the clock was set back, were made to end as that would.
+local function reclaim(now)
+  local latest = now + tonumber(ARGV[3])
+  local late = redis.call('ZRANGEBYSCORE', KEYS[3], text_of(latest + AHEAD), '+inf',
+    'LIMIT', 0, BATCH)
+  for _, id in ipairs(late) do redis.call('ZADD', KEYS[3], text_of(latest), id) end
+  return sweep(now)
 end
 
 -- Return the name of the day or month in UTC that `now`, from 2024 on, lies in, and its end in µs.
@@ -372,6 +387,10 @@ local function admit(now)
     weigh(budget_wait(limits, tokens), 'budget', scope.name, limits.budget)
   end
   if kind and redis.call('HEXISTS', KEYS[2], id) == 0 then
+    -- Kept, or nothing would ever drain while every request is refused.
+    for _, scope in ipairs(scopes) do
+      if scope.corrected then store(scopes, full) break end
+    end
     return answer(all, scopes, kind, name, limit, longest)
   end
   local entry = { text_of(tokens), '0', '0', NONE, NONE, record }
@@ -477,6 +496,6 @@ if not now then
   now = time[1] * SECOND + time[2]
 end
 local operations = {
-  admit = admit, settle = settle, renew = renew, reclaim = sweep, charge = charge,
+  admit = admit, settle = settle, renew = renew, reclaim = reclaim, charge = charge,
 }
 return operations[ARGV[1]](now)

@@ -17,6 +17,8 @@ from tera.tenancy.limits import MOST, Admission, Allowance, Kind, Refusal, Scope
 PARTS: Final = 60_000_000
 """One request or token is this many parts: a limit of L a minute drains L parts per µs."""
 _SECOND_US: Final = 1_000_000
+_AHEAD_US: Final = 60 * _SECOND_US
+"""How far the time of a debt may lie ahead of a clock that was set back, to be believed."""
 _FORGET_ABOVE: Final = 64
 
 
@@ -33,11 +35,16 @@ class _Counts:
     open: int = 0
     ahead_us: int = 0
     """How far the clock has been set back: nothing drains until it has caught up."""
+    corrected: bool = False
+    """`at_us` was further ahead than is believed."""
 
     def advance(self, now_us: int, request_limit: int = 0, token_limit: int = 0) -> None:
         """Let debts drain until now, at these limits' rates or the last ones that were not 0."""
         self.request_rate = request_limit or self.request_rate
         self.token_rate = token_limit or self.token_rate
+        self.corrected = self.at_us > now_us + _AHEAD_US
+        if self.corrected:
+            self.at_us = now_us
         elapsed_us = max(0, now_us - self.at_us)
         self.ahead_us = max(0, self.at_us - now_us)
         self.requests = max(0, self.requests - self.request_rate * elapsed_us)
@@ -151,6 +158,7 @@ class LocalLimiter:
             # A limit that never lets the request pass outranks every wait.
             longest = max(waits, key=lambda it: MOST + 1 if it.wait_us is None else it.wait_us)
             refusal = refusal_of(*longest, tokens, scopes)
+            mine.counts.update({it.name: it.counts for it in counted if it.counts.corrected})
             return _admission(counted, refusal)
         if request_id not in mine.open:
             _spend(mine, request_id, counted, held)

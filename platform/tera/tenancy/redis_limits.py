@@ -168,7 +168,7 @@ class RedisLimiter:
         opening record is written as `lost`. `admit` also does this, for a few at a time.
         """
         ended = 0
-        while batch := await self._call(self._given("reclaim", tenant, ())):
+        while batch := await self._call(self._given("reclaim", tenant, (self._lease_us,))):
             ended += batch
         return ended
 
