@@ -20,6 +20,7 @@ from tera.errors import (
     TokenRateLimitError,
 )
 from tera.gateway.pieces import Piece
+from tera.routing.run import Run, Sink, Work
 from tera.tenancy.usage import UsageRecord
 
 SLOW = {"decode_step_s": 0.001}
@@ -64,11 +65,26 @@ async def is_cancelled_in_the_queue(gateway: Gateway) -> None:
 
 
 async def is_cancelled_before_its_first_token(gateway: Gateway) -> None:
-    await cancelled(gateway, lambda _: gateway.load.running == 1)
+    runs = noted_runs(gateway)
+    await cancelled(gateway, lambda _: any(run.taken for run in runs))
 
 
 async def is_cancelled_in_mid_stream(gateway: Gateway) -> None:
     await cancelled(gateway, lambda answer: answer.completion_tokens > 0)
+
+
+def noted_runs(gateway: Gateway) -> list[Run]:
+    """Return a list to which the gateway's generations are added as they begin."""
+    runs: list[Run] = []
+    dispatcher = gateway.catalog.models["one"].dispatcher
+    make = dispatcher.run
+
+    def run(work: Work, sink: Sink) -> Run:
+        runs.append(make(work, sink))
+        return runs[-1]
+
+    dispatcher.run = run  # type: ignore[method-assign]
+    return runs
 
 
 async def cancelled(gateway: Gateway, when: Callable[[Told], bool]) -> None:
@@ -119,7 +135,7 @@ class BrokenAnswer(Told):
         pytest.param(
             is_cancelled_before_its_first_token,
             {"profile": NEVER},
-            *("cancelled", "", False, 0),
+            *("cancelled", "", True, 0),
             id="cancelled before the first token",
         ),
         pytest.param(
@@ -151,8 +167,23 @@ async def test_l3_every_end_settles_once(
             assert 0 < record.completion_tokens < 500
         else:
             assert record.completion_tokens == tokens
-        assert (record.first_token_s is not None) == prompt
+        assert (record.first_token_s is not None) == (tokens != 0)
         assert record.replica_switches == len(setting.get("deaths", ()))
+
+
+async def test_l3_who_leaves_before_the_first_token_pays_for_what_replicas_have_taken() -> None:
+    async with Gateway(profile=NEVER) as gateway:
+        runs, answer = noted_runs(gateway), Told()
+        request = completion(max_tokens=5, n=2, prompt=["a b c", "d e f g h"])
+        running = asyncio.create_task(
+            gateway.pipeline.generate(CALLER, request, answer.exchange, answer)
+        )
+        await until(lambda: [run.taken for run in runs] == [True] * 4)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert settled(gateway).prompt_tokens == answer.exchange.prompt_tokens > 0
+        assert sorted(answer.exchange.taken_prompts) == [0, 2]  # once, whatever n is
 
 
 def settled(gateway: Gateway) -> UsageRecord:

@@ -38,6 +38,9 @@ class Exchange:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    taken_prompts: dict[int, int] = field(default_factory=dict)
+    """Tokens of the prompts that a replica has taken, by the index of their first choice; filled
+    as choices end."""
     first_token_s: float | None = None
     """Seconds from arrival."""
     admission: Admission | None = None
@@ -57,6 +60,15 @@ class Exchange:
         """Return what is charged if the request ends now: before its first token, nothing."""
         prompt_tokens = 0 if self.first_token_s is None else self.prompt_tokens
         return Progress(prompt_tokens, self.completion_tokens)
+
+    def abandoned(self) -> Progress:
+        """Return what is charged if its client has left: also a prompt without any token yet.
+
+        Else a client that always leaves before the first token would have prefills for nothing.
+        """
+        so_far = self.progress()
+        taken_tokens = sum(self.taken_prompts.values())
+        return Progress(max(so_far.prompt_tokens, taken_tokens), so_far.completion_tokens)
 
     def tell(self, admission: Admission) -> None:
         """Record what is left of the limits."""

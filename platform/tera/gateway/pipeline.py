@@ -334,14 +334,15 @@ class Pipeline:
             code = error.code if isinstance(error, TeraError) else InternalError.code
             raise
         finally:
+            used = exchange.abandoned() if status == "cancelled" else exchange.progress()
             held.settle(
                 msgspec.structs.replace(
                     opening,
                     status=status,
                     code=code,
-                    prompt_tokens=exchange.progress().prompt_tokens,
+                    prompt_tokens=used.prompt_tokens,
                     cached_tokens=exchange.cached_tokens,
-                    completion_tokens=exchange.completion_tokens,
+                    completion_tokens=used.completion_tokens,
                     first_token_s=exchange.first_token_s,
                     duration_s=time.monotonic() - exchange.arrived,
                     replica_switches=exchange.replica_switches,
@@ -382,6 +383,8 @@ class Pipeline:
                 text.held_tokens
             )  # a client that hung up is charged for them too
             exchange.replica_switches += run.replica_switches
+            if run.taken:
+                exchange.taken_prompts[choice.index - choice.sample] = len(choice.token_ids)
 
     def _stopwatch(
         self, model: ServedModel, exchange: Exchange, *, first_sample: bool

@@ -119,6 +119,8 @@ class Run:
         self._taken_at: float | None = None
         self._outcome: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
+        self.taken = False
+        """A replica has taken it, and works on its prompt at the least."""
         self.replica_switches = 0
         """How often another replica had to continue, for ledger and metrics."""
 
@@ -160,6 +162,7 @@ class Run:
             return
         if self._taken_at is None:
             self._taken_at = self._loop.time()
+            self.taken = True
         if delta.prompt_logprobs is not None:
             # Those of a long prompt are spread over several frames before the first token.
             self._prompt_logprobs += delta.prompt_logprobs
