@@ -1,3 +1,5 @@
+"""Files and directories with secrets in them."""
+
 import os
 import stat
 from pathlib import Path
@@ -5,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tera.errors import StartError
-from tera.local.private_file import private_directory
+from tera.local.private_file import private_directory, write_private
 
 
 def test_a_private_directory_is_its_owners_alone(tmp_path: Path) -> None:
@@ -33,3 +35,30 @@ def test_a_link_to_a_private_directory_is_none(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(private_directory(tmp_path / "private"))
     with pytest.raises(StartError, match="TMPDIR"):
         private_directory(tmp_path / "link")
+
+def test_only_its_owner_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_private(path, "secret")
+    assert path.read_text() == "secret"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name_and_so_is_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    write_private(path, "old")
+    synced: list[tuple[bool, str]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        size = 0 if is_folder else os.fstat(descriptor).st_size
+        assert is_folder or size == len("new")
+        synced.append((is_folder, path.read_text()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_private(path, "new")
+    assert synced == [(False, "old"), (True, "new")]
