@@ -17,6 +17,7 @@ from tests.tenancy.conftest import RedisServer
 from tests.tenancy.waiting import until
 
 from tera.config.names import ENGINE_DEPLOYMENT, application_name
+from tera.errors import ConfigError
 from tera.gateway import deployment
 from tera.gateway.deployment import GatewayReplica, StatusWatcher, _spare_collections
 from tera.tenancy.keys import generate_key
@@ -198,3 +199,15 @@ async def test_l7_a_gateway_that_starts_before_its_redis_waits_for_it(
         assert replica._keys_file.ready
         await until(lambda: replica._keys.version > 0)
         assert replica._pipeline.authenticate(f"Bearer {key}").tenant == "acme"
+
+
+@pytest.mark.usefixtures("serve", "redis_server")
+async def test_a_gateway_does_not_start_with_a_redis_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer.running(tmp_path / "node", "--cluster-enabled", "yes") as node:
+        monkeypatch.setenv("TERA_REDIS_URL", node.url)
+        replica = Replica.__new__(Replica)
+        with pytest.raises(ConfigError, match="Redis Cluster"):
+            await GatewayReplica.__init__(replica)  # type: ignore[misc]  # as Serve does
+        await GatewayReplica.__del__(replica)

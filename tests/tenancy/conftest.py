@@ -23,6 +23,8 @@ from tera.tenancy.silence import Patience
 
 PATIENT = Patience(slices=400, most_slices=400)
 """For tests in which Redis is not at fault: ten seconds, however busy the machine is."""
+HIGHEST_PORT = 55_535
+"""A node of a Cluster takes the port that is 10,000 higher as well."""
 
 
 class FakeClock:
@@ -38,19 +40,22 @@ class FakeClock:
 class RedisServer:
     """One redis-server on a port of its own; its data outlives a restart unless it is erased."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
         self._directory = directory
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = HIGHEST_PORT + 1
+        while self.port > HIGHEST_PORT:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
     @classmethod
     @contextmanager
-    def running(cls, directory: Path) -> Iterator["RedisServer"]:
+    def running(cls, directory: Path, *options: str) -> Iterator["RedisServer"]:
         """Have one that runs, whatever the block does to it."""
-        server = cls(directory)
+        server = cls(directory, *options)
         server.start()
         try:
             yield server
@@ -66,7 +71,7 @@ class RedisServer:
         arguments = f"--bind 127.0.0.1 --port {self.port} --save --appendonly yes".split()
         arguments.insert(arguments.index("--save") + 1, "")
         self._process = subprocess.Popen(  # noqa: S603  our own arguments
-            [binary, *arguments, "--dir", self._directory],
+            [binary, *arguments, "--dir", self._directory, *self._options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -117,6 +122,13 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def second_server(tmp_path: Path) -> Iterator[RedisServer]:
     with RedisServer.running(tmp_path / "second") as server:
+        yield server
+
+
+@pytest.fixture
+def cluster_node(tmp_path: Path) -> Iterator[RedisServer]:
+    """A node of a Redis Cluster; it does not need the others to say so."""
+    with RedisServer.running(tmp_path / "node", "--cluster-enabled", "yes") as server:
         yield server
 
 

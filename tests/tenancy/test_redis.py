@@ -10,7 +10,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from tests.tenancy.proxy import Proxy
 
 from tera.errors import ConfigError
-from tera.tenancy.redis import connect
+from tera.tenancy.redis import connect, is_refusal, refuse_cluster
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -100,3 +100,31 @@ async def test_a_dead_server_fails_the_command_and_the_client_recovers(
         assert await client.get("name") == b"value"
     finally:
         await client.aclose()
+
+
+async def test_a_cluster_is_refused_by_name(redis: Redis, cluster_node: RedisServer) -> None:
+    await refuse_cluster(redis)
+    async with connect(cluster_node.url, timeout_s=1.0) as node:
+        with pytest.raises(ConfigError, match="is a Redis Cluster, which is not supported"):
+            await refuse_cluster(node)
+
+
+async def test_whoever_may_not_ask_is_not_refused(redis: Redis, redis_server: RedisServer) -> None:
+    await redis.acl_setuser("tera", enabled=True, nopass=True, keys=["*"], categories=["+@all"])
+    await redis.execute_command("ACL", "SETUSER", "tera", "-info")
+    url = redis_server.url.replace("redis://", "redis://tera:x@")
+    async with connect(url, timeout_s=1.0) as limited:
+        await refuse_cluster(limited)
+
+
+async def test_what_a_cluster_sends_elsewhere_is_no_tenants_own_fault(
+    cluster_node: RedisServer,
+) -> None:
+    async with connect(cluster_node.url, timeout_s=1.0) as node:
+        with pytest.raises(ResponseError) as unserved:
+            await node.get("tera:keys")
+        with pytest.raises(ResponseError) as crossing:
+            await node.eval("return 1", 2, "tera:keys", "tera:tenants")
+    assert not is_refusal(unserved.value)
+    assert not is_refusal(crossing.value)
+    assert not is_refusal(ResponseError("MOVED 3999 127.0.0.1:6381"))

@@ -166,6 +166,18 @@ async def test_without_a_snapshot_it_is_not_ready_and_refuses(
         assert accepts(snapshot, new.key)
 
 
+async def test_l7_a_gateway_of_a_cluster_is_never_ready_and_says_why(
+    cluster_node: RedisServer, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        connect(cluster_node.url, timeout_s=1.0) as node,
+        KeySnapshot(node, PEPPER, clock) as snapshot,
+    ):
+        await eventually(lambda: snapshot.degraded)
+        assert not snapshot.ready
+    assert "Redis Cluster, which is not supported" in caplog.text
+
+
 async def test_keys_stay_in_force_while_redis_is_dead(
     redis: Redis, redis_server: RedisServer, store: KeyStore, clock: FakeClock
 ) -> None:

@@ -41,7 +41,7 @@ from tera.tenancy.admission import Admissions
 from tera.tenancy.cache_salt import cache_salt
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys_file import KeysFile
-from tera.tenancy.redis import connect
+from tera.tenancy.redis import connect, refuse_cluster
 from tera.tenancy.redis_memory import RedisMemory
 from tera.tenancy.snapshot import KeySnapshot
 from tera.tenancy.usage_export import UsageExporter
@@ -81,6 +81,7 @@ class GatewayReplica:
         )
         redis = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)
         self._stack.push_async_callback(redis.aclose)
+        await refuse_cluster(redis)  # one that comes later is looked at by who follows the keys
         self._keys_file: KeysFile | None = None
         if runtime.keys_file is not None:
             store = KeyStore(redis, runtime.key_pepper, time.time)

@@ -31,7 +31,7 @@ from tera.local.state import LocalSecrets, LocalState
 from tera.local.status import telling_status
 from tera.manifest import serve_config
 from tera.tenancy.key_store import KeyStore
-from tera.tenancy.redis import connect
+from tera.tenancy.redis import connect, refuse_cluster
 
 LOCAL_TENANT = "local"
 ENGINE_DEADLINE_S = 900.0
@@ -325,6 +325,7 @@ async def _start_redis(
         async with _connected(url) as redis:
             try:
                 await redis.ping()
+                await refuse_cluster(redis)
             except RedisError as error:
                 raise StartError(
                     f"redis.external.address: {external.address} does not answer: {error}"

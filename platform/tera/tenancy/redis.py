@@ -11,7 +11,16 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import (
+    AskError,
+    ClusterCrossSlotError,
+    ClusterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
 from tera.errors import ConfigError, InternalError
 
@@ -116,9 +125,16 @@ class _FollowingPool(BlockingConnectionPool):
 
 
 _CANNOT_SERVE: Final = re.compile(
-    r"(?:^|-)(?:OOM|READONLY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|BUSY|NOAUTH|NOPERM)\b"
+    r"(?:^|-)(?:OOM|READONLY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|BUSY|NOAUTH|NOPERM"
+    r"|CLUSTERDOWN|CROSSSLOT|MOVED|ASK|TRYAGAIN)\b"
 )
 """Errors that the next call would meet too; older servers quote them within a script's error."""
+
+# redis-py has taken their first word away.
+_OF_THE_SERVER: Final = (
+    *(OutOfMemoryError, ReadOnlyError),
+    *(AskError, ClusterCrossSlotError, ClusterDownError, TryAgainError),
+)
 
 
 def is_refusal(error: RedisError) -> bool:
@@ -126,7 +142,7 @@ def is_refusal(error: RedisError) -> bool:
 
     Data of the wrong type under one tenant's keys must not disable everybody's limits.
     """
-    if not isinstance(error, ResponseError) or isinstance(error, OutOfMemoryError | ReadOnlyError):
+    if not isinstance(error, ResponseError) or isinstance(error, _OF_THE_SERVER):
         return False
     return _CANNOT_SERVE.search(str(error)) is None
 
@@ -153,6 +169,25 @@ async def reaching(what: str) -> AsyncGenerator[None]:
         yield
     except RedisError as error:
         raise InternalError(f"{what} cannot be reached.") from error
+
+
+async def refuse_cluster(redis: Redis) -> None:
+    """Make sure that a Redis is no Cluster, as far as it can be reached and lets itself be asked.
+
+    Keys, tenants and their version change in one script, which the nodes of a Cluster refuse.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    try:
+        info = await redis.info("cluster")
+    except RedisError:
+        return  # it is away, or keeps INFO to itself as some services do
+    if int(info.get("cluster_enabled", 0)):
+        raise ConfigError(
+            "redis: this is a Redis Cluster, which is not supported; "
+            "give a Redis or Valkey with cluster-enabled no, with replicas if need be."
+        )
 
 
 class Attempts:

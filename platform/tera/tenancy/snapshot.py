@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from tera.background import Background
 from tera.config.limits import TenantLimits
-from tera.errors import InvalidApiKeyError, MissingApiKeyError
+from tera.errors import ConfigError, InvalidApiKeyError, MissingApiKeyError
 from tera.tenancy.key_table import KeyTable, Table, TenantTable
 from tera.tenancy.keys import (
     CHANGED,
@@ -29,6 +29,7 @@ from tera.tenancy.keys import (
     require_pepper,
 )
 from tera.tenancy.last_used import LastUsed
+from tera.tenancy.redis import refuse_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class KeySnapshot(Background):
             try:
                 async with self._redis.pubsub() as pubsub:
                     await self._follow_connection(pubsub)
-            except RedisError as error:
+            except (RedisError, ConfigError) as error:
                 self._mark_away(error)
             except Exception as error:
                 # The edge of this task: if it ended, revocations would never arrive here.
@@ -178,6 +179,7 @@ class KeySnapshot(Background):
            Any other message, and every new connection, may come from a server that lost its data
            and has counted up again, so it reads everything.
         """
+        await refuse_cluster(self._redis)
         await pubsub.subscribe(CHANGED)
         await self._read_all()
         while True:
