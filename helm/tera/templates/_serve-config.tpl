@@ -92,7 +92,8 @@
 {{- toJson (dict
       "default" (include "tera.tenantLimits" (.default | default dict) | fromJson)
       "tenants" $tenants
-      "onRedisError" .onRedisError) -}}
+      "onRedisError" .onRedisError
+      "staleKeysSeconds" .staleKeysSeconds) -}}
 {{- end }}
 
 {{- define "tera.tenantLimits" -}}

@@ -52,3 +52,6 @@ class LimitsConfig(Section):
     on_redis_error: Literal["local", "closed"] = "local"
     """What to do while Redis cannot be reached: with `local` each gateway replica enforces its
     share of each limit, with `closed` it refuses every request."""
+    stale_keys_seconds: float = Field(default=86_400, gt=0)
+    """How long a gateway replica that cannot reach Redis accepts the keys it knows, some of which
+    may have been revoked; after that it refuses every request."""

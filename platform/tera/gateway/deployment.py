@@ -89,7 +89,12 @@ class GatewayReplica:
                 KeysFile(runtime.keys_file, store)
             )
         self._keys = await self._stack.enter_async_context(
-            KeySnapshot(redis, runtime.key_pepper, time.time)
+            KeySnapshot(
+                redis,
+                runtime.key_pepper,
+                time.time,
+                stale_s=lambda: self._config.limits.stale_keys_seconds,
+            )
         )
         # A separate client: no other traffic may delay the admission of a request.
         limits = connect(runtime.redis_url, timeout_s=REDIS_TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -13,7 +14,7 @@ from redis.exceptions import RedisError
 
 from tera.background import Background
 from tera.config.limits import TenantLimits
-from tera.errors import ConfigError, InvalidApiKeyError, MissingApiKeyError
+from tera.errors import ConfigError, InternalError, InvalidApiKeyError, MissingApiKeyError
 from tera.tenancy.key_table import KeyTable, Table, TenantTable
 from tera.tenancy.keys import (
     CHANGED,
@@ -66,6 +67,7 @@ class KeySnapshot(Background):
         pepper: str,
         clock: Callable[[], float],
         reread_interval_s: float = 2.0,
+        stale_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """`redis` is a client from `connect`, since it must time out; the caller closes it.
 
@@ -74,12 +76,14 @@ class KeySnapshot(Background):
             pepper: the same as the `KeyStore`'s.
             clock: Unix seconds; decides what has expired.
             reread_interval_s: the longest time for which a lost message can hide a change.
+            stale_s: for how long keys are accepted while Redis is away; asked at each request.
         """
         require_pepper(pepper)
         self._redis = redis
         self._pepper = pepper
         self._clock = clock
         self._reread_interval_s = reread_interval_s
+        self._stale_s = stale_s
         self._keys, self._tenants = KeyTable(), TenantTable()
         self._by_hash = self._keys.by_hash
         self._decoy = generate_key()
@@ -125,6 +129,7 @@ class KeySnapshot(Background):
         Raises:
             MissingApiKeyError: there is no such header.
             InvalidApiKeyError: the key is not valid now, for whatever reason.
+            InternalError: it was valid, but Redis has been away for so long that it may be revoked.
         """
         if authorization is None:
             raise MissingApiKeyError(_MISSING_TEXT)
@@ -136,6 +141,9 @@ class KeySnapshot(Background):
         now_s = self._clock()
         if record is None or (record.expires_s is not None and now_s >= record.expires_s):
             raise InvalidApiKeyError(_INVALID_TEXT)
+        away_since_s = self._degraded_since_s
+        if away_since_s is not None and now_s - away_since_s > self._stale_s():
+            raise InternalError("The platform cannot check API keys at the moment.")
         self._last_used.note(record.key_id, now_s)
         return record
 
