@@ -36,6 +36,7 @@ def test_a_link_to_a_private_directory_is_none(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="TMPDIR"):
         private_directory(tmp_path / "link")
 
+
 def test_only_its_owner_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_private(path, "secret")

@@ -117,3 +117,13 @@ async def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None
     parent.kill()
     await parent.wait()
     await asyncio.to_thread(server.wait, 10)
+
+
+async def test_when_it_is_full_it_refuses_writes_and_evicts_nothing(tmp_path: Path) -> None:
+    async with (
+        await EmbeddedRedis.start(tmp_path) as server,
+        Redis.from_url(server.url) as client,
+    ):
+        memory = await client.info("memory")
+    assert memory["maxmemory"] == 768 * 1024 * 1024
+    assert memory["maxmemory_policy"] == "noeviction"

@@ -165,7 +165,7 @@ class _Endpoints:
                 make,
                 exchange,
                 self._outbox,
-                limits.keep_alive_seconds,
+                self._config().requests.keep_alive_seconds,
             )
         answer = question.whole(exchange)
         async with while_connected(request.receive):
