@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from pydantic import JsonValue
 
 from benchmarks.hostile_bodies import BODIES
 from tera.config.environment import set_environment
@@ -23,6 +24,7 @@ from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.dialects.completions import CompletionQuestion
 from tera.gateway.echo import EchoedPrompt
 from tera.gateway.exchange import Exchange
+from tera.gateway.grammars import Grammars
 from tera.gateway.parsing import RequestParser
 from tera.gateway.request import Conversation
 from tera.gateway.text_pool import SHORT_BYTES, TextPool
@@ -158,8 +160,9 @@ async def _felt(gateway: _Gateway, dear: Callable[[], Awaitable[None]]) -> Felt:
 
 
 async def _measured(model_path: str) -> dict[str, Felt]:
-    args = {"max_model_len": CONTEXT_TOKENS, "dtype": "bfloat16"}
-    gateway = _Gateway(VllmTextModel.load(model_path, args))
+    args: dict[str, JsonValue] = {"max_model_len": CONTEXT_TOKENS, "dtype": "bfloat16"}
+    grammars = Grammars()
+    gateway = _Gateway(VllmTextModel.load(model_path, args, grammars))
     await gateway.ask("other", ChatQuestion, _chat())  # the first one compiles the template
     gc.collect()
     gc.freeze()  # as a gateway does once it has its models
@@ -168,6 +171,7 @@ async def _measured(model_path: str) -> dict[str, Felt]:
         found[name] = await _felt(gateway, partial(gateway.ask, "dear", kind, body))
     found[ECHO] = await _felt(gateway, gateway.echo)
     gateway.pool.close()
+    grammars.close()
     return found
 
 

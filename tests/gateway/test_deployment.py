@@ -157,7 +157,7 @@ class Replica(GatewayReplica):
     @asynccontextmanager
     async def running(cls) -> AsyncGenerator[GatewayReplica]:
         replica = cls.__new__(cls)
-        await GatewayReplica.__init__(replica)  # type: ignore[misc]  # as Serve does
+        await GatewayReplica.__init__(replica)  # as Serve does
         try:
             yield replica
         finally:
@@ -209,5 +209,5 @@ async def test_a_gateway_does_not_start_with_a_redis_cluster(
         monkeypatch.setenv("TERA_REDIS_URL", node.url)
         replica = Replica.__new__(Replica)
         with pytest.raises(ConfigError, match="Redis Cluster"):
-            await GatewayReplica.__init__(replica)  # type: ignore[misc]  # as Serve does
+            await GatewayReplica.__init__(replica)  # as Serve does
         await GatewayReplica.__del__(replica)

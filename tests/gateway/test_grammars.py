@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 from tests.routing.conftest import until
@@ -98,13 +100,18 @@ async def test_x2_no_tenant_learns_what_another_has_sent() -> None:
     assert compiler.begun == {"same": 2}
 
 
+def known_or_begun(asked: asyncio.Task[Any], compiler: ScriptedCompiler) -> bool:
+    """Return whether a check has ended, or had to begin to compile."""
+    return asked.done() or bool(compiler.compiling)
+
+
 async def test_the_memory_of_grammars_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "REMEMBERED", 2)
     compiler = ScriptedCompiler()
     known = Grammars(compiler)
     for text in ("a", "b", "a", "c", "a", "b"):
         asked = check(known, "acme", text)
-        await until(lambda asked=asked: asked.done() or compiler.compiling)  # type: ignore[misc]
+        await until(partial(known_or_begun, asked, compiler))
         if not asked.done():
             compiler.end(text)
         await asked

@@ -84,9 +84,9 @@ async def test_a_replica_reaches_no_generation_of_another(links: ReplicaLinks) -
     await hostile.closed()
     await until(lambda: own_heard.error is not None)
     assert all((it.deltas, it.error, it.refused) == ([], None, False) for _, it in running)
-    for number, heard in running:
+    for number, _ in running:
         await victim.send(TokenDelta(number, [number], FinishReason.STOP))
-        await until(lambda heard=heard, number=number: heard.token_ids == [number])
+    await until(lambda: all(heard.token_ids == [number] for number, heard in running))
     await victim.close()
 
 

@@ -6,6 +6,7 @@ What the other one waits for is counted in pieces of work and in turns, never in
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -207,7 +208,7 @@ async def test_x1_while_a_prompt_is_echoed_with_log_probabilities_others_have_th
     answers = 0
     while not echoing.answered:
         short = Asking(gateway, "other", CHAT, SMALL)
-        await until(lambda short=short: short.answered)
+        await until(partial(getattr, short, "answered"))
         answers += 1
     assert echoing.client.status == 200
     assert answers > 1
@@ -240,7 +241,7 @@ async def test_x1_more_log_probabilities_of_prompts_than_fit_an_answer_are_refus
     for tokens, status in ((most, 200), (most + 1, 400)):
         body = json.dumps({**ECHO, "prompt": [97] * tokens, "n": 128, "logprobs": 5}).encode()
         asking = Asking(gateway, "flood", COMPLETIONS, body)
-        await until(lambda asking=asking: asking.answered)
+        await until(partial(getattr, asking, "answered"))
         assert asking.client.status == status
     error = asking.answer["error"]
     assert (error["code"], error["param"]) == ("invalid_value", "echo")

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -21,16 +21,21 @@ from tera.upstream.xgrammar import unsupported
 
 MODELS = Path(__file__).parents[2] / ".tera/models"
 FORMAT = "response_format.json_schema.schema"
-Test = TypeVar("Test")
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def over_vllm(test: Test) -> Test:
+def over_vllm(test: Any) -> Any:
     """Mark a test that loads a model's text side with vLLM."""
     # What vLLM and torch warn themselves of, and leave unclosed, is not ours.
     quiet = pytest.mark.filterwarnings("ignore::Warning")
-    marked: Test = pytest.mark.slow(quiet(pytest.mark.asyncio(loop_scope="module")(test)))
-    return marked
+    for mark in (
+        quiet,
+        pytest.mark.slow,
+        pytest.mark.vllm,
+        pytest.mark.asyncio(loop_scope="module"),
+    ):
+        test = mark(test)
+    return test
 
 
 def optional(count: int) -> dict[str, Any]:

@@ -111,7 +111,7 @@ async def test_a_cluster_is_refused_by_name(redis: Redis, cluster_node: RedisSer
 
 async def test_whoever_may_not_ask_is_not_refused(redis: Redis, redis_server: RedisServer) -> None:
     await redis.acl_setuser("tera", enabled=True, nopass=True, keys=["*"], categories=["+@all"])
-    await redis.execute_command("ACL", "SETUSER", "tera", "-info")
+    await redis.execute_command("ACL", "SETUSER", "tera", "-info")  # type: ignore[no-untyped-call]
     url = redis_server.url.replace("redis://", "redis://tera:x@")
     async with connect(url, timeout_s=1.0) as limited:
         await refuse_cluster(limited)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -323,7 +323,7 @@ async def test_a_message_that_does_not_say_all_that_changed_is_read_as_a_change_
 async def test_x1_many_keys_are_read_in_turns_between_which_other_work_goes_on(
     redis: Redis, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = {
+    records: dict[Any, Any] = {
         f"key_{number:024}": encode_key(
             ApiKey(f"key_{number:024}", "team-a", f"{number:064}", "", None, 0.0)
         )

@@ -470,12 +470,11 @@ async def test_a_replicas_grpc_server_can_be_kept_on_loopback(
 ) -> None:
     started = inspect.getsource(replica_module.Replica._on_initialized)
     assert 'add_port_to_grpc_server(self._server, "[::]:0")' in started
-    monkeypatch.setattr(
-        replica_module, "add_port_to_grpc_server", replica_module.add_port_to_grpc_server
-    )  # so that it is put back
+    own = vars(replica_module)["add_port_to_grpc_server"]
+    monkeypatch.setattr(replica_module, "add_port_to_grpc_server", own)  # so that it is put back
     ray_serve.stay_on_loopback()
     server = grpc.aio.server()
-    port = replica_module.add_port_to_grpc_server(server, "[::]:0")
+    port = vars(replica_module)["add_port_to_grpc_server"](server, "[::]:0")
     await server.start()
     try:
         listening = {

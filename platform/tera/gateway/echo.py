@@ -74,3 +74,13 @@ def position(text: TextModel, entry: TokenLogprobs) -> PositionLogprobs:
     token, *top = text.token_texts([entry.token_id, *(token_id for token_id, _ in entry.top)])
     likely = [(name, logprob) for name, (_, logprob) in zip(top, entry.top, strict=True)]
     return PositionLogprobs(token, entry.logprob, likely)
+
+
+def echoed_prompts(
+    prompts: list[list[int]], echoes: list[str | None], n: int
+) -> list[EchoedPrompt]:
+    """Return the prompts to be echoed, each by its `n` answers."""
+    return [
+        EchoedPrompt(echo or "", prompt, range(place * n, (place + 1) * n))
+        for place, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True))
+    ]

@@ -26,7 +26,7 @@ from tera.gateway.all_or_none import all_or_none
 from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.checks import check_biases, check_context, check_echo
 from tera.gateway.derender import Choice, ChoiceText
-from tera.gateway.echo import EchoedPrompt
+from tera.gateway.echo import EchoedPrompt, echoed_prompts
 from tera.gateway.exchange import Exchange
 from tera.gateway.parsing import RequestParser
 from tera.gateway.pieces import Answer
@@ -254,7 +254,7 @@ class Pipeline:
         echoed: list[EchoedPrompt] = []
         if sampling.prompt_logprobs is not None:
             check_echo(sum(map(len, prompts)), request.n, sampling.prompt_logprobs)
-            echoed = _echoed(prompts, echoes, request.n)
+            echoed = echoed_prompts(prompts, echoes, request.n)
         choices = [
             Choice(
                 index=position * request.n + sample,
@@ -428,14 +428,6 @@ def _opening(caller: ApiKey, exchange: Exchange, user: str) -> UsageRecord:
 
 def _no_parser() -> None:
     """Return None: all of the answer is content."""
-
-
-def _echoed(prompts: list[list[int]], echoes: list[str | None], n: int) -> list[EchoedPrompt]:
-    """Return the prompts to be echoed, each by its `n` answers."""
-    return [
-        EchoedPrompt(echo or "", prompt, range(place * n, (place + 1) * n))
-        for place, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True))
-    ]
 
 
 def _of_sample(sampling: Sampling, sample: int) -> Sampling:
