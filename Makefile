@@ -60,7 +60,7 @@ engines: install ## Run the tests that start vLLM (ARGS: which)
 	$(BIN)/pytest -m vllm --durations 20 $(ARGS)
 
 check: lint types layers ## Run the fast lane: style, types, layers and quick tests
-	$(BIN)/pytest -m 'not slow' --durations 10 $(ARGS)
+	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: install ## Check style and formatting
 	$(BIN)/ruff check .

@@ -1,11 +1,15 @@
 """One platform of each kind for all folders' slow tests: starting one takes a minute."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import hypothesis
 import pytest
 from tests.serve.conftest import DEMO_MODELS, SIMULATED_VALUES, VLLM_VALUES, Platform
+
+# xdist sets it for its workers, and a console that finds it when it is made keeps it for good.
+os.environ.pop("COLUMNS", None)
 
 # How long an example takes says more of the machine's other work than of the code.
 hypothesis.settings.register_profile("tera", deadline=None)

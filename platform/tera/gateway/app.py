@@ -187,7 +187,6 @@ class _Endpoints:
             max_bytes=limits.max_body_bytes,
             within_s=limits.body_deadline_seconds,
         )
-        exchange.body_is_read = True
         if len(body) <= SHORT_BYTES:
             return await self._pipeline.parse(caller, dialect, body, exchange)
         async with while_connected(request.receive):

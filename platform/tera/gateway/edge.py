@@ -48,7 +48,14 @@ class Edge:
             return
         exchange = _exchange(scope, send, self._config())
         exchange.enter(scope)
-        await self._answer(scope, receive, exchange)
+
+        async def noted() -> Message:
+            message = await receive()
+            if not message.get("more_body"):  # the body's end, or the connection's
+                exchange.body_is_read = True
+            return message
+
+        await self._answer(scope, noted, exchange)
         if exchange.lingers:
             await _linger(receive)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
