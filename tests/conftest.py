@@ -9,7 +9,7 @@ import pytest
 from tests.serve.conftest import DEMO_MODELS, SIMULATED_VALUES, VLLM_VALUES, Platform
 
 # xdist sets it for its workers, and a console that finds it when it is made keeps it for good.
-os.environ.pop("COLUMNS", None)
+os.environ.pop("COLUMNS", None)  # noqa: TID251  no process is configured by it
 
 # How long an example takes says more of the machine's other work than of the code.
 hypothesis.settings.register_profile("tera", deadline=None)
