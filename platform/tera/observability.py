@@ -26,6 +26,8 @@ BETWEEN_TOKENS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 # What the gateway itself adds before dispatch: fractions of a millisecond.
 ADDED_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.2, 1)
+# 20 ms is what one request may take from the others.
+LOOP_LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 3, 10)
 
 
 class Metrics:
@@ -68,6 +70,12 @@ class Metrics:
             "Arrival at the gateway to dispatch: authentication, validation and rendering.",
             ["model"],
             buckets=ADDED_BUCKETS_S,
+            registry=registry,
+        )
+        self.loop_lag_s = Histogram(
+            "tera_event_loop_lag_seconds",
+            "How much later than due the gateway's event loop runs a task.",
+            buckets=LOOP_LAG_BUCKETS_S,
             registry=registry,
         )
         self.prompt_tokens = Counter(

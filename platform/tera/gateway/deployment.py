@@ -26,6 +26,7 @@ from tera.contract.common import ModelStatus
 from tera.gateway.app import build_app
 from tera.gateway.catalog import Catalog, ServedModel
 from tera.gateway.grammars import Grammars
+from tera.gateway.loop_lag import LoopLag
 from tera.gateway.model_status import model_status
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
@@ -76,6 +77,7 @@ class GatewayReplica:
         """By model. They outlive a change of its settings, since they know what its replicas have
         cached, and the removal of the model, since Serve keeps notifying them if it comes back."""
         self._stack = AsyncExitStack()
+        await self._stack.enter_async_context(LoopLag(self._metrics.loop_lag_s.observe))
         self._links = await self._stack.enter_async_context(
             ReplicaLinks(runtime.channel_host or _node_address(), runtime.cluster_secret)
         )
