@@ -20,7 +20,9 @@ from tests.serve.conftest import until
 pytestmark = pytest.mark.slow
 
 ENDLESS = {"logit_bias": {"256": -100}}  # the token that ends a text is forbidden
-WORDS = "word " * 1000
+WORDS = "word " * 600
+"""Of `sim/slow`, twenty seconds without a token. Whoever comes after one that was given up still
+waits for the end of its step."""
 
 
 @dataclass

@@ -159,12 +159,14 @@ def test_b8_an_edit_says_who_shares_the_prefix_cache_and_restarts_nothing(
 ) -> None:
     made = platform.tera("keys", "create", "--tenant", "stranger", "--json")
     stranger = json.loads(made.stdout)["key"]
-    for sharing, shared in (("model", True), ("tenant", False)):
+    before: Pids = {}  # the edits before this one are another test's
+    for sharing, shared in (("key", False), ("model", True), ("tenant", False)):
         values = edited(one=model("one", cacheSharing=sharing))
-        before = settled(platform, BASE)
         applied = platform.tera("apply", "-f", write(platform, values))
         assert applied.returncode == 0, applied.stderr
-        assert restarted(before, settled(platform, values)) == set()
+        after = settled(platform, values)
+        assert restarted(before, after) == set()
+        before = after
         secret = f"{sharing}: {'Once upon a time ' * 20}"
         assert cached_tokens(platform, platform.api_key, secret) == 0
         assert cached_tokens(platform, platform.api_key, secret) > 0

@@ -16,7 +16,7 @@ from tests.serve.conftest import Platform
 
 pytestmark = pytest.mark.slow
 
-WORDS = "word " * 1000
+WORDS = "word " * 600
 
 
 @pytest.mark.parametrize(
