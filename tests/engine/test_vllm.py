@@ -113,13 +113,13 @@ async def test_penalties_count_what_was_generated_before_a_cut(
     def sampling(max_tokens: int) -> Sampling:
         return Sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True, **penalties)
 
-    whole = await asker.tokens(PROMPT, sampling(60))
-    plain = await asker.tokens(PROMPT, Sampling(max_tokens=60, temperature=0, ignore_eos=True))
+    whole = await asker.tokens(PROMPT, sampling(30))
+    plain = await asker.tokens(PROMPT, Sampling(max_tokens=30, temperature=0, ignore_eos=True))
     assert whole != plain  # so the penalties matter here
     # Together, so that the batch holds resumed and undisturbed generations beside each other.
-    cuts = (5, 20, 30, 55)
-    resumed = [asker.tokens(PROMPT + whole[:cut], sampling(60 - cut), cut) for cut in cuts]
-    again, *rests = await asyncio.gather(asker.tokens(PROMPT, sampling(60)), *resumed)
+    cuts = (3, 10, 15, 27)
+    resumed = [asker.tokens(PROMPT + whole[:cut], sampling(30 - cut), cut) for cut in cuts]
+    again, *rests = await asyncio.gather(asker.tokens(PROMPT, sampling(30)), *resumed)
     assert again == whole
     assert rests == [whole[cut:] for cut in cuts]
 
