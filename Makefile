@@ -74,7 +74,7 @@ layers: install ## Check that modules import only from layers below them
 
 # To add the platforms: make coverage ARGS="-m 'slow and not vllm' --cov-append"
 coverage: install ## Print which lines the quick tests leave out; as pages in build/coverage
-	$(BIN)/pytest -m 'not slow' --cov --cov-report=term --cov-report=html $(ARGS)
+	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile --cov --cov-report=term --cov-report=html $(ARGS)
 
 schema: install ## Write the chart's values.schema.json and docs/configuration.md
 	$(BIN)/tera config schema > helm/tera/values.schema.json
