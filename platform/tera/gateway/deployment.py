@@ -13,6 +13,7 @@ from ray import serve
 from ray.util import get_node_ip_address
 from starlette.types import ASGIApp
 
+from tera.background import Background
 from tera.config.environment import Runtime
 from tera.config.gateway import GatewayConfig, RequestLimits
 from tera.config.model import ModelConfig
@@ -236,8 +237,8 @@ def _node_address() -> str:
     return address
 
 
-class StatusWatcher:
-    """Knows from Serve which models have running replicas; an async context manager."""
+class StatusWatcher(Background):
+    """Knows from Serve which models have running replicas, as long as its block runs."""
 
     def __init__(
         self,
@@ -251,7 +252,6 @@ class StatusWatcher:
         self._interval_s = interval_s
         self._steady_interval_s = steady_interval_s
         self._statuses: dict[str, ModelStatus] = {}
-        self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
         self.any_answered = False
         """Whether any model has ever been ready, so that requests can be answered or held."""
@@ -264,18 +264,7 @@ class StatusWatcher:
         """Read the status again within a second: something has changed."""
         self._look.set()
 
-    async def __aenter__(self) -> None:
-        """Start reading the status."""
-        self._task = asyncio.create_task(self._watch())
-
-    async def __aexit__(self, *exc: object) -> None:
-        """Stop reading the status."""
-        assert self._task is not None
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _watch(self) -> None:
+    async def _run(self) -> None:
         while True:
             began = time.monotonic()
             self._look.clear()

@@ -11,8 +11,7 @@ in the gateway. So it survives the death of the replica that generates its token
 3. `ReplicaLink.connection_lost` first takes the replica off the switchboard, so that nothing is
    sent there again, and then fails each run that was in progress on that link.
 4. The run wakes up and asks `after_loss`, a pure function, whether to retry, resume or give up.
-That
-   depends on how long the replica had had the generation, and on how many losses it has seen.
+   That depends on how long the replica had had the generation, and on how many losses it has seen.
 5. To resume, the run takes another seat. It waits neither behind new generations nor for room:
    replicas accept what others have lost beyond their usual number.
 6. The new replica gets prompt and generated ids as its prompt, with a new generation id, so that
@@ -132,8 +131,7 @@ class Run:
 
         Raises:
             EngineOverloadedError: the model's queue is full, or a tenant with fewer generations in
-            it
-                got this one's place.
+                it got this one's place.
             BackendFailureError: retries, their budget or a deadline are used up, or the request
                 itself seems to make engines fail.
             InvalidRequestError: the engine refuses the parameters.
