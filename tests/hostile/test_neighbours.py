@@ -99,13 +99,19 @@ DEAREST = {
 }
 
 
+async def flooded(gateway: Gateway, threads: ByHand, name: str) -> list[Asking]:
+    """Return a tenant's requests, once the first of them has the one thread that they may have."""
+    path, body = DEAREST[name]
+    flood = [Asking(gateway, "flood", path, body) for _ in range(3)]
+    await until(lambda: len(threads.running) == 1)
+    return flood
+
+
 @pytest.mark.parametrize("name", DEAREST)
 async def test_x1_a_flood_of_dear_requests_holds_up_no_short_one(
     gateway: Gateway, threads: ByHand, name: str
 ) -> None:
-    path, body = DEAREST[name]
-    flood = [Asking(gateway, "flood", path, body) for _ in range(3)]
-    await until(lambda: len(threads.running) == 1)
+    flood = await flooded(gateway, threads, name)
     short = Asking(gateway, "other", CHAT, SMALL)
     await until(lambda: short.answered)
     assert short.client.status == 200
@@ -130,9 +136,7 @@ async def ended(threads: ByHand, asking: list[Asking]) -> None:
 async def test_x1_a_flood_of_dear_requests_has_one_thread_and_another_tenant_the_other(
     gateway: Gateway, threads: ByHand, name: str
 ) -> None:
-    path, body = DEAREST[name]
-    flood = [Asking(gateway, "flood", path, body) for _ in range(3)]
-    await until(lambda: len(threads.running) == 1)
+    flood = await flooded(gateway, threads, name)
     other = Asking(gateway, "other", CHAT, LONG)
     pieces = 0
     while not other.answered:

@@ -78,14 +78,19 @@ def test_who_was_idle_is_owed_nothing_for_that_time() -> None:
     assert 9 <= served(waiting, 20).count("back") <= 11
 
 
-def test_b4_who_gives_up_moves_its_tenant_behind_nobody() -> None:
-    waiting = queue()
+def giving_up(waiting: FairQueue[Asked]) -> list[Asked]:
+    """Have another tenant wait, and then one with many that will give up; return these."""
     for _ in range(3):
         waiting.push("other", 10, Asked("other"))
     given_up = [Asked("given up") for _ in range(99)]
     for asked in given_up:
         waiting.push("tenant", 10, asked)
-    for asked in given_up:
+    return given_up
+
+
+def test_b4_who_gives_up_moves_its_tenant_behind_nobody() -> None:
+    waiting = queue()
+    for asked in giving_up(waiting):
         waiting.remove("tenant", asked)
     waiting.push("tenant", 10, Asked("tenant"))
     assert served(waiting) == ["other", "tenant", "other", "other"]
@@ -93,11 +98,7 @@ def test_b4_who_gives_up_moves_its_tenant_behind_nobody() -> None:
 
 def test_b4_who_is_passed_over_moves_its_tenant_behind_nobody() -> None:
     waiting = queue()
-    for _ in range(3):
-        waiting.push("other", 10, Asked("other"))
-    given_up = [Asked("given up") for _ in range(99)]
-    for asked in given_up:
-        waiting.push("tenant", 10, asked)
+    for asked in giving_up(waiting):
         asked.wanted = False
     waiting.push("tenant", 10, Asked("tenant"))
     assert served(waiting) == ["other", "tenant", "other", "other"]

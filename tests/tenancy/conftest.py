@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tests.tenancy.limiting import NOW_US
 
+from tera.tenancy.key_store import KeyStore
 from tera.tenancy.pipelined import PipelinedRedis
 from tera.tenancy.redis import connect
 from tera.tenancy.redis_limits import RedisLimiter
@@ -23,6 +24,7 @@ from tera.tenancy.silence import Patience
 
 PATIENT = Patience(slices=400, most_slices=400)
 """For tests in which Redis is not at fault: ten seconds, however busy the machine is."""
+PEPPER = "test-pepper"
 HIGHEST_PORT = 55_535
 """A node of a Cluster takes the port that is 10,000 higher as well."""
 
@@ -139,6 +141,11 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
         yield client
     finally:
         await client.aclose()
+
+
+@pytest.fixture
+def store(redis: Redis, clock: FakeClock) -> KeyStore:
+    return KeyStore(redis, PEPPER, clock)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from redis.exceptions import OutOfMemoryError
-from tests.tenancy.test_snapshot import NEVER_S, PEPPER, accepts, eventually
+from tests.tenancy.conftest import PEPPER
+from tests.tenancy.test_snapshot import NEVER_S, accepts, eventually
 from tests.tenancy.test_usage import NOON_S, append, record
 from tests.tenancy.waiting import until
 
@@ -38,11 +39,6 @@ async def fill(redis: Redis) -> None:
     await redis.config_set("maxmemory", 1)
     with pytest.raises(OutOfMemoryError):
         await redis.set("more", "than fits")
-
-
-@pytest.fixture
-def store(redis: Redis, clock: FakeClock) -> KeyStore:
-    return KeyStore(redis, PEPPER, clock)
 
 
 async def test_a3_a_key_that_is_revoked_while_redis_is_full_stops(

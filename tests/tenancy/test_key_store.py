@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.tenancy.conftest import PEPPER
 
 from tera.config.keys_file import KeyEntry
 from tera.config.limits import Limits
@@ -24,13 +25,6 @@ from tera.tenancy.keys import KEYS, LAST_USED, REVOKED, VERSION, ApiKey, generat
 if TYPE_CHECKING:
     from redis.asyncio import Redis
     from tests.tenancy.conftest import FakeClock, RedisServer
-
-PEPPER = "test-pepper"
-
-
-@pytest.fixture
-def store(redis: Redis, clock: FakeClock) -> KeyStore:
-    return KeyStore(redis, PEPPER, clock)
 
 
 async def test_the_record_says_what_was_asked(store: KeyStore, clock: FakeClock) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from redis.asyncio import Redis
-    from tests.tenancy.conftest import FakeClock, RedisServer
+    from tests.tenancy.conftest import RedisServer
 
 POLL_S = 0.01
 ONE, TWO = generate_key(), generate_key()
@@ -52,11 +52,6 @@ def secret(tmp_path: Path) -> Secret:
     directory = tmp_path / "keys"
     directory.mkdir()
     return Secret(directory)
-
-
-@pytest.fixture
-def store(redis: Redis, clock: FakeClock) -> KeyStore:
-    return KeyStore(redis, "test-pepper", clock)
 
 
 def keys(*keys: str, tenant: str = "acme", **settings: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.tenancy.conftest import PEPPER
 
 from tera.config.limits import Limits, TenantLimits
 from tera.errors import InternalError, InvalidApiKeyError, MissingApiKeyError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from tests.tenancy.conftest import FakeClock, RedisServer
 
-PEPPER = "test-pepper"
 SOON_S = 5.0
 NEVER_S = 3600.0
 """A re-read interval that a test does not live to see: only messages bring news."""
@@ -51,11 +51,6 @@ def accepts(snapshot: KeySnapshot, key: str) -> bool:
     except InvalidApiKeyError:
         return False
     return True
-
-
-@pytest.fixture
-def store(redis: Redis, clock: FakeClock) -> KeyStore:
-    return KeyStore(redis, PEPPER, clock)
 
 
 # A-3, by message; the next test has what holds when a message is lost.
