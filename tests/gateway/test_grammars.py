@@ -5,9 +5,11 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
 from tests.routing.conftest import until
 
+from tera.errors import InternalError
 from tera.gateway import grammars
 from tera.gateway.grammar_compiler import plain
 from tera.gateway.grammars import Compiler, Fault, Grammars, Outcome, Vocabulary
@@ -150,3 +152,14 @@ async def test_what_would_not_be_enforced_is_unsupported() -> None:
 )
 def test_h9_no_message_names_a_file_of_xgrammars(message: str, shown: str) -> None:
     assert plain(message) == shown
+
+
+async def test_a_closed_compiler_leaves_no_process() -> None:
+    compiler = Compiler()
+    before = psutil.Process().children()
+    compiling = asyncio.create_task(compiler.compile(TOKENS, "json", "{}"))
+    await until(lambda: psutil.Process().children() != before)
+    compiler.close()
+    assert psutil.Process().children() == before
+    with pytest.raises(InternalError):
+        await compiling

@@ -134,10 +134,13 @@ class Compiler:
         return InternalError("Structured output is not available at the moment.")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; a grammar that is being compiled gets no result."""
         if self._control is not None:
             self._control.close()
-        self._control = None
+        if self._process is not None:
+            self._process.kill()  # so that waiting for it takes no time
+            self._process.wait()
+        self._control = self._process = None
         self._told.clear()
 
 
