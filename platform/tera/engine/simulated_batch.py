@@ -108,6 +108,7 @@ class Batch:
         while self._waiting and len(self._running) < self._profile.max_running:
             slot = next(iter(self._waiting))
             fits = self._held_tokens + slot.prompt_tokens <= self._profile.kv_tokens
+            # A prompt that never fits beside others runs alone; otherwise it would wait for ever.
             if self._running and not fits:
                 break
             del self._waiting[slot]

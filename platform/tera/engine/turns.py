@@ -65,10 +65,12 @@ class Turn:
     async def take(self) -> None:
         """Wait in line, then for the holder of the turn to leave it."""
         try:
+            # Two locks, so that the holder can see whether anybody waits, without a server to ask.
             await self._locked(self._next)
             await self._locked(self._turn)
             if self._mark.exists():  # left behind by a holder that died
                 await self._sleep(AFTERMATH_S)
+            # The kernel drops a dead holder's lock at once, while its engine may still hold memory.
             self._mark.touch()
             self._taken = True
         finally:
@@ -208,8 +210,10 @@ class TurnTakingEngine:
     async def _take_turns(self) -> None:
         while True:
             await self._until_over()
+            # Told before it is true: a sleeping engine makes no step, and would look stalled.
             self._asleep = True
             await self._engine.sleep()
+            # Only now is the GPU's memory free for the next one.
             self._turn.leave()
             await self._work.wait()
             await self._turn.take()

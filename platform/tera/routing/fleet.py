@@ -84,6 +84,7 @@ class Fleet:
         new = capacities.keys() - self._replicas
         self._replicas = set(capacities)
         for replica_id in gone:
+            # Its link stays open: Serve lets a draining replica finish what it runs.
             self._links.unwatch(replica_id)
         self.switchboard.set_replicas(capacities)
         for replica_id in new:
@@ -120,6 +121,7 @@ class Fleet:
         """Return a seat at a replica that was chosen; None if it was lost since."""
         link = self._links.find(replica_id)
         if link is None:
+            # It was lost after the switchboard had chosen it.
             self.switchboard.release(replica_id)
             return None
         capacity = self.switchboard.capacity(replica_id)

@@ -100,6 +100,7 @@ class Switchboard:
 
     def take_now(self, route: Route) -> str | None:
         """Return a replica that has room now, unless earlier generations are waiting."""
+        # Whoever comes now must not overtake those that wait, though a place is free this moment.
         if not route.moved and self._waiting.first() is not None:
             return None
         return self._give(self._prints(route), moved=route.moved)
@@ -141,6 +142,7 @@ class Switchboard:
         """Record that a replica is done with one generation, or never got it."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
+            # Not below 0: one that drains is dropped, and Serve may list it once more.
             replica.mine = max(0, replica.mine - 1)
             self._post(replica_id, replica)
             self._grant()
@@ -230,5 +232,6 @@ class Switchboard:
             replica = self._replicas[replica_id]
             replica.mine += 1
             self._post(replica_id, replica)
+            # Already now: the next prompt with this beginning should follow it there.
             self._index.add(prints, replica_id)
         return replica_id

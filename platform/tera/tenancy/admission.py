@@ -218,6 +218,7 @@ class Admissions:
             admission = await self._ask(key, opening, scopes, tokens)
             if admission is not None and admission.refusal is not None:
                 self._refusals.remember(key, opening.model, scopes, admission, asked_at)
+                # If no limit depends on the model, the next body need not be read to be refused.
                 whatever = self._scopes.of(key, None)
                 if whatever == scopes:
                     self._refusals.remember(key, None, whatever, admission, asked_at)
@@ -225,6 +226,7 @@ class Admissions:
         if admission is None:
             local_scopes = scopes
             admission = self._admit_here(key.tenant, opening, scopes, tokens)
+        # Should Redis be away next, this replica knows how much of each budget is left.
         elif admission.budgets:
             self._local.know(key.tenant, admission.budgets)
         told(admission)
@@ -297,6 +299,7 @@ class Admissions:
 
     def settle(self, held: Reservation, record: UsageRecord) -> None:
         """See `Reservation.settle`."""
+        # No longer renewed: if it cannot be settled soon, its lease ends and it is charged as lost.
         self._running.pop(record.request_id, None)
         if held.local:
             used_tokens = record.prompt_tokens + record.completion_tokens
@@ -314,6 +317,7 @@ class Admissions:
                 record = structs.replace(opening, status="cancelled", prompt_tokens=0)
                 self._settler.add(record, None)
 
+        # Turns are taken here and not in Redis, where a request that gives up would still be run.
         async with self._at_a_time:
             if self._watch.away:
                 return None  # found to be away while this request waited for its turn

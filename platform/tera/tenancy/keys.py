@@ -84,6 +84,7 @@ class NewKey:
 
 def generate_key() -> str:
     """Return a new random key in the form of `KEY_PATTERN`, with its checksum."""
+    # Letters and digits only, so that a double click selects all of a key.
     body = PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARS))
     return body + _checksum(body)
 
@@ -131,6 +132,7 @@ def read_change(message: bytes) -> Change | None:
 
     Older writers send the version alone.
     """
+    # A key's or tenant's name never has a space; see `is_tenant_name` and `id_of`.
     version, *names = message.split(b" ")
     changed: dict[bytes, list[bytes]] = {b"key": [], b"tenant": []}
     for each in names:
@@ -155,6 +157,7 @@ def _checksum(body: str) -> str:
 def encode_key(record: ApiKey) -> bytes:
     """Return the JSON record that Redis holds: everything but the last use."""
     stored = {item.name: getattr(record, item.name) for item in fields(record)}
+    # A key in use would otherwise be rewritten, and announced to every gateway, each minute.
     del stored["last_used_s"]
     return msgspec.json.encode(stored, enc_hook=_encode_limits)
 
@@ -169,6 +172,7 @@ def decode_keys(stored: Mapping[bytes, bytes]) -> list[ApiKey]:
     for key_id, data in stored.items():
         try:
             record = _decoder.decode(data)
+            # One record under another's id would be revoked and edited in the other's place.
             if record.key_id.encode() != key_id:
                 raise msgspec.DecodeError("The record names another key.")
         except (msgspec.DecodeError, UnicodeDecodeError, ConfigError):

@@ -160,6 +160,7 @@ class LocalLimiter:
             refusal = refusal_of(*longest, tokens, scopes)
             mine.counts.update({it.name: it.counts for it in counted if it.counts.corrected})
             return _admission(counted, refusal)
+        # Asked again, it is open already, and pays once.
         if request_id not in mine.open:
             _spend(mine, request_id, counted, held)
         return _admission(counted)
@@ -187,11 +188,13 @@ class LocalLimiter:
             return False
         now_us = self._clock_us()
         used = min(used_tokens, MOST)
+        # Those of its admission: its limits may have been edited since.
         for name in hold.scopes:
             counts = mine.counts[name]
             counts.advance(now_us)
             counts.held = max(0, counts.held - hold.tokens)
             counts.open -= 1
+            # Without a limit on tokens no debt would ever drain.
             if counts.token_rate:
                 counts.tokens = _more(counts.tokens, used)
         for budget in hold.budgets:

@@ -111,6 +111,7 @@ class RedisLimiter:
                 unheard(_admission(reply, tokens, scopes))
 
         lines = [scope.line for scope in scopes]
+        # More than Lua can count exactly would not be refused for its size, but miscounted.
         held = min(tokens, MOST)
         given = self._given("admit", tenant, (request_id, held, self._lease_us, record, *lines))
         return _admission(await self._call(given, read), tokens, scopes)
@@ -133,6 +134,7 @@ class RedisLimiter:
             For each request the error, or None.
         """
         given = [self._ending(each) for each in requests]
+        # All are sent before the first reply is awaited, so that they share a round trip.
         replies = [self._send(each) for each in given]
         try:
             return [
@@ -168,6 +170,7 @@ class RedisLimiter:
         opening record is written as `lost`. `admit` also does this, for a few at a time.
         """
         ended = 0
+        # In batches, each a script of its own: Redis serves nobody else while a script runs.
         while batch := await self._call(self._given("reclaim", tenant, (self._lease_us,))):
             ended += batch
         return ended

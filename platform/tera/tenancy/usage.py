@@ -162,6 +162,7 @@ class UsageLedger:
                 newest: Any = await self._redis.xrevrange(stream_of(name), count=1)
             if not newest:
                 continue
+            # Each pass remembers the ids of its part only: which part is decided by their hash.
             passes = 1 + entries // PASS_ENTRIES
             for number in range(passes):
                 seen: set[str] = set()

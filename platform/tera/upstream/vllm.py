@@ -188,6 +188,7 @@ def argument_names() -> set[str]:
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or not vllm.submodule_search_locations:
         return set()
+    # Read and not imported, since an import of vLLM takes seconds.
     source = Path(vllm.submodule_search_locations[0], "engine", "arg_utils.py")
     names = {
         statement.target.id

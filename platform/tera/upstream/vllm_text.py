@@ -254,12 +254,15 @@ class VllmText:
     def __init__(self, model_config: Any, online: Any) -> None:
         self._model_config = model_config
         self._online = online
+        # The text pool decides where rendering runs; vLLM's one thread for it would make every
+        # conversation wait for the longest.
         online.renderer._executor.submit = _at_once
         self.tokenizer: Any = online.renderer.get_tokenizer()
         parser = online.parser
         self.has_tools: bool = parser is not None and parser.tool_parser_cls is not None
         self.has_reasoning: bool = parser is not None and parser.reasoning_parser_cls is not None
         self.context_length: int = model_config.max_model_len
+        # Added tokens may lie beyond the model's vocabulary, padding beyond the tokenizer's.
         self.vocab_size: int = max(model_config.get_vocab_size(), len(self.tokenizer))
 
     @classmethod
@@ -349,8 +352,10 @@ class VllmText:
             rendered = await self._online.render_chat(request)
         except (VLLMClientError, ValueError, TypeError) as error:
             raise _refused(str(error)) from error
+        # Some refusals are returned as an answer of vLLM's server, whose words are not ours.
         if not isinstance(rendered, tuple):
             raise _refused("")
+        # One conversation is one prompt.
         _, (engine_input,) = rendered
         return VllmConversation(
             token_ids=list(engine_input["prompt_token_ids"]),
@@ -407,6 +412,7 @@ def _structured(request: Any) -> dict[str, Any] | None:
     outputs = request.extract_structured_outputs()
     if outputs is None:
         return None
+    # Field by field: its other fields are settings of vLLM's backends, which no client chooses.
     found = {kind: getattr(outputs, kind) for kind in STRUCTURED_KINDS}
     return {kind: value for kind, value in found.items() if value is not None} or None
 
