@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from benchmarks.hostile_bodies import BODIES
-from tests.gateway.conftest import MODEL, Client, Gateway
+from tests.gateway.conftest import MODEL, Client, Gateway, exchange
 from tests.gateway.test_text_pool import ByHand
+from tests.hostile.test_bodies import counted_calls
 from tests.routing.conftest import until
 
-from tera.gateway.checks import MAX_ECHOED_LOGPROBS
+from tera.gateway.checks import MAX_ECHOED_LOGPROBS, MAX_GENERATED_LOGPROBS
+from tera.gateway.dialects.chat import ChatQuestion
+from tera.gateway.dialects.completions import CompletionQuestion
 from tera.gateway.echo import SLICE_TOKENS
+from tera.gateway.pieces import Piece, PositionLogprobs
+from tera.gateway.render import TokenText
 from tera.gateway.text_pool import LARGE_BYTES, SHORT_BYTES, TextPool
 from tera.tenancy.keys import ApiKey
 
@@ -250,3 +255,53 @@ async def test_x1_more_log_probabilities_of_prompts_than_fit_an_answer_are_refus
     error = asking.answer["error"]
     assert (error["code"], error["param"]) == ("invalid_value", "echo")
     assert str(MAX_ECHOED_LOGPROBS) in error["message"]
+
+
+LOGPROBS: dict[str, tuple[dict[str, Any], str, int]] = {
+    CHAT: ({"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}, "top_logprobs", 20),
+    COMPLETIONS: ({"prompt": "Hi"}, "logprobs", 5),
+}
+
+
+@pytest.mark.parametrize("path", LOGPROBS)
+async def test_x1_more_log_probabilities_than_a_gateway_can_hold_are_refused(
+    gateway: Gateway, path: str
+) -> None:
+    fields, asks, likeliest = LOGPROBS[path]
+    most = MAX_GENERATED_LOGPROBS // (128 * (likeliest + 1))
+    for max_tokens, status in ((most, 200), (most + 1, 400)):
+        asked = {"model": MODEL, **fields, asks: likeliest, "n": 128, "max_tokens": max_tokens}
+        asking = Asking(gateway, "flood", path, json.dumps(asked).encode())
+        await until(partial(getattr, asking, "answered"))
+        assert asking.client.status == status
+    error = asking.answer["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "logprobs")
+    assert str(MAX_GENERATED_LOGPROBS) in error["message"]
+
+
+async def test_x1_a_chat_without_a_bound_gets_as_many_tokens_as_it_may_have_log_probabilities(
+    gateway: Gateway,
+) -> None:
+    fields = {"logprobs": True, "top_logprobs": 20, "n": 8, "max_tokens": None}
+    asking = Asking(gateway, "flood", CHAT, chat(**fields))
+    await until(lambda: asking.answered)
+    assert asking.client.status == 200
+    asked = {each.sampling.max_tokens for each in gateway.fleet.dispatched}
+    assert asked == {MAX_GENERATED_LOGPROBS // (8 * 21)}
+
+
+@pytest.mark.parametrize("path", LOGPROBS)
+async def test_x1_the_log_probabilities_of_a_whole_answer_are_encoded_as_they_come(
+    path: str,
+) -> None:
+    fields, asks, likeliest = LOGPROBS[path]
+    kind = ChatQuestion if path == CHAT else CompletionQuestion
+    answer = kind({"model": MODEL, **fields, asks: likeliest}).whole(exchange())
+    token = TokenText(" a", b" a")
+    position = PositionLogprobs(token, -1.0, [(token, -1.0)] * likeliest)
+    for _ in range(1000):
+        answer.add(Piece(0, " a", logprobs=[position]))
+    with counted_calls() as calls:
+        body = answer.body()
+    assert calls() < 100, "nothing is left to be done for each entry"
+    assert len(body) > 1000 * likeliest

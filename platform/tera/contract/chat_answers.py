@@ -27,7 +27,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 class ChatLogprobs(msgspec.Struct, frozen=True):
     """Log-probabilities of a choice's tokens."""
 
-    content: list[TokenLogprob]
+    content: list[TokenLogprob] | msgspec.Raw
+    """As JSON where a whole answer has had them encoded as they came."""
     refusal: None = None
 
 

@@ -193,12 +193,15 @@ class CompletionRequest(Request):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """OpenAI's legacy form: four lists, one entry per token."""
+    """OpenAI's legacy form: four lists, one entry per token.
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    They are JSON where a whole answer has had them encoded as they came.
+    """
+
+    tokens: list[str] | msgspec.Raw
+    token_logprobs: list[float | None] | msgspec.Raw
+    top_logprobs: list[dict[str, float] | None] | msgspec.Raw
+    text_offset: list[int] | msgspec.Raw
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):

@@ -47,6 +47,39 @@ def check_echo(prompt_tokens: int, n: int, logprobs: int) -> None:
         )
 
 
+MAX_GENERATED_LOGPROBS: Final = 131_072
+"""Entries for all generated tokens of a request. While a client does not read, or waits for the
+whole answer, a gateway holds up to 140 bytes for each: 18 MB. Without a bound, 128 answers of 2,048
+tokens with 20 likely ones each were 5.5 million: 580 MB, and 2 GB and 40 s while they were encoded.
+"""
+
+
+def most_told_tokens(choices: int, logprobs: int | None) -> int | None:
+    """Return how long each answer may be so that its log-probabilities fit; None means any length.
+
+    Args:
+        choices: answers to all prompts.
+        logprobs: likeliest tokens at each position, in addition to the drawn one.
+    """
+    return None if logprobs is None else MAX_GENERATED_LOGPROBS // (choices * (logprobs + 1))
+
+
+def check_logprobs(max_tokens: int, choices: int, logprobs: int | None) -> None:
+    """Check that the log-probabilities of generated tokens fit; see `most_told_tokens`.
+
+    Raises:
+        InvalidValueError: they are.
+    """
+    most = most_told_tokens(choices, logprobs)
+    if logprobs is not None and most is not None and max_tokens > most:
+        raise InvalidValueError(
+            f"Invalid 'logprobs': max tokens × answers × (likeliest tokens + 1) must be at most "
+            f"{MAX_GENERATED_LOGPROBS}, but {max_tokens} × {choices} × {logprobs + 1} is "
+            f"{max_tokens * choices * (logprobs + 1)}.",
+            param="logprobs",
+        )
+
+
 def check_biases(text: TextModel, biases: Iterable[int] | None) -> None:
     """Check that all biased tokens are in the model's vocabulary.
 

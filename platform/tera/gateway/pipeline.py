@@ -24,14 +24,20 @@ from tera.contract.common import ModelCard, ModelStatus
 from tera.errors import InternalError, TeraError, UnsupportedParameterError
 from tera.gateway.all_or_none import all_or_none
 from tera.gateway.catalog import Catalog, ServedModel
-from tera.gateway.checks import check_biases, check_context, check_echo
+from tera.gateway.checks import (
+    check_biases,
+    check_context,
+    check_echo,
+    check_logprobs,
+    most_told_tokens,
+)
 from tera.gateway.derender import Choice, ChoiceText
 from tera.gateway.echo import EchoedPrompt, echoed_prompts
 from tera.gateway.exchange import Exchange
 from tera.gateway.parsing import RequestParser
 from tera.gateway.pieces import Answer
 from tera.gateway.render import AnswerParser, render_prompt
-from tera.gateway.request import Conversation, Prompts, TextRequest
+from tera.gateway.request import Conversation, Prompts, TextRequest, of_sample
 from tera.gateway.text_pool import SHORT_BYTES, TextPool
 from tera.generation import Sampling, TokenDelta
 from tera.observability import Metrics
@@ -247,9 +253,10 @@ class Pipeline:
             prompts, echoes = await self._render_prompts(caller, model, content)
         max_tokens = request.max_tokens
         if max_tokens is None:
-            max_tokens = self._rest(caller, model, len(prompts[0]), request.n)
+            max_tokens = self._rest(caller, model, len(prompts[0]), request)
         for prompt in prompts:
             check_context(text.context_length, len(prompt), max_tokens)
+        check_logprobs(max_tokens, len(prompts) * request.n, sampling.logprobs)
         check_biases(text, sampling.logit_bias)
         echoed: list[EchoedPrompt] = []
         if sampling.prompt_logprobs is not None:
@@ -296,16 +303,21 @@ class Pipeline:
             return await render()
         return await self._pool.render(caller.tenant, size_bytes, render)
 
-    def _rest(self, caller: ApiKey, model: ServedModel, prompt_tokens: int, answers: int) -> int:
+    def _rest(
+        self, caller: ApiKey, model: ServedModel, prompt_tokens: int, request: TextRequest
+    ) -> int:
         """Return the token bound where the client has set none: the rest of the context.
 
-        It does not exceed what the caller's limits could ever admit; otherwise no request without a
-        bound would pass a limit lower than the context.
+        It does not exceed what the caller's limits could ever admit, nor what log-probabilities
+        there may be; otherwise no request without a bound would pass where that is less.
         """
         rest = model.text.context_length - prompt_tokens
         most_tokens = self._admitter.most_tokens(caller, model.name)
         if most_tokens is not None:
-            rest = min(rest, (most_tokens - prompt_tokens) // answers)
+            rest = min(rest, (most_tokens - prompt_tokens) // request.n)
+        told = most_told_tokens(request.n, request.sampling.logprobs)
+        if told is not None:
+            rest = min(rest, told)
         # At least one token, so that a prompt that fills the context is refused for that reason.
         return max(1, rest)
 
@@ -358,7 +370,7 @@ class Pipeline:
         answer: Answer,
     ) -> None:
         """Add one choice to the answer, from its first token to its last."""
-        sampling = _of_sample(rendered.sampling, choice.sample)
+        sampling = of_sample(rendered.sampling, choice.sample)
         delivered = self._stopwatch(model, exchange, first_sample=choice.sample == 0)
         parser = rendered.new_parser()
         text = ChoiceText(choice, model.text, parser, answer, exchange, delivered)
@@ -428,18 +440,3 @@ def _opening(caller: ApiKey, exchange: Exchange, user: str) -> UsageRecord:
 
 def _no_parser() -> None:
     """Return None: all of the answer is content."""
-
-
-def _of_sample(sampling: Sampling, sample: int) -> Sampling:
-    """Return the sampling of one of several samples, each with its own seed, as vLLM does.
-
-    Only the first one requests the log-probabilities of the prompt, for which an engine has to
-    compute all of it, whatever it has cached.
-    """
-    if sample == 0:
-        return sampling
-    seed = sampling.seed
-    if seed is not None:
-        # Wrapped around, to stay a signed 64-bit number.
-        seed = (seed + sample + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from tera.config.model import Capability
 from tera.contract.completions import Prompt
 from tera.generation import Sampling
@@ -49,3 +51,18 @@ class TextRequest:
     """Answers per prompt."""
     stops: list[str] = field(default_factory=list)
     user: str = ""
+
+
+def of_sample(sampling: Sampling, sample: int) -> Sampling:
+    """Return the sampling of one of several samples, each with its own seed, as vLLM does.
+
+    Only the first one requests the log-probabilities of the prompt, for which an engine has to
+    compute all of it, whatever it has cached.
+    """
+    if sample == 0:
+        return sampling
+    seed = sampling.seed
+    if seed is not None:
+        # Wrapped around, to stay a signed 64-bit number.
+        seed = (seed + sample + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

@@ -180,7 +180,7 @@ class _Gathered:
         self.reasoning: list[str] = []
         self.calls: dict[int, tuple[str, str, list[str]]] = {}
         """Id, name and pieces of the arguments, by index."""
-        self.logprobs: list[PositionLogprobs] | None = None
+        self.logprobs: openai.EncodedList | None = None
         self.finish_reason = "stop"
 
     def add_call(self, call: ToolCallDelta) -> None:
@@ -202,7 +202,8 @@ class _Gathered:
             tool_calls=calls or msgspec.UNSET,
             reasoning_content=reasoning or msgspec.UNSET,
         )
-        return ChatChoice(index, message, self.finish_reason, _logprobs(self.logprobs))
+        logprobs = None if self.logprobs is None else ChatLogprobs(self.logprobs.json())
+        return ChatChoice(index, message, self.finish_reason, logprobs)
 
 
 class WholeChat(Unblocked):
@@ -222,9 +223,8 @@ class WholeChat(Unblocked):
         for call in self._tool_calls.of(piece):
             gathered.add_call(call)
         if piece.logprobs is not None:
-            if gathered.logprobs is None:
-                gathered.logprobs = []
-            gathered.logprobs += piece.logprobs
+            gathered.logprobs = gathered.logprobs or openai.EncodedList()
+            gathered.logprobs.extend(_told(piece.logprobs))
         gathered.finish_reason = self._tool_calls.finish_reason(piece) or gathered.finish_reason
 
     def body(self) -> bytes:
@@ -245,19 +245,18 @@ def _new_id() -> str:
 
 
 def _logprobs(positions: list[PositionLogprobs] | None) -> ChatLogprobs | None:
-    if positions is None:
-        return None
-    return ChatLogprobs(
-        [
-            TokenLogprob(
-                token=position.token.text,
-                logprob=position.logprob or 0.0,
-                bytes=list(position.token.data),
-                top_logprobs=[
-                    TopLogprob(token.text, logprob, list(token.data))
-                    for token, logprob in position.top
-                ],
-            )
-            for position in positions
-        ]
-    )
+    return None if positions is None else ChatLogprobs(_told(positions))
+
+
+def _told(positions: list[PositionLogprobs]) -> list[TokenLogprob]:
+    return [
+        TokenLogprob(
+            token=position.token.text,
+            logprob=position.logprob or 0.0,
+            bytes=list(position.token.data),
+            top_logprobs=[
+                TopLogprob(token.text, logprob, list(token.data)) for token, logprob in position.top
+            ],
+        )
+        for position in positions
+    ]

@@ -113,24 +113,30 @@ class WholeCompletion(Unblocked):
         choices = len(asked.prompt) * asked.n
         self._offsets = _Offsets(choices)
         self._texts: list[list[str]] = [[] for _ in range(choices)]
-        self._logprobs: list[CompletionLogprobs | None] = [None] * choices
+        self._logprobs: list[_EncodedLogprobs | None] = [None] * choices
         self._finishes: list[str | None] = [None] * choices
 
     def add(self, piece: Piece) -> None:
         """Keep a piece."""
         index = piece.index
         self._texts[index].append(piece.content)
-        if piece.logprobs is not None:
-            more = self._offsets.logprobs(piece)
-            self._logprobs[index] = _joined(self._logprobs[index], more)
+        more = self._offsets.logprobs(piece)
+        if more is not None:
+            logprobs = self._logprobs[index] = self._logprobs[index] or _EncodedLogprobs()
+            logprobs.add(more)
         if piece.finish_reason is not None:
             self._finishes[index] = piece.finish_reason
 
     def body(self) -> bytes:
         """Return the completion as JSON."""
         choices = [
-            CompletionChoice("".join(texts), index, self._finishes[index], self._logprobs[index])
-            for index, texts in enumerate(self._texts)
+            CompletionChoice(
+                "".join(texts),
+                index,
+                self._finishes[index],
+                None if logprobs is None else logprobs.told(),
+            )
+            for index, (texts, logprobs) in enumerate(zip(self._texts, self._logprobs, strict=True))
         ]
         return openai.encode(
             Completion(
@@ -177,14 +183,15 @@ def _top(position: PositionLogprobs) -> dict[str, float] | None:
     return {**dict(reversed(likely.items())), position.token.text: position.logprob}
 
 
-def _joined(
-    before: CompletionLogprobs | None, more: CompletionLogprobs | None
-) -> CompletionLogprobs | None:
-    """Return both, in the lists of the first, which are not to be copied for each piece."""
-    if before is None or more is None:
-        return before or more
-    before.tokens.extend(more.tokens)
-    before.token_logprobs.extend(more.token_logprobs)
-    before.top_logprobs.extend(more.top_logprobs)
-    before.text_offset.extend(more.text_offset)
-    return before
+class _EncodedLogprobs:
+    """The four lists of one choice, encoded as they come; see `EncodedList`."""
+
+    def __init__(self) -> None:
+        self._lists = [openai.EncodedList() for _ in CompletionLogprobs.__struct_fields__]
+
+    def add(self, more: CompletionLogprobs) -> None:
+        for encoded, entries in zip(self._lists, msgspec.structs.astuple(more), strict=True):
+            encoded.extend(entries)
+
+    def told(self) -> CompletionLogprobs:
+        return CompletionLogprobs(*(encoded.json() for encoded in self._lists))

@@ -1,5 +1,6 @@
 """What OpenAI's APIs have in common: events, sampling fields, the end of a stream."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,26 @@ def event(chunk: msgspec.Struct) -> bytes:
 def failed(error: TeraError) -> bytes:
     """Return the event of an error in mid-stream."""
     return b"data: " + error_envelope(error) + b"\n\n"
+
+
+class EncodedList:
+    """A JSON list whose entries are encoded as they are added, in pieces.
+
+    The log-probabilities of a whole answer are up to a hundred thousand entries. Encoded at the
+    end, they would keep the event loop for half a second, and objects take more memory.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def extend(self, entries: Sequence[object]) -> None:
+        """Add entries."""
+        if entries:
+            self._parts.append((b"," if self._parts else b"[") + encode(entries)[1:-1])
+
+    def json(self) -> msgspec.Raw:
+        """Return the list as JSON."""
+        return msgspec.Raw(b"".join([*(self._parts or [b"["]), b"]"]))
 
 
 @dataclass(frozen=True, slots=True)
