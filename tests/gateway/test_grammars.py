@@ -9,10 +9,17 @@ import psutil
 import pytest
 from tests.routing.conftest import until
 
-from tera.errors import InternalError
+from tera.errors import EngineOverloadedError, InternalError
 from tera.gateway import grammars
 from tera.gateway.grammar_compiler import plain
-from tera.gateway.grammars import Compiler, Fault, Grammars, Outcome, Vocabulary
+from tera.gateway.grammars import (
+    LEAST_WAITING_BYTES,
+    Compiler,
+    Fault,
+    Grammars,
+    Outcome,
+    Vocabulary,
+)
 
 TOKENS = Vocabulary(lambda: "")
 GOOD = Outcome(None, [])
@@ -60,6 +67,29 @@ async def test_x2_a_tenants_slow_grammars_wait_for_each_other_alone() -> None:
     for task in slow[1:]:
         task.cancel()
     compiler.end("slow 1")
+
+
+async def test_x2_a_tenants_waiting_grammars_are_bounded_and_leave_room_for_others() -> None:
+    compiler = ScriptedCompiler()
+    known = Grammars(compiler, most_waiting_bytes=4 * LEAST_WAITING_BYTES)
+    flood = [check(known, "hostile", f"slow {n}") for n in range(6)]
+    await until(flood[5].done)
+    with pytest.raises(EngineOverloadedError, match="structured output") as refused:
+        await flood[5]
+    assert refused.value.retry_after_s is not None
+    # Another tenant's first begins at once; its second takes the place of the flood's latest.
+    others = [check(known, "acme", f"quick {n}") for n in range(2)]
+    await until(flood[4].done)
+    with pytest.raises(EngineOverloadedError):
+        await flood[4]
+    for n, asked in enumerate(others):
+        await until(partial(compiler.compiling.__contains__, f"quick {n}"))
+        compiler.end(f"quick {n}")
+        assert await asked is None
+    for n, asked in enumerate(flood[:4]):
+        await until(partial(compiler.compiling.__contains__, f"slow {n}"))
+        compiler.end(f"slow {n}")
+        assert await asked is None
 
 
 async def test_x2_a_client_that_leaves_gives_no_second_turn() -> None:

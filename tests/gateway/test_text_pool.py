@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tera.errors import EngineOverloadedError
-from tera.gateway.text_pool import LARGE_BYTES, LONGEST_WAIT_S, SHORTEST_WAIT_S, TextPool
+from tera.gateway.fair_pool import LARGE_BYTES, LONGEST_WAIT_S, SHORTEST_WAIT_S
+from tera.gateway.text_pool import TextPool
 
 SIZE = 100
 

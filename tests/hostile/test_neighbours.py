@@ -21,9 +21,10 @@ from tera.gateway.checks import MAX_ECHOED_LOGPROBS, MAX_GENERATED_LOGPROBS
 from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.dialects.completions import CompletionQuestion
 from tera.gateway.echo import SLICE_TOKENS
+from tera.gateway.fair_pool import LARGE_BYTES
 from tera.gateway.pieces import Piece, PositionLogprobs
 from tera.gateway.render import TokenText
-from tera.gateway.text_pool import LARGE_BYTES, SHORT_BYTES, TextPool
+from tera.gateway.text_pool import SHORT_BYTES, TextPool
 from tera.tenancy.keys import ApiKey
 
 MOST_BYTES = 10 * 1024 * 1024

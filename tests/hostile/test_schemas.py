@@ -128,7 +128,7 @@ async def ask(model: VllmTextModel, asked: dict[str, Any], tenant: str = "acme")
     assert isinstance(content, Conversation)
     rendered = await model.render_chat(content)
     assert rendered.structured is not None
-    await model.check_structured(tenant, content, rendered.structured)
+    await model.check_structured(tenant, len(json.dumps(asked)), rendered)
 
 
 def tool(parameters: dict[str, Any], **others: Any) -> dict[str, Any]:
@@ -149,6 +149,19 @@ def tool(parameters: dict[str, Any], **others: Any) -> dict[str, Any]:
 @over_vllm
 async def test_t1_what_compiles_goes_to_an_engine(model: VllmTextModel, asked: Any) -> None:
     await ask(model, asked)
+
+
+@over_vllm
+async def test_x1_a_schema_is_looked_through_where_its_conversation_is_rendered(
+    model: VllmTextModel,
+) -> None:
+    schema, at = UNENFORCED[0]
+    content = ChatQuestion(body(schema)).request.content
+    assert isinstance(content, Conversation)
+    # Rendering a long request has a turn in the text pool; what comes after it is not to be long.
+    with pytest.raises(UnsupportedParameterError) as refused:
+        await model.render_chat(content)
+    assert refused.value.param == FORMAT + at
 
 
 DEAR = {"anyOf": [{"type": "string", "maxLength": 10**5 + n} for n in range(900)]}

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from typing import NamedTuple
 
 import msgspec
 
 from tera.errors import InternalError
 from tera.gateway import grammar_compiler
+from tera.gateway.fair_pool import FairPool
 from tera.gateway.grammar_compiler import BEGUN, COMPILE, CPU_S, MEMORY_BYTES, VOCABULARY, WALL_S
 
 AT_ONCE = 2
@@ -24,6 +24,12 @@ AT_ONCE = 2
 
 REMEMBERED = 4096
 """Results that are kept, of some 100 bytes each."""
+
+MOST_WAITING_BYTES = 16 * 1024 * 1024
+"""Bytes of requests that wait for a compilation: 256 ordinary ones, or one of the largest."""
+
+LEAST_WAITING_BYTES = 64 * 1024
+"""What a waiting request counts at least: beside its text there are its connection and objects."""
 
 _START_S = 120
 """How long loading xgrammar may take: 6 s of CPU, more by the clock on a busy machine."""
@@ -147,49 +153,50 @@ class Compiler:
 class Grammars:
     """Knows which grammars compile; each is compiled once, in a process that it may crash.
 
-    Each tenant has one grammar compiled at a time, so a tenant's slow ones delay only its own.
-    Results are kept per tenant: if they were shared, response times would reveal to one tenant
-    what another has sent.
+    Each tenant has one grammar compiled at a time, so a tenant's slow ones delay only its own; how
+    many requests may wait is bounded as in `FairPool`. Results are kept per tenant: if they were
+    shared, response times would reveal to one tenant what another has sent.
     """
 
-    def __init__(self, compiler: Compiler | None = None) -> None:
+    def __init__(
+        self, compiler: Compiler | None = None, most_waiting_bytes: int = MOST_WAITING_BYTES
+    ) -> None:
         self._compiler = compiler or Compiler()
         self._known: OrderedDict[bytes, Fault | None] = OrderedDict()
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._turns = FairPool(AT_ONCE, most_waiting_bytes, "requests for structured output")
 
     async def check(
-        self, tenant: str, vocabulary: Vocabulary, kind: str, text: str
+        self, tenant: str, vocabulary: Vocabulary, kind: str, text: str, size_bytes: int = 0
     ) -> Fault | None:
         """Return why a grammar cannot be sent to an engine; None if it can.
+
+        If the client leaves while it is compiled, that goes on and keeps the tenant's turn.
 
         Args:
             tenant: who sends it.
             vocabulary: the model's.
             kind: as in `Sampling.structured`.
             text: exactly what the engine compiles.
+            size_bytes: of the request, which is in memory while it waits.
 
         Raises:
+            EngineOverloadedError: too many requests wait already; see its `retry_after_s`.
             InternalError: there is no process to compile it.
         """
         key = hashlib.sha256("\0".join([tenant, vocabulary.name, kind, text]).encode()).digest()
         if key in self._known:
             return self._recalled(key)
-        turn = self._turns.setdefault(tenant, asyncio.Lock())
-        await turn.acquire()
-        if key in self._known:  # the same, sent many times at once
-            turn.release()
-            return self._recalled(key)
-        try:
-            await self._slots.acquire()
-        except BaseException:
-            turn.release()
-            raise
-        return await self._begun(turn, self._found_out(key, vocabulary, kind, text))
+
+        def begin() -> asyncio.Future[Fault | None]:
+            return asyncio.ensure_future(self._found_out(key, vocabulary, kind, text))
+
+        return await self._turns.run(tenant, max(size_bytes, LEAST_WAITING_BYTES), begin)
 
     async def _found_out(
         self, key: bytes, vocabulary: Vocabulary, kind: str, text: str
     ) -> Fault | None:
+        if key in self._known:  # the same, sent many times at once
+            return self._recalled(key)
         outcome = await self._compiler.compile(vocabulary, kind, text)
         if outcome is None:
             return Fault(TOO_COSTLY, unsupported=False)  # not kept: the machine may be busy
@@ -197,24 +204,6 @@ class Grammars:
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return fault
-
-    async def _begun(
-        self, turn: asyncio.Lock, compile_: Coroutine[Any, Any, Fault | None]
-    ) -> Fault | None:
-        """Run a compilation, and free the turn and the slot when it ends.
-
-        If the client leaves, the compilation goes on and holds them until then.
-        """
-
-        def ended(task: asyncio.Task[Fault | None]) -> None:
-            self._slots.release()
-            turn.release()
-            if not task.cancelled():
-                task.exception()  # retrieved, even if nobody waits for it any more
-
-        compiling = asyncio.create_task(compile_)
-        compiling.add_done_callback(ended)
-        return await asyncio.shield(compiling)
 
     def _recalled(self, key: bytes) -> Fault | None:
         self._known.move_to_end(key)

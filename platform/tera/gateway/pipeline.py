@@ -245,7 +245,7 @@ class Pipeline:
             render = partial(text.render_chat, content)
             chat = await self._apart(caller, exchange.body_bytes, render)
             if chat.structured is not None:
-                await text.check_structured(caller.tenant, content, chat.structured)
+                await text.check_structured(caller.tenant, exchange.body_bytes, chat)
             prompts, special_tokens = [chat.token_ids], chat.special_tokens
             sampling = msgspec.structs.replace(sampling, structured=chat.structured)
             new_parser = partial(text.answer_parser, content, chat)

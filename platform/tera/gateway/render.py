@@ -84,20 +84,25 @@ class TextModel(Protocol):
         """Return the conversation as rendered by the model's chat template.
 
         Raises:
-            UnsupportedParameterError: the model has no chat template, or no parser for tools.
+            UnsupportedParameterError: the model has no chat template, or no parser for tools; or
+                a part of a schema would not be enforced.
             InvalidValueError: the template refuses the conversation.
             ContextLengthError: the rendered text is too long to fit in any case.
         """
         ...
 
-    async def check_structured(
-        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
-    ) -> None:
-        """Return if engines can enforce what a rendered conversation asks for.
+    async def check_structured(self, tenant: str, size_bytes: int, chat: RenderedChat) -> None:
+        """Return if engines can compile what a rendered conversation asks for.
+
+        Args:
+            tenant: whose turn it takes.
+            size_bytes: of the request.
+            chat: what `render_chat` has returned.
 
         Raises:
             UnsupportedParameterError: a part of a schema would not be enforced.
             InvalidValueError: it is not a schema, or takes too long to compile.
+            EngineOverloadedError: too many are waiting to be compiled already.
         """
         ...
 

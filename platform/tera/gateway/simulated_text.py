@@ -2,7 +2,6 @@
 
 import codecs
 from functools import cache
-from typing import Any
 
 from pydantic import JsonValue
 
@@ -67,9 +66,7 @@ class SimulatedTextModel:
         ]
         return RenderedChat(self._encoded("".join([*turns, "<assistant>"]), "messages"))
 
-    async def check_structured(
-        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
-    ) -> None:
+    async def check_structured(self, tenant: str, size_bytes: int, chat: RenderedChat) -> None:
         """Return: rendering refuses conversations that ask for structured output."""
 
     def answer_parser(self, conversation: Conversation, rendered: RenderedChat) -> None:

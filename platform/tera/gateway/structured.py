@@ -1,6 +1,5 @@
 """Checks what a conversation asks structured output to enforce, before an engine is asked."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,37 +19,59 @@ class _Given(NamedTuple):
     schema: dict[str, Any]
 
 
-class _Grammar(NamedTuple):
-    """A grammar as the engine compiles it."""
+class Grammar(NamedTuple):
+    """What a conversation asks structured output to enforce, as the engine compiles it."""
 
     kind: str
     text: str
+    path: str
+    """What error messages are about: the client's schema, if there is just one."""
 
 
 class StructuredOutputs:
-    """Refuses what one model's engines would not enforce or could not compile."""
+    """Refuses what one model's engines could not compile."""
 
     def __init__(self, grammars: Grammars, vocabulary: Vocabulary) -> None:
         self._grammars = grammars
         self._vocabulary = vocabulary
 
-    async def check(
-        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
-    ) -> None:
-        """Return if the engines can enforce `structured`, which rendering has produced.
+    async def check(self, tenant: str, size_bytes: int, grammar: Grammar) -> None:
+        """Return if the engines can enforce a grammar in a request of `size_bytes`.
 
         Raises:
-            UnsupportedParameterError: a part of a schema would not be enforced.
-            InvalidValueError: it is not a schema, or takes too long to compile.
+            UnsupportedParameterError: a part of it would not be enforced.
+            InvalidValueError: it is not valid, or takes too long to compile.
+            EngineOverloadedError: too many grammars are waiting already.
             InternalError: there is no process to compile it.
         """
-        given = list(_given(conversation))
-        grammar = await asyncio.to_thread(_prepared, given, structured)
-        if grammar is None:
-            return
-        fault = await self._grammars.check(tenant, self._vocabulary, *grammar)
+        kind, text, path = grammar
+        fault = await self._grammars.check(tenant, self._vocabulary, kind, text, size_bytes)
         if fault is not None:
-            raise _refusal(given[0].path if len(given) == 1 else _field(given), fault)
+            raise _refusal(path, fault)
+
+
+def grammar_of(conversation: Conversation, structured: dict[str, Any]) -> Grammar | None:
+    """Return the grammar that an engine compiles; None if it is the same for every request.
+
+    It goes through whole schemas: large ones are not for the event loop.
+
+    Args:
+        conversation: of the client.
+        structured: what rendering it has produced; see `RenderedChat`.
+
+    Raises:
+        UnsupportedParameterError: a part of a schema would not be enforced; see `unsupported`.
+    """
+    given = list(_given(conversation))
+    for path, schema in given:
+        for fault in unsupported(path, schema):
+            raise UnsupportedParameterError(f"'{fault.at}' {fault.reason}.", param=fault.at)
+    ((kind, spec),) = structured.items()
+    if kind == "json_object":
+        return None
+    # As in vLLM's `get_structured_output_key`; the answer's properties come in the schema's order.
+    text = spec if isinstance(spec, str) else json.dumps(spec)
+    return Grammar(kind, text, given[0].path if len(given) == 1 else _field(given))
 
 
 def _given(conversation: Conversation) -> Iterator[_Given]:
@@ -64,22 +85,6 @@ def _given(conversation: Conversation) -> Iterator[_Given]:
     wanted = (conversation.response_format or {}).get("json_schema") or {}
     if wanted.get("schema") is not None:
         yield _Given(FORMAT_PATH, wanted["schema"])
-
-
-def _prepared(given: list[_Given], structured: dict[str, Any]) -> _Grammar | None:
-    """Return the grammar that the engine compiles; None if it is the same for every request.
-
-    Raises:
-        UnsupportedParameterError: see `unsupported`.
-    """
-    for path, schema in given:
-        for fault in unsupported(path, schema):
-            raise UnsupportedParameterError(f"'{fault.at}' {fault.reason}.", param=fault.at)
-    ((kind, spec),) = structured.items()
-    if kind == "json_object":
-        return None
-    # As in vLLM's `get_structured_output_key`; the answer's properties come in the schema's order.
-    return _Grammar(kind, spec if isinstance(spec, str) else json.dumps(spec))
 
 
 def _field(given: list[_Given]) -> str:

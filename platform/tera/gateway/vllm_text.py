@@ -20,7 +20,7 @@ from tera.gateway.render import (
     TokenText,
 )
 from tera.gateway.request import Conversation
-from tera.gateway.structured import StructuredOutputs
+from tera.gateway.structured import Grammar, StructuredOutputs, grammar_of
 from tera.gateway.text_pool import WORKERS
 from tera.upstream.vllm_text import (
     VllmConversation,
@@ -63,6 +63,7 @@ class _VllmChat(RenderedChat):
     """A rendered conversation, with what vLLM's parsers need to know about it."""
 
     inner: VllmConversation | None = None
+    grammar: Grammar | None = None
 
 
 class VllmTextModel:
@@ -112,18 +113,20 @@ class VllmTextModel:
         """Return the conversation as rendered by the model's chat template; see `TextModel`."""
         self._refuse_what_is_missing(conversation)
         rendered = await self._text.render(_vllm_fields(conversation))
+        structured = rendered.structured
         return _VllmChat(
             token_ids=rendered.token_ids,
-            structured=rendered.structured,
+            structured=structured,
             special_tokens=rendered.special_tokens,
             inner=rendered,
+            grammar=None if structured is None else grammar_of(conversation, structured),
         )
 
-    async def check_structured(
-        self, tenant: str, conversation: Conversation, structured: dict[str, Any]
-    ) -> None:
-        """Return if engines can enforce it; see `TextModel`."""
-        await self._structured.check(tenant, conversation, structured)
+    async def check_structured(self, tenant: str, size_bytes: int, chat: RenderedChat) -> None:
+        """Return if engines can compile it; see `TextModel`."""
+        assert isinstance(chat, _VllmChat)
+        if chat.grammar is not None:
+            await self._structured.check(tenant, size_bytes, chat.grammar)
 
     def _refuse_what_is_missing(self, conversation: Conversation) -> None:
         if conversation.tools and conversation.tool_choice != "none" and not self._text.has_tools:
