@@ -13,14 +13,14 @@ _CANCEL_AGAIN_S = 0.01
 class Background:
     """Does its work in one task while its `async with` block runs.
 
-    A subclass implements `_run`, which runs until it is cancelled. To do something before the task
-    starts or after it has ended, extend `__aenter__` or `__aexit__`.
+    A subclass implements `_run`, which is cancelled when the block ends. To do something before the
+    task starts or after it has ended, extend `__aenter__` or `__aexit__`.
     """
 
     _task: asyncio.Task[None]
 
     async def _run(self) -> None:
-        """Do the work; must not return, and must survive any failure within it."""
+        """Do the work until there is none left; must survive any failure within it."""
         raise NotImplementedError
 
     async def __aenter__(self) -> Self:

@@ -96,6 +96,12 @@ class Metrics:
             ["model"],
             registry=registry,
         )
+        self.model_failed = Gauge(
+            "tera_model_failed",
+            "1 while a model cannot be loaded by this gateway replica, or started by Serve.",
+            ["model"],
+            registry=registry,
+        )
         self.redis_degraded = Gauge(
             "tera_redis_degraded",
             "1 while this gateway replica cannot reach Redis.",

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,14 +13,19 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from tests.gateway.conftest import Gateway
+from tests.gateway.conftest import CALLER, Gateway, exchange
 from tests.tenancy.conftest import RedisServer
 from tests.tenancy.waiting import until
 
 from tera.config.names import ENGINE_DEPLOYMENT, application_name
-from tera.errors import ConfigError
+from tera.contract.common import ModelCard
+from tera.errors import ConfigError, TeraError
 from tera.gateway import deployment
 from tera.gateway.deployment import GatewayReplica, StatusWatcher, _spare_collections
+from tera.gateway.dialects.base import Unblocked
+from tera.gateway.dialects.completions import CompletionQuestion
+from tera.gateway.simulated_text import SimulatedTextModel
+from tera.gateway.vllm_text import VllmTextModel
 from tera.tenancy.keys import generate_key
 
 NEVER_S = 3600.0
@@ -31,6 +37,8 @@ class FakeServe:
 
     running: dict[str, int] = field(default_factory=dict)
     """Replicas by model."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Serve's message on models that it could not deploy."""
     error: Exception | None = None
     looks: int = 0
 
@@ -50,6 +58,11 @@ class FakeServe:
             )
             for name, replicas in self.running.items()
         }
+        for name, message in self.failed.items():
+            deployment = SimpleNamespace(replica_states={"STARTING": 1}, message=message)
+            applications[application_name(name)] = SimpleNamespace(
+                status="DEPLOY_FAILED", message="", deployments={ENGINE_DEPLOYMENT: deployment}
+            )
         return SimpleNamespace(applications=applications)
 
 
@@ -168,6 +181,7 @@ class Replica(GatewayReplica):
 def redis_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
     """The Redis of the gateway that the environment describes."""
     monkeypatch.setattr(deployment, "log_json_lines", lambda: None)
+    (tmp_path / "keys.yaml").write_text("[]")
     with RedisServer.running(tmp_path / "redis") as server:
         for name, value in {
             "REDIS_URL": server.url,
@@ -211,3 +225,183 @@ async def test_a_gateway_does_not_start_with_a_redis_cluster(
         with pytest.raises(ConfigError, match="Redis Cluster"):
             await GatewayReplica.__init__(replica)  # as Serve does
         await GatewayReplica.__del__(replica)
+
+
+GOOD = {"id": "org/good", "source": "hf://org/good"}
+GATED = {"id": "org/gated", "source": "hf://org/gated"}
+SLOW = {"id": "org/slow", "source": "hf://org/slow"}
+
+
+class Hub:
+    """Where a gateway's vllm models come from."""
+
+    def __init__(self) -> None:
+        self.gated = True
+        self.slow = threading.Event()
+
+    def load(self, path: str, args: object, grammars: object) -> SimulatedTextModel:
+        if path == "org/gated" and self.gated:
+            raise ConfigError("Access to /root/models/org/gated is restricted.")
+        if path == "org/slow":
+            self.slow.wait(60)
+        return SimulatedTextModel({})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub()
+    monkeypatch.setattr(VllmTextModel, "prepare", lambda: None)
+    monkeypatch.setattr(VllmTextModel, "load", hub.load)
+    monkeypatch.setattr(deployment, "_spare_collections", lambda: None)
+    # Serve would tell it of replicas.
+    monkeypatch.setattr(deployment, "ServedReplicas", lambda *names: SimpleNamespace())
+    yield hub
+    hub.slow.set()
+
+
+def catalog(**models: dict[str, Any]) -> dict[str, Any]:
+    return {"gateway": {}, "models": models}
+
+
+def cards(replica: GatewayReplica) -> dict[str, ModelCard]:
+    return {card.id: card for card in replica._pipeline.model_cards(CALLER)}
+
+
+async def answers(replica: GatewayReplica, model: str) -> TeraError | None:
+    """Return what becomes of a request once its model has been found; None for an answer."""
+    body = {"model": model, "prompt": [[10**9]]}  # no model has such a token: it goes no further
+    request = CompletionQuestion(body).request
+    try:
+        await replica._pipeline.generate(CALLER, request, exchange(), Unread())
+    except TeraError as error:
+        return None if error.code == "invalid_value" else error
+    raise AssertionError("no model has such a token")
+
+
+class Unread(Unblocked):
+    """An answer that nobody reads."""
+
+    def add(self, piece: object) -> None:
+        raise AssertionError("nothing is generated")
+
+
+@pytest.mark.usefixtures("redis_server")
+async def test_one_broken_model_of_three_is_marked_failed_and_the_others_are_served(
+    serve: FakeServe, hub: Hub
+) -> None:
+    serve.running = {"good": 1, "gated": 1, "sim": 1}
+    simulated = {"id": "sim/one", "engine": {"kind": "simulated"}}
+    async with Replica.running() as replica:
+        await replica.reconfigure(catalog(good=GOOD, gated=GATED, sim=simulated))
+
+        async def settled() -> bool:
+            return (await replica.readiness())[0]
+
+        await until(settled)
+        _, details = await replica.readiness()
+        assert details["models"] == {
+            "org/good": "ready",
+            "org/gated": "failed",
+            "sim/one": "ready",
+        }
+        # Operators learn why, without the machine's directories; tenants that it has failed.
+        assert details["failures"] == {"gated": "Access to …/gated is restricted."}
+        shown = cards(replica)
+        assert (shown["org/gated"].status, shown["org/gated"].context_length) == ("failed", None)
+        assert shown["org/good"].status == "ready"
+        metrics = replica.own_exposition()
+        assert 'tera_model_failed{model="gated"} 1.0' in metrics
+        assert 'tera_model_failed{model="good"} 0.0' in metrics
+
+        assert await answers(replica, "org/good") is None
+        error = await answers(replica, "org/gated")
+        assert error is not None
+        assert (error.status, error.code) == (500, "backend_failure")
+        assert "failed to start" in error.message
+        assert "gated" not in error.message.replace("org/gated", "")
+
+        hub.gated = False
+        await replica.reconfigure(catalog(good=GOOD, gated=GATED, sim=simulated))
+        assert (await replica.readiness())[1]["models"]["org/gated"] == "ready"
+        assert await answers(replica, "org/gated") is None
+        assert 'tera_model_failed{model="gated"} 0.0' in replica.own_exposition()
+
+
+@pytest.mark.usefixtures("redis_server")
+async def test_settings_that_are_refused_take_only_their_model_away(
+    serve: FakeServe, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve.running = {"good": 1}
+    async with Replica.running() as replica:
+        wrong = {"id": "org/wrong", "source": "ftp://org/wrong"}
+        await replica.reconfigure(catalog(good=GOOD, wrong=wrong))
+        assert list(cards(replica)) == ["org/good"]
+        failures = (await replica.readiness())[1]["failures"]
+        assert "ftp://org/wrong" in failures["wrong"]
+        assert "ftp://org/wrong" in caplog.text
+        assert 'tera_model_failed{model="wrong"} 1.0' in replica.own_exposition()
+        await replica.reconfigure(catalog(good=GOOD))
+        assert "failures" not in (await replica.readiness())[1]
+        assert "wrong" not in replica.own_exposition()
+
+
+@pytest.mark.usefixtures("redis_server")
+async def test_a_slow_model_delays_neither_the_others_nor_readiness(
+    serve: FakeServe, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "LOADING_S", 0.05)
+    serve.running = {"good": 1, "slow": 1}
+    async with Replica.running() as replica:
+        await replica.reconfigure(catalog(slow=SLOW, good=GOOD))
+
+        async def ready() -> bool:
+            return (await replica.readiness())[0]
+
+        await until(ready)
+        assert (await replica.readiness())[1]["models"] == {
+            "org/slow": "starting",
+            "org/good": "ready",
+        }
+        assert await answers(replica, "org/good") is None
+        waiting = asyncio.ensure_future(answers(replica, "org/slow"))
+        await asyncio.sleep(0)
+        assert not waiting.done(), "a request is held as for a cold start"
+        hub.slow.set()
+        assert await waiting is None
+
+
+@pytest.mark.usefixtures("redis_server")
+async def test_a_request_waits_for_a_slow_model_as_long_as_for_a_cold_start(
+    serve: FakeServe, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "LOADING_S", 0.05)
+    serve.running = {"slow": 1}
+    async with Replica.running() as replica:
+        slow = {**SLOW, "scaling": {"coldStartDeadlineSeconds": 0.05}}
+        await replica.reconfigure(catalog(slow=slow))
+        error = await answers(replica, "org/slow")
+        assert error is not None
+        assert error.code == "backend_failure"
+
+
+@pytest.mark.usefixtures("redis_server")
+async def test_a_model_whose_engine_does_not_start_fails_alone(serve: FakeServe, hub: Hub) -> None:
+    serve.running = {"good": 1}
+    serve.failed = {
+        "bad": "The deployment failed to start 3 times in a row.\n  File /srv/x.py\n"
+        "ValueError: No weights in /srv/models/bad"
+    }
+    async with Replica.running() as replica:
+        bad = {"id": "org/bad", "source": "hf://org/bad"}
+        await replica.reconfigure(catalog(good=GOOD, bad=bad))
+
+        async def ready() -> bool:
+            return (await replica.readiness())[0]
+
+        await until(ready)
+        _, details = await replica.readiness()
+        assert details["models"] == {"org/good": "ready", "org/bad": "failed"}
+        assert details["failures"] == {"bad": "ValueError: No weights in …/bad"}
+        error = await answers(replica, "org/bad")
+        assert error is not None, "refused at once, not after the deadline of a cold start"
+        assert error.code == "backend_failure"

@@ -1,7 +1,7 @@
 import pytest
 from tests.test_probe import Impostor
 
-from tera.local.gateway import engine_gauges, is_ready
+from tera.local.gateway import engine_gauges, is_ready, readiness
 
 NOBODY = "http://127.0.0.1:1"
 METRICS = b"""\
@@ -44,3 +44,15 @@ def test_a_gateway_without_an_answer_has_no_gauges_and_a_line_in_the_log(
 ) -> None:
     assert engine_gauges(NOBODY) == {}
     assert "metrics" in caplog.text
+
+
+def test_readiness_is_told_also_by_a_gateway_that_is_not_ready() -> None:
+    with Impostor({"/readyz": (500, {}, b'{"failures": {"m": "It is gated."}}')}) as gateway:
+        assert readiness(gateway.base_url) == {"failures": {"m": "It is gated."}}
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]"])
+def test_another_answer_tells_nothing(body: bytes) -> None:
+    with Impostor({"/readyz": (200, {}, body)}) as gateway:
+        assert readiness(gateway.base_url) == {}
+    assert readiness(NOBODY) == {}

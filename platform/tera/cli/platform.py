@@ -73,6 +73,9 @@ def status(as_json: Json = False) -> None:
     for replica in found["gateway"]:
         table.add_row("(gateway)", "ready", replica["replica_id"], str(replica["pid"]))
     out.print(table)
+    for model in found["models"]:
+        if model["failure"]:
+            out.print(f"{model['id']}: {model['failure']}", markup=False)
     redis = found["redis"]
     out.print(f"redis {redis['state']} at {redis['address']}")
 

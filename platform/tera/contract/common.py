@@ -240,7 +240,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
     owned_by: str
-    context_length: int
+    context_length: int | None
+    """None until the model could be loaded."""
     capabilities: tuple[str, ...]
     status: ModelStatus
     object: Literal["model"] = "model"

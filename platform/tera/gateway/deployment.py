@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
@@ -24,14 +25,17 @@ from tera.config.names import (
     application_name,
 )
 from tera.contract.common import ModelStatus
+from tera.errors import ConfigError
 from tera.gateway.app import build_app
-from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.catalog import Catalog, LoadingModel
+from tera.gateway.failure import last_line, reason_of, shortened
 from tera.gateway.grammars import Grammars
 from tera.gateway.loop_lag import LoopLag
 from tera.gateway.model_status import model_status
 from tera.gateway.pipeline import Pipeline
 from tera.gateway.render import TextModel
 from tera.gateway.simulated_text import SimulatedTextModel
+from tera.gateway.text_loader import TextLoader, TextLoaders
 from tera.gateway.text_pool import TextPool
 from tera.gateway.vllm_text import VllmTextModel
 from tera.observability import Metrics, log_json_lines, merge_expositions
@@ -55,6 +59,9 @@ STATUS_INTERVAL_S, STEADY_STATUS_INTERVAL_S = 1.0, 5.0
 """Intervals at which Serve's status is read, which costs 30 ms of CPU; the longer one applies while
 every model is ready and the replicas that have sent tokens are connected."""
 REDIS_TIMEOUT_S = 1.0
+LOADING_S = 20.0
+"""Longest that a replica waits for the models of a new catalog before it says that it serves them;
+what takes longer is loaded while requests for the other models are answered."""
 
 
 class GatewayReplica:
@@ -74,6 +81,8 @@ class GatewayReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics()
         self._catalog = Catalog()
+        self._refused: dict[str, str] = {}
+        """Why models that the catalog leaves out cannot be served, by id."""
         self._fleets: dict[str, Fleet] = {}
         """By model. They outlive a change of its settings, since they know what its replicas have
         cached, and the removal of the model, since Serve keeps notifying them if it comes back."""
@@ -112,6 +121,9 @@ class GatewayReplica:
         self._statuses = StatusWatcher(self._catalog)
         self._links.on_lost = self._statuses.look_soon
         await self._stack.enter_async_context(self._statuses)
+        self._importing = threading.Lock()
+        self._texts = TextLoaders(self._load_text, changed=self._statuses.look_soon)
+        self._stack.push_async_callback(self._texts.aclose)
         pool = TextPool()
         self._stack.callback(pool.close)
         self._pipeline = Pipeline(
@@ -125,39 +137,56 @@ class GatewayReplica:
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Serve another catalog; running requests keep the one they began with.
 
+        A model that cannot be loaded is marked as failed and tried again; all others are served.
+
         Raises:
-            ConfigError: a model's text side cannot be loaded; the old catalog stays.
+            ConfigError: the gateway's own part is refused; the old catalog stays.
         """
         gateway = GatewayConfig.parse(user_config["gateway"])
-        models: dict[str, ServedModel] = {}
-        for name, values in user_config["models"].items():
-            config = ModelConfig.parse(values)
-            text = await self._text(name, config)
-            dispatcher = self._dispatcher(name, config, gateway.requests)
-            salt = partial(cache_salt, self._runtime.cluster_secret, config.cache_sharing)
-            models[name] = ServedModel(name, config, text, dispatcher, salt)
+        configs = self._parsed(user_config["models"])
+        loaders = await self._texts.follow(configs)
+        models = {
+            name: LoadingModel(
+                name,
+                config,
+                loaders[name],
+                self._dispatcher(name, config, gateway.requests),
+                partial(cache_salt, self._runtime.cluster_secret, config.cache_sharing),
+            )
+            for name, config in configs.items()
+        }
         self._config = gateway
         first = not self._catalog.models
         self._catalog.replace(models)
         self._statuses.look_soon()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOADING_S):
+                await asyncio.gather(*(loader.tried() for loader in loaders.values()))
         if first:
             _spare_collections()  # now: later it would stall streams for as long as it takes
 
-    async def _text(self, name: str, config: ModelConfig) -> TextModel:
-        old = self._catalog.models.get(name)
-        if old is not None and (old.config.engine, old.config.source) == (
-            config.engine,
-            config.source,
-        ):
-            return old.text
+    def _parsed(self, models: Mapping[str, Any]) -> dict[str, ModelConfig]:
+        """Return the settings of those models whose settings are right."""
+        parsed, self._refused = {}, {}
+        for name, values in models.items():
+            try:
+                parsed[name] = ModelConfig.parse(values)
+            except ConfigError as error:
+                log.error("The settings of %s are refused: %s", name, error)
+                self._refused[name] = reason_of(error)
+        return parsed
+
+    def _load_text(self, config: ModelConfig) -> TextModel:
+        """Load the text side of a model in this thread; takes seconds."""
         if config.engine.kind == "simulated":
             return SimulatedTextModel(config.engine.args)
         source = config.weights
         assert source is not None  # a vllm model has one
         path = source.engine_path(self._runtime.home, config.engine.dtype)
-        # Seconds of imports and file reading: in a thread, so that other models' streams continue.
         args = {**source.revision_args(), **config.engine.args}
-        return await asyncio.to_thread(VllmTextModel.load, path, args, self._grammars)
+        with self._importing:  # in parallel, one thread could see what another has half imported
+            VllmTextModel.prepare()
+        return VllmTextModel.load(path, args, self._grammars)
 
     def _dispatcher(self, name: str, config: ModelConfig, requests: RequestLimits) -> Dispatcher:
         fleet = self._fleets.get(name)
@@ -182,7 +211,14 @@ class GatewayReplica:
         }
         knows_keys = self._keys.ready and (self._keys_file is None or self._keys_file.ready)
         ready = knows_keys and (self._statuses.any_answered or not statuses)
-        return ready, {"models": statuses, "redis": "away" if self._degraded else "ok"}
+        details = {"models": statuses, "redis": "away" if self._degraded else "ok"}
+        failures = self._failures()
+        return ready, {**details, "failures": failures} if failures else details
+
+    def _failures(self) -> dict[str, str]:
+        """Return why models cannot be loaded or started, by their names in the values."""
+        found = {name: self._statuses.failure(name) for name in self._catalog.models}
+        return {**self._refused, **{name: reason for name, reason in found.items() if reason}}
 
     @property
     def _degraded(self) -> bool:
@@ -191,6 +227,10 @@ class GatewayReplica:
     def own_exposition(self) -> str:
         """Return this replica's metrics as Prometheus text."""
         metrics = self._metrics
+        failures = self._failures()
+        metrics.model_failed.clear()  # of models that have gone
+        for name in (*self._catalog.models, *self._refused):
+            metrics.model_failed.labels(name).set(name in failures)
         metrics.redis_degraded.set(self._degraded)
         metrics.redis_outages.set(self._admissions.outages)
         metrics.redis_used_bytes.set(self._redis_memory.memory.used_bytes)
@@ -206,7 +246,7 @@ class GatewayReplica:
             *(
                 ask_all(ENGINE_DEPLOYMENT, application_name(name), "metrics")
                 for name in self._catalog.models
-                if self._statuses.status(name) == "ready"
+                if self._statuses.runs(name)
             ),
         )
         return merge_expositions(part for group in parts for part in group)
@@ -238,7 +278,10 @@ def _node_address() -> str:
 
 
 class StatusWatcher(Background):
-    """Knows from Serve which models have running replicas, as long as its block runs."""
+    """Knows from Serve which models have running replicas, as long as its block runs.
+
+    A model whose text side could not be loaded has failed, whatever its replicas do.
+    """
 
     def __init__(
         self,
@@ -252,13 +295,29 @@ class StatusWatcher(Background):
         self._interval_s = interval_s
         self._steady_interval_s = steady_interval_s
         self._statuses: dict[str, ModelStatus] = {}
+        self._failures: dict[str, str] = {}
         self._look = asyncio.Event()
         self.any_answered = False
         """Whether any model has ever been ready, so that requests can be answered or held."""
 
     def status(self, name: str) -> ModelStatus:
-        """Return a model's status as last read, at most some seconds ago."""
-        return self._statuses.get(name, "starting")
+        """Return a model's status; that of its replicas is at most some seconds old."""
+        served = self._statuses.get(name, "starting")
+        loader = self._loader(name)
+        return served if loader is None else loader.status(served)
+
+    def failure(self, name: str) -> str:
+        """Return why a model cannot be loaded or started, for operators; empty if it can."""
+        loader = self._loader(name)
+        return (loader is not None and loader.failure) or self._failures.get(name, "")
+
+    def runs(self, name: str) -> bool:
+        """Return whether a model has running replicas, even if it cannot be used for now."""
+        return self._statuses.get(name) == "ready"
+
+    def _loader(self, name: str) -> TextLoader | None:
+        model = self._catalog.models.get(name)
+        return model.loader if isinstance(model, LoadingModel) else None
 
     def look_soon(self) -> None:
         """Read the status again within a second: something has changed."""
@@ -277,8 +336,12 @@ class StatusWatcher(Background):
                     name: _status(applications.get(application_name(name)), model.config)
                     for name, model in self._catalog.models.items()
                 }
+                self._failures = {
+                    name: _failure(applications.get(application_name(name)))
+                    for name in self._catalog.models
+                }
                 self.any_answered |= any(
-                    status in ("ready", "scaled_to_zero") for status in self._statuses.values()
+                    self.status(name) in ("ready", "scaled_to_zero") for name in self._statuses
                 )
             await asyncio.sleep(max(0.0, self._interval_s - (time.monotonic() - began)))
             if self._statuses and all(status == "ready" for status in self._statuses.values()):
@@ -294,3 +357,12 @@ def _status(application: Any, config: ModelConfig) -> ModelStatus:
         deployment and deployment.replica_states,
         least_replicas=config.replicas.min,
     )
+
+
+def _failure(application: Any) -> str:
+    """Return why Serve could not deploy an application; empty if it could, or is still trying."""
+    if application is None or application.status != "DEPLOY_FAILED":
+        return ""
+    deployments = application.deployments.values()
+    messages = [application.message, *(deployment.message for deployment in deployments)]
+    return shortened(last_line(messages)) or "Its replicas do not start."

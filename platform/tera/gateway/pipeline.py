@@ -23,7 +23,7 @@ from tera.config.model import Capability
 from tera.contract.common import ModelCard, ModelStatus
 from tera.errors import InternalError, TeraError, UnsupportedParameterError
 from tera.gateway.all_or_none import all_or_none
-from tera.gateway.catalog import Catalog, ServedModel
+from tera.gateway.catalog import Catalog, ServedModel, unavailable
 from tera.gateway.checks import (
     check_biases,
     check_context,
@@ -198,9 +198,9 @@ class Pipeline:
             InvalidRequestError: the request does not fit the model.
             ModelNotFoundError: the model does not exist, or the caller may not use it.
             RateLimitError: a limit of the caller is reached.
-            BackendFailureError: the engines failed.
+            BackendFailureError: the engines, or the model as a whole, failed.
         """
-        model = self._model(caller, request.model, request.capability, exchange)
+        model = await self._model(caller, request.model, request.capability, exchange)
         rendered = await self._render(caller, model, request, exchange)
         exchange.prompt_tokens = rendered.prompt_tokens
         async with self._admitted(caller, exchange, rendered.most_tokens, request.user):
@@ -214,14 +214,15 @@ class Pipeline:
                 ]
             )
 
-    def _model(
+    async def _model(
         self, caller: ApiKey, client_name: str, capability: Capability, exchange: Exchange
     ) -> ServedModel:
-        """Return the model that a client names, and record it in the exchange.
+        """Return the model that a client names once it is loaded; record it in the exchange.
 
         Raises:
             ModelNotFoundError: the model does not exist, or the caller may not use it.
             UnsupportedParameterError: the model does not serve this route.
+            BackendFailureError: the model has failed.
         """
         model = self._catalog.find(caller, client_name)
         exchange.model, exchange.tenant = model.name, caller.tenant
@@ -231,7 +232,9 @@ class Pipeline:
             raise UnsupportedParameterError(
                 f"'model' does not serve {capability}; it serves {others}.", param="model"
             )
-        return model
+        if self._status(model.name) == "failed":
+            raise unavailable()
+        return await model.served()
 
     async def _render(
         self, caller: ApiKey, model: ServedModel, request: TextRequest, exchange: Exchange

@@ -82,6 +82,15 @@ class VllmTextModel:
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
 
+    @staticmethod
+    def prepare() -> None:
+        """Import what `load` needs of vLLM, not to be called in two threads at once.
+
+        Raises:
+            StartError: Tera does not work with this version of vLLM.
+        """
+        VllmText.prepare()
+
     @classmethod
     def load(cls, model_path: str, args: dict[str, JsonValue], grammars: Grammars) -> Self:
         """Load what the gateway needs of the model at `model_path`; takes seconds.

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from tera.config.environment import set_environment
 from tera.errors import StartError, UnreachableError
+from tera.gateway.failure import last_line
 from tera.local.private_file import private_directory
 from tera.local.processes import descendants, end
 from tera.local.state import LocalSecrets, LocalState
@@ -175,11 +176,8 @@ def _forget_exit_hook() -> None:
 
 
 def _reason(application: Any) -> str:
-    """Return the last line of an application's error, which says why it failed."""
-    messages = [application.message]
-    messages += [deployment.message for deployment in application.deployments.values()]
-    lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    deployments = application.deployments.values()
+    return last_line([application.message, *(deployment.message for deployment in deployments)])
 
 
 def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Asks the gateway of this machine's platform for its state, over HTTP."""
 
 import logging
-from typing import Final
+from typing import Any, Final
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -36,6 +36,16 @@ def engine_gauges(base_url: str) -> dict[str, dict[str, int]]:
         for sample in family.samples:
             gauges.setdefault(sample.labels["replica"], {})[sample.name] = int(sample.value)
     return gauges
+
+
+def readiness(base_url: str) -> dict[str, Any]:
+    """Return the body of `/readyz`; empty if the gateway does not answer with one."""
+    try:
+        found = _get(base_url, "/readyz").json()
+    except (httpx.RequestError, ValueError) as error:
+        _logger.warning("The gateway does not answer with its readiness: %r", error)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _get(base_url: str, path: str) -> httpx.Response:

@@ -24,7 +24,7 @@ from tera.config.names import (
 )
 from tera.errors import UnreachableError
 from tera.gateway.model_status import model_status
-from tera.local.gateway import ANSWER_TIMEOUT_S, engine_gauges
+from tera.local.gateway import ANSWER_TIMEOUT_S, engine_gauges, readiness
 from tera.local.state import LocalState
 from tera.upstream.ray_cluster import serve_client
 
@@ -86,9 +86,11 @@ def _status(state: LocalState) -> dict[str, Any]:
     # From the gateway's metrics: a Serve handle in this process would have to be closed before Ray
     # is shut down; otherwise Ray's core crashes.
     gauges = engine_gauges(state.base_url)
+    told = readiness(state.base_url)
     return {
         "models": [
-            _model(name, values, applications, gauges) for name, values in _catalog(gateway).items()
+            with_failure(_model(name, values, applications, gauges), told)
+            for name, values in _catalog(gateway).items()
         ],
         "gateway": [
             {"replica_id": replica["replica_id"], "pid": replica.get("pid")}
@@ -148,6 +150,19 @@ def _model(
             for replica in replicas
         ],
     }
+
+
+def with_failure(model: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's entry with why it has failed, if it has.
+
+    Args:
+        model: the entry as Serve knows it.
+        told: the body of `/readyz`. A gateway may be unable to load a model whose replicas run.
+    """
+    failure = told.get("failures", {}).get(model["name"], "")
+    listed = told.get("models", {})
+    failed = listed.get(model["id"]) == "failed" or (failure and model["id"] not in listed)
+    return {**model, "failure": failure, **({"status": "failed"} if failed else {})}
 
 
 def _load(told: dict[str, int] | None) -> dict[str, Any]:

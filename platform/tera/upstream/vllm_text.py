@@ -265,6 +265,20 @@ class VllmText:
         # Added tokens may lie beyond the model's vocabulary, padding beyond the tokenizer's.
         self.vocab_size: int = max(model_config.get_vocab_size(), len(self.tokenizer))
 
+    @staticmethod
+    def prepare() -> None:
+        """Import what `load` needs, not to be called in two threads at once; takes seconds.
+
+        Raises:
+            StartError: this vLLM is not one that Tera works with.
+        """
+        check(NEEDS)
+        leave_check_to_gateways()
+        from vllm.config import VllmConfig  # noqa: F401
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: F401
+        from vllm.renderers import renderer_from_config  # noqa: F401
+        from vllm.renderers.online_renderer import OnlineRenderer  # noqa: F401
+
     @classmethod
     def load(
         cls, model_path: str, args: Mapping[str, JsonValue], frontend: Mapping[str, Any]
@@ -280,8 +294,7 @@ class VllmText:
             StartError: this vLLM is not one that Tera works with.
             ConfigError: vLLM refuses the model or its arguments.
         """
-        check(NEEDS)
-        leave_check_to_gateways()
+        cls.prepare()
         from vllm.config import VllmConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.renderers import renderer_from_config
