@@ -25,8 +25,11 @@ def free_port() -> int:
         return port
 
 
-def rendered(directory: Path, backend_port: int | None) -> Path:
-    """Have Ray render its configuration, with one gateway replica or none."""
+def rendered(directory: Path, backend_port: int | None, *, draining: bool = False) -> Path:
+    """Have Ray render its configuration, with one gateway replica or none.
+
+    Serve drains a proxy on a node that has no replica any more.
+    """
     options = HAProxyConfig(
         http_options=HTTPOptions(host="0.0.0.0", port=free_port()),  # noqa: S104  as Serve does
         socket_path=str(directory / "admin.sock"),
@@ -38,6 +41,7 @@ def rendered(directory: Path, backend_port: int | None) -> Path:
         retries=0,
         has_received_routes=True,
         is_head=True,
+        pass_health_checks=not draining,
     )
     backends = {}
     if backend_port is not None:

@@ -22,6 +22,7 @@ OUR_ID = f"req_{'0' * 32}"
 # What a gateway replica, or Ray inside it, may answer: status, content type, body, request ids.
 ANSWERS = {
     "/v1/models": (200, JSON, "{}", [OUR_ID]),
+    "/readyz": (200, JSON, "{}", [OUR_ID]),
     "/limited": (429, JSON, "{}", [OUR_ID]),
     "/metrics": (200, "text/plain", "up 1", [OUR_ID]),
     "/refused": (401, JSON, "{}", [OUR_ID]),
@@ -171,6 +172,29 @@ async def test_a_request_without_a_path_is_an_unknown_url(client: httpx.AsyncCli
 
 async def test_health_stays_for_load_balancers(client: httpx.AsyncClient) -> None:
     assert (await client.get("/-/healthz")).status_code == 200
+
+
+async def test_readiness_is_the_gateways(client: httpx.AsyncClient, seen: list[str]) -> None:
+    response = await client.get("/readyz")
+    assert response.status_code == 200
+    assert "connection" not in response.headers
+    assert len(seen) == 1
+
+
+async def test_a_proxy_that_drains_is_not_ready_and_lets_its_clients_go(
+    gateway: int, tmp_path: Path, seen: list[str]
+) -> None:
+    config = rendered(tmp_path, gateway, draining=True)
+    async with (
+        running(config),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port(config)}") as client,
+    ):
+        _assert_ours(await client.get("/readyz"), 500, "internal_error")
+        assert seen == []
+        # Who is connected already is served, and told to connect elsewhere.
+        response = await client.get("/v1/models")
+        assert response.status_code == 200
+        assert response.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ HAProxy, so the process id stays the one that Ray supervises. The rewritten file
   request id that the API promises; only input that is not HTTP just has its connection closed;
 - request headers that would steer Ray Serve from outside are removed, and so is `upgrade`;
 - Ray's own paths are not public, however they are spelled, except `/-/healthz` for load balancers;
+- while Serve drains this proxy, `/readyz` says that it is not ready and connections are closed with
+  their next answer, so that clients have left before it ends;
 - with `TERA_HOST` set, nothing listens on another address;
 - `TERA_MAX_CONNECTIONS` and `TERA_MAX_CONNECTIONS_PER_SOURCE` bound the connections, and a client
   that neither sends nor reads loses its connection.
@@ -74,6 +76,7 @@ _FRESH_ID = "req_%[uuid,regsub(-,,g)]"
 BAD_REQUEST = InvalidJsonError("The request is not valid HTTP.")
 FAILED = InternalError("The service could not answer; try again.")
 STARTING = InternalError("The service is starting or has no gateway; try again.")
+DRAINING = InternalError("This gateway is being removed; try again.")
 NOT_PUBLIC = UnknownUrlError("Unknown URL")
 
 
@@ -170,6 +173,13 @@ def complete(text: str, page: Path, host: str | None, bounds: Bounds) -> str:
     text = _change(text, r"^ *option splice-request\n", lambda _: "")
     text = _change(text, r"^ *timeout client .*\n", lambda _: _indented([_CLIENT_TIMEOUT]))
     text = _change(text, r"^defaults\n", lambda found: found[0] + _defaults(text, page))
+    # Ray renders this line in place of the real check while its proxy must get no more requests.
+    text = re.sub(
+        r'^ *http-request return status 503 .*"(?!Service Unavailable).*" if healthcheck\n',
+        lambda found: found[0] + _draining_rules(),
+        text,
+        flags=re.MULTILINE,
+    )
     if bounds.connections:
         text = _change(text, r"^( *maxconn ).*$", lambda found: f"{found[1]}{bounds.connections}")
     text = _change(
@@ -250,6 +260,15 @@ def _front_rules() -> str:
         "if !{ res.hdr(x-request-id) -m reg ^req_[0-9a-f]{32}$ }",
     ]
     return _indented(lines)
+
+
+def _draining_rules() -> str:
+    return _indented(
+        [
+            f"{_return('http-request', DRAINING)} if {{ path /readyz }}",
+            "http-response set-header connection close",
+        ]
+    )
 
 
 def _no_backend_rules() -> str:

@@ -17,7 +17,7 @@ def ingress_paths() -> dict[str, str]:
     """Return the paths of the Ingress, and how each is compared."""
     [rule] = one(render(cluster(ingress=INGRESS)), "Ingress")["spec"]["rules"]
     paths = rule["http"]["paths"]
-    service = {"service": {"name": "prod-serve-svc", "port": {"number": 8000}}}
+    service = {"service": {"name": "prod-gateway", "port": {"number": 8000}}}
     assert all(path["backend"] == service for path in paths)
     return {path["path"]: path["pathType"] for path in paths}
 

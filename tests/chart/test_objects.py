@@ -166,14 +166,6 @@ def test_edit_leaves_the_cluster_as_it_is(edit: Object) -> None:
     assert ray_cluster({**cluster(), **edit}) == ray_cluster(cluster())
 
 
-def test_worker_without_a_proxy_gets_no_request() -> None:
-    # BuildPod gives every worker the label that the API's service selects.
-    for name, template in ray_templates(render(EVERYTHING)).items():
-        (container,) = template["spec"]["containers"]
-        if name != "head":
-            assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": "http"}
-
-
 def test_workers_have_what_their_pool_says() -> None:
     group = ray_cluster(EVERYTHING)["workerGroupSpecs"][-1]
     (container,) = group["template"]["spec"]["containers"]
@@ -325,7 +317,7 @@ def matches(selector: Object, labels: Object) -> bool:
         pytest.param("deny", {"head", "cpu", "t4", "l4", "a100", "prod-redis", "prod-prefetch", "prod-test"}, id="deny"),
         pytest.param("ray", {"head", "cpu", "t4", "l4", "a100"}, id="ray"),
         pytest.param("operator", {"head"}, id="operator"),
-        pytest.param("api", {"cpu", "t4", "l4", "a100"}, id="api"),
+        pytest.param("api", {"cpu"}, id="api"),
         pytest.param("metrics", {"head", "cpu", "t4", "l4", "a100"}, id="metrics"),
         pytest.param("redis", {"prod-redis"}, id="redis"),
     ],

@@ -15,7 +15,7 @@ KEY: Object = {
     "name": "TERA_API_KEY",
     "valueFrom": {"secretKeyRef": {"name": "prod-keys", "key": "bootstrap-key"}},
 }
-ADDRESS: Object = {"name": "TERA_BASE_URL", "value": "http://prod-serve-svc:8000"}
+ADDRESS: Object = {"name": "TERA_BASE_URL", "value": "http://prod-gateway:8000"}
 
 
 def probe(values: Object) -> Object:

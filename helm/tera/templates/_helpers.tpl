@@ -23,6 +23,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 {{- end }}
 
+{{- define "tera.gatewayService" -}}
+{{ .Release.Name }}-gateway
+{{- end }}
+
 {{- define "tera.keysSecret" -}}
 {{ .Values.gateway.auth.existingSecret | default (printf "%s-keys" .Release.Name) }}
 {{- end }}

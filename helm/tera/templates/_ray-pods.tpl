@@ -85,11 +85,16 @@ spec:
       resources:
         {{- include "tera.resources" . | nindent 8 }}
       {{- if $worker }}
-      # KubeRay counts every worker among the API's endpoints, and readiness is all that takes one
-      # out again: without a proxy, as of a worker with a later stage of a pipeline, it must not be ready.
+      # KubeRay's own would ask the proxy of every worker, and there is none where a later stage of a
+      # pipeline runs. A gateway is asked what clients ask for: an answer through its proxy.
       readinessProbe:
-        httpGet: {path: /-/healthz, port: http}
+        {{- if $pool }}
+        httpGet: {path: /api/local_raylet_healthz, port: 52365}
         periodSeconds: 5
+        {{- else }}
+        httpGet: {path: /readyz, port: http}
+        periodSeconds: 1
+        {{- end }}
         timeoutSeconds: 5
       livenessProbe:
         httpGet: {path: /api/local_raylet_healthz, port: 52365}
