@@ -105,7 +105,13 @@ def _local_placement(_: ModelConfig | None) -> dict[str, Any]:
 
 def _cluster_placement(model: ModelConfig | None) -> dict[str, Any]:
     pool = {pool_resource(model.pool if model and model.pool else CPU_POOL): POOL_SHARE}
-    if model is None or not model.pool:
+    if model is None:
+        # With two in a pod, one lost node would take more gateways than it need.
+        return {
+            "ray_actor_options": {"num_cpus": 1, "resources": pool},
+            "max_replicas_per_node": 1,
+        }
+    if not model.pool:
         return {"ray_actor_options": {"num_cpus": 1, "resources": pool}}
     if model.gpus == 1:
         part = model.gpu_sharing.gpu_part

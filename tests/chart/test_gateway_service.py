@@ -1,7 +1,7 @@
 """The Service that clients come in by: the chart's own, and not the one that KubeRay makes.
 
-KubeRay makes `<release>-serve-svc` once every model runs, points it from one cluster to the next with
-a gap, and counts each ready worker among its endpoints, those of GPU pools too.
+KubeRay makes `<release>-serve-svc` once every model runs, points it from one cluster to the next
+with a gap, and counts each ready worker among its endpoints, those of GPU pools too.
 """
 
 from typing import Any

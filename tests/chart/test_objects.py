@@ -375,24 +375,6 @@ def test_who_reaches_what(component: str, source: str, ports: set[int]) -> None:
     assert (found if None not in found else {None}) == ports
 
 
-def test_disruption_budgets_count_the_pods_of_each_group() -> None:
-    objects = render(EVERYTHING)
-    labels = {name: pod["metadata"]["labels"] for name, pod in pods(objects).items()}
-    counted = {
-        each["metadata"]["name"]: {
-            name for name, pod in labels.items() if matches(each["spec"]["selector"], pod)
-        }
-        for each in objects
-        if each["kind"] == "PodDisruptionBudget"
-    }
-    assert counted == {
-        "prod-gateway": {"cpu"},
-        "prod-pool-t4": {"t4"},
-        "prod-pool-l4": {"l4"},
-        "prod-pool-a100": {"a100"},
-    }
-
-
 def test_pod_templates_say_nothing_of_the_chart() -> None:
     for template in ray_templates(render(EVERYTHING)).values():
         text = json.dumps(template["metadata"])

@@ -83,6 +83,36 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- toJson $pools -}}
 {{- end }}
 
+{{/* The pools that a budget is of, by the name of the one that the others join, as JSON. Counted are
+     the workers that its models need at their smallest numbers of replicas. */}}
+{{- define "tera.budgets" -}}
+{{- $budgets := dict -}}
+{{- $deployed := include "tera.deployed" . | fromJson -}}
+{{- $pools := include "tera.pools" . | fromJson -}}
+{{- range $name, $pool := $pools -}}
+  {{- if not $pool.joins -}}
+    {{- $alike := list $name -}}
+    {{- $largest := int $pool.gpusPerWorker -}}
+    {{- range $other, $each := $pools -}}
+      {{- if eq $each.joins $name -}}
+        {{- $alike = append $alike $other -}}
+        {{- $largest = max $largest (int $each.gpusPerWorker) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- $gpus := 0.0 -}}
+    {{- range $deployed -}}
+      {{- if eq .pool $name -}}
+        {{- $gpus = addf $gpus (divf (mul (int .replicas.min) (int .parallelism.tensor) (int .parallelism.pipeline)) (int .gpuSharing.replicasPerGpu)) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if gt $gpus (mulf $largest (int $.Values.pdb.minAvailable)) -}}
+      {{- $_ := set $budgets $name $alike -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- toJson $budgets -}}
+{{- end }}
+
 {{- define "tera.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 1000

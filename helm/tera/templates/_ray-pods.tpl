@@ -5,6 +5,8 @@
 {{- $root := .root -}}
 {{- $pool := .pool -}}
 {{- $worker := ne .component "head" -}}
+{{- /* The head has nothing to hand over, and until it is gone there is no other. */ -}}
+{{- $grace := $worker | ternary 120 35 -}}
 {{- $cache := and $root.Values.modelCache.enabled (or $pool (and $worker (eq $root.Values.modelCache.accessMode "ReadWriteMany"))) -}}
 metadata:
   labels:
@@ -24,7 +26,7 @@ spec:
   automountServiceAccountToken: false
   {{- end }}
   enableServiceLinks: false
-  terminationGracePeriodSeconds: 120
+  terminationGracePeriodSeconds: {{ $grace }}
   {{- include "tera.pullSecrets" $root | indent 2 }}
   securityContext:
     {{- include "tera.podSecurity" $root | nindent 4 }}
@@ -51,6 +53,13 @@ spec:
         matchLabels:
           {{- include "tera.selector" $root | nindent 10 }}
           app.kubernetes.io/component: {{ .component }}
+    - maxSkew: 1
+      topologyKey: topology.kubernetes.io/zone
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels:
+          {{- include "tera.selector" $root | nindent 10 }}
+          app.kubernetes.io/component: {{ .component }}
   {{- end }}
   containers:
     - name: {{ $worker | ternary "ray-worker" "ray-head" }}
@@ -72,6 +81,10 @@ spec:
         - {name: HOME, value: /state}
         - {name: TERA_HOME, value: /state}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        # Ray would run replicas at niceness 15, behind every other process of the node.
+        - {name: RAY_worker_niceness, value: "0"}
+        # At SIGTERM Ray lets replicas finish for so long, and then ends them before the kubelet does.
+        - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ sub $grace 10 | quote }}}
         - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
         - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
         - {name: RAY_SERVE_USE_GRPC_BY_DEFAULT, value: "1"}
@@ -131,6 +144,11 @@ spec:
         secretName: {{ include "tera.keysSecret" $root }}
         items: [{key: keys.yaml, path: keys.yaml}]
     {{- end }}
+{{- end }}
+
+{{/* Runs the autoscaler below a shell that passes SIGTERM on, and ends with its exit code. */}}
+{{- define "tera.autoscalerScript" -}}
+$KUBERAY_GEN_AUTOSCALER_START_CMD & autoscaler=$!; trap 'kill $autoscaler' TERM; wait $autoscaler
 {{- end }}
 
 {{- define "tera.claim" -}}

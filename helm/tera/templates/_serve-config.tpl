@@ -27,6 +27,7 @@
       "name" "Gateway"
       "autoscaling_config" (include "tera.autoscaling" (list .Values.gateway.replicas $scaling) | fromJson)
       "max_ongoing_requests" 10000
+      "max_replicas_per_node" 1
       "user_config" (dict "models" $models "gateway" $gateway) -}}
 {{- $deployment = merge $deployment (include "tera.placement" (dict "pool" "") | fromJson) (include "tera.lifecycle" $drain | fromJson) -}}
 {{- $applications = append $applications (dict

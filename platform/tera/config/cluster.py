@@ -292,7 +292,11 @@ class NetworkPolicyConfig(Section):
 
 
 class PdbConfig(Section):
-    """How many gateways, and workers of each pool, keep running while nodes are drained."""
+    """How many gateways, and workers of each pool, keep running while nodes are drained.
+
+    There is no budget where no more pods than that run at the smallest numbers of replicas, since it
+    would block the drain of their nodes.
+    """
 
     enabled: bool = True
     """Whether PodDisruptionBudgets are created."""
