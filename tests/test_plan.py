@@ -261,6 +261,18 @@ CLUSTER = [
     ),
     pytest.param({"redis": {"storage": "9Gi"}}, "redis.storage", "not_taken", id="Valkey's volume"),
     pytest.param(
+        {"gcsFaultTolerance": {"storage": "2Gi"}},
+        "gcsFaultTolerance.storage",
+        "not_taken",
+        id="volume of the head's state",
+    ),
+    pytest.param(
+        {"gcsFaultTolerance": {"enabled": False}},
+        "gcsFaultTolerance.enabled",
+        "cluster_replaced",
+        id="head's state",
+    ),
+    pytest.param(
         {"rayAuth": {"enabled": False}}, "rayAuth.enabled", "cluster_replaced", id="Ray's tokens"
     ),
     pytest.param({"upgrade": {"strategy": "None"}}, "upgrade.strategy", "in_place", id="upgrade"),

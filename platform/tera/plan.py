@@ -39,7 +39,7 @@ _IN_PLACE: Final = {
 }
 
 REDIS: Final = "redis"
-"""Stands in `restarts` for the embedded Valkey, which is not an application."""
+"""Stands in `restarts` for the Valkeys of the chart, which are not applications."""
 
 _REFUSED: Final = "Kubernetes refuses it, and with it the whole upgrade: create a new volume"
 _MUTED: Final = "kuberay#4568: a running cluster keeps what it has; the next new one gets it"
@@ -66,6 +66,7 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("redis", "image"): ("redis_restarts", ""),
     ("redis", "storage"): ("objects", ""),
     ("gcsFaultTolerance",): ("cluster_replaced", ""),
+    ("gcsFaultTolerance", "storage"): ("objects", ""),
     ("huggingface",): ("cluster_replaced", ""),
     ("modelCache",): ("cluster_replaced", ""),
     ("modelCache", "size"): ("objects", "if the storage class lets a volume grow"),
@@ -82,6 +83,7 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
 }
 _FIXED: Final = {
     ("redis", "storage"),
+    ("gcsFaultTolerance", "storage"),
     ("modelCache", "storageClassName"),
     ("modelCache", "accessMode"),
 }
@@ -342,6 +344,8 @@ def _volume_stays(section: str, edit: _Edit) -> bool:
     sides = (edit.old, edit.new)
     if section == "redis":
         return all(each.redis.embedded for each in sides)
+    if section == "gcsFaultTolerance":
+        return all(each.gcs_fault_tolerance.embedded for each in sides)
     caches = [each.model_cache for each in sides]
     return all(cache.enabled and not cache.existing_claim for cache in caches)
 
@@ -358,16 +362,7 @@ def _heard(values: dict[str, Any], edit: _Edit) -> dict[str, Any]:
     ):
         if not values[section]["enabled"]:
             values[section] = {"enabled": False}
-    redis = values["redis"]
-    for unread in ("external",) if redis["embedded"] else ("image", "storage"):
-        del redis[unread]
-    for reference in (
-        values["huggingface"],
-        values["gcsFaultTolerance"],
-        redis.get("external", {}),
-    ):
-        if not reference.get("existingSecret"):
-            reference.pop("secretKey", None)
+    _drop_unread_of_redis(values)
     if values["image"]["digest"]:
         del values["image"]["tag"]
     if values["modelCache"].get("existingClaim"):
@@ -377,6 +372,23 @@ def _heard(values: dict[str, Any], edit: _Edit) -> dict[str, Any]:
     if not values["observability"]["podMonitor"]:
         values["networkPolicy"].pop("monitoringNamespace", None)
     return values
+
+
+def _drop_unread_of_redis(values: dict[str, Any]) -> None:
+    redis, gcs = values["redis"], values["gcsFaultTolerance"]
+    for unread in ("external",) if redis["embedded"] else ("storage",):
+        del redis[unread]
+    if not redis["embedded"] and (not gcs["enabled"] or gcs["address"]):
+        del redis["image"]
+    if gcs.get("address"):
+        del gcs["storage"]
+    for reference in (
+        values["huggingface"],
+        gcs,
+        redis.get("external", {}),
+    ):
+        if not reference.get("existingSecret"):
+            reference.pop("secretKey", None)
 
 
 def _settled(changes: list[Change], edit: _Edit) -> list[Change]:

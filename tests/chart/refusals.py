@@ -153,7 +153,7 @@ CROSS_FIELD = [
         cluster(redis={"external": {"address": "redis:6379"}}), "redis: external.address is set", id="two Redis"
     ),
     pytest.param(
-        cluster(gcsFaultTolerance={"enabled": True}), "gcsFaultTolerance: address is missing", id="no GCS Redis"
+        cluster(gcsFaultTolerance={"existingSecret": "x"}), "gcsFaultTolerance: existingSecret is that of another Redis", id="password of no GCS Redis"
     ),
 ]  # fmt: skip
 

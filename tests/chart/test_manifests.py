@@ -96,7 +96,7 @@ def test_overlay_without_gpus_has_the_image_without_cuda() -> None:
     assert values("cpu-dev")["image"]["tag"] == f"{version}-cpu"
 
 
-@pytest.mark.parametrize("name", ["keys-secret", "redis-secret"])
+@pytest.mark.parametrize("name", ["keys-secret", "redis-secret", "gcs-secret"])
 def test_secret_is_one(name: str) -> None:
     kubernetes_validate.validate(sample(name), KUBERNETES, strict=True)
 
@@ -111,7 +111,12 @@ def test_keys_of_the_sample_are_read_and_open_nothing(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "made"), [("keys-secret", "tera-keys"), ("redis-secret", "tera-redis")]
+    ("name", "made"),
+    [
+        ("keys-secret", "tera-keys"),
+        ("redis-secret", "tera-redis"),
+        ("gcs-secret", "tera-gcs"),
+    ],
 )
 def test_sample_has_what_the_chart_would_make(name: str, made: str) -> None:
     secret = sample(name)
@@ -120,9 +125,10 @@ def test_sample_has_what_the_chart_would_make(name: str, made: str) -> None:
     assert set(secret["stringData"]) == set(data) - {"bootstrap-key"}
 
 
-def test_sample_of_redis_has_the_charts_settings() -> None:
-    ours = sample("redis-secret")["stringData"]
-    data = one(render({}, RELEASE), "Secret", "tera-redis")["data"]
+@pytest.mark.parametrize("name", ["redis", "gcs"])
+def test_sample_of_a_valkey_has_the_charts_settings(name: str) -> None:
+    ours = sample(f"{name}-secret")["stringData"]
+    data = one(render({}, RELEASE), "Secret", f"tera-{name}")["data"]
     theirs = {key: base64.b64decode(value).decode() for key, value in data.items()}
     placed = theirs["valkey.conf"].replace(theirs["password"], ours["password"])
     assert ours["valkey.conf"] == placed

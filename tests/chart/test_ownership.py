@@ -131,7 +131,7 @@ def test_chart_writes_any_quantity_as_python_does(drawn: list[str]) -> None:
     assert one(objects, "PersistentVolumeClaim")["spec"]["resources"]["requests"] == {
         "storage": canonical(claim)
     }
-    (template,) = one(objects, "StatefulSet")["spec"]["volumeClaimTemplates"]
+    (template,) = one(objects, "StatefulSet", "prod-redis")["spec"]["volumeClaimTemplates"]
     assert template["spec"]["resources"]["requests"] == {"storage": canonical(storage)}
     found = pods(objects)
     for name, (cpu, memory) in {"head": head, "l4": worker}.items():

@@ -27,6 +27,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Release.Name }}-gateway
 {{- end }}
 
+{{/* Not empty if the state of Ray's head is kept in a Valkey of the chart's own. */}}
+{{- define "tera.ownGcs" -}}
+{{- with .Values.gcsFaultTolerance }}{{ and .enabled (not .address) | ternary "yes" "" }}{{ end -}}
+{{- end }}
+
 {{- define "tera.keysSecret" -}}
 {{ .Values.gateway.auth.existingSecret | default (printf "%s-keys" .Release.Name) }}
 {{- end }}

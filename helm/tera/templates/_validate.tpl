@@ -110,8 +110,8 @@
 {{- if not (or $values.redis.embedded $values.redis.external.address) -}}
   {{- $faults = append $faults "redis: external.address is missing; give host:port, or set embedded: true" -}}
 {{- end -}}
-{{- if and $values.gcsFaultTolerance.enabled (not $values.gcsFaultTolerance.address) -}}
-  {{- $faults = append $faults "gcsFaultTolerance: address is missing; give host:port of a durable Redis" -}}
+{{- if and $values.gcsFaultTolerance.existingSecret (not $values.gcsFaultTolerance.address) -}}
+  {{- $faults = append $faults "gcsFaultTolerance: existingSecret is that of another Redis; give its address, or leave both out" -}}
 {{- end -}}
 {{- if and (eq $values.upgrade.strategy "NewClusterWithIncrementalUpgrade") (not $values.upgrade.gatewayClassName) -}}
   {{- $faults = append $faults "upgrade: gatewayClassName is missing; an incremental upgrade needs one" -}}

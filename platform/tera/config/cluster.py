@@ -149,15 +149,26 @@ class SecretReference(Section):
 class GcsFaultToleranceConfig(SecretReference):
     """Keeps the workers running while the Ray head is replaced."""
 
-    enabled: bool = False
-    """Whether Ray's state is kept in a Redis."""
+    enabled: bool = True
+    """Whether Ray's state is kept in a Redis. Without it, all workers exit a minute after the head
+    is gone."""
+    storage: Quantity = "1Gi"
+    """Size of the volume of the Valkey that is created for it; cannot change later."""
     address: str = ""
-    """host:port of a Redis with durable storage; not the one that holds limits."""
+    """host:port of a Redis of your own with durable storage, not the one that holds limits; if
+    empty, a small Valkey is created."""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether a Valkey is created for it."""
+        return self.enabled and not self.address
 
     @model_validator(mode="after")
     def _has_address(self) -> Self:
-        if self.enabled and not self.address:
-            raise ValueError("address is missing; give host:port of a durable Redis")
+        if self.existing_secret and not self.address:
+            raise ValueError(
+                "existingSecret is that of another Redis; give its address, or leave both out"
+            )
         return self
 
 
@@ -294,8 +305,8 @@ class NetworkPolicyConfig(Section):
 class PdbConfig(Section):
     """How many gateways, and workers of each pool, keep running while nodes are drained.
 
-    There is no budget where no more pods than that run at the smallest numbers of replicas, since it
-    would block the drain of their nodes.
+    There is no budget where no more pods than that run at the smallest numbers of replicas, since
+    it would block the drain of their nodes.
     """
 
     enabled: bool = True
