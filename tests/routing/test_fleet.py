@@ -99,7 +99,7 @@ class TestContact:
 
         model.serve.replicas["a"] = hangs
         await model.start("a")
-        assert model.serve.asked == ["a"] * 3
+        assert len(model.serve.asked) >= 3  # connecting may take longer than the deadline too
 
     async def test_a_replica_that_serve_takes_away_is_asked_no_more(
         self, model: FakeModel, quick: None
