@@ -127,6 +127,10 @@ BODIES: Mapping[str, tuple[type[Request], Body]] = {
         CompletionRequest,
         _filled(_COMPLETION + b"[", b"%s.0,", b"]}", MAX_TOKEN_IDS),
     ),
+    "as many huge fractions as may be": (
+        CompletionRequest,
+        _filled(_COMPLETION + b'"a","x":[', b"1.5e300,", b"]}", MAX_JSON_VALUES - 5),
+    ),
     "as many strings as may be": (
         CompletionRequest,
         _filled(_COMPLETION + b'"a","x":[', b'"%s",', b"]}", MAX_JSON_VALUES - 5),

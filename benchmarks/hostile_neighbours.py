@@ -80,6 +80,10 @@ KINDS: dict[str, tuple[type[Any], bytes]] = {
         ChatQuestion,
         _chat(messages=[{"role": "user", "content": _PROSE}]),
     ),
+    "a million huge fractions": (
+        CompletionQuestion,
+        BODIES["as many huge fractions as may be"][1](MOST_BYTES),
+    ),
     "a million token ids": (
         CompletionQuestion,
         BODIES["as many token ids as fractions as may be"][1](MOST_BYTES),

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tera.contract import json_body
+from tera.contract import json_slices
 from tera.contract.json_body import (
     MAX_JSON_CONTAINERS,
     MAX_JSON_DEPTH,
@@ -39,8 +39,61 @@ def test_every_object_is_read_as_it_was_written(
     body = json.dumps(value, ensure_ascii=escaped, indent=indent).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         # So small that strings and escapes lie across the ends of slices.
-        patch.setattr(json_body, "_SLICE_BYTES", slice_bytes)
+        patch.setattr(json_slices, "SLICE_BYTES", slice_bytes)
         assert parse_json_object(body) == value
+
+
+def read(body: bytes) -> Any:
+    """Return the object, or the kind of error."""
+    try:
+        return parse_json_object(body)
+    except InvalidJsonError as error:
+        return type(error)
+
+
+@given(
+    objects, st.lists(st.tuples(st.integers(0, 400), st.sampled_from(b'"\\[]{}:,0e -')), max_size=3)
+)
+@example({"a": [1]}, [(8, ord(","))])
+@example({"a": [1]}, [(6, ord(","))])
+@example({"a": [1, 2], "b": []}, [(13, ord("}"))])
+@example({"a": 0, "b": {"a": 0}}, [(10, ord("{"))])
+@settings(max_examples=150)
+def test_a_body_is_read_the_same_however_it_is_cut(
+    value: dict[str, Any], strayed: list[tuple[int, int]]
+) -> None:
+    body = bytearray(json.dumps(value).encode())
+    for place, byte in strayed:
+        body[place % len(body)] = byte
+    wanted = read(bytes(body))
+    for slice_bytes in (1, 2, 3, 7, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_slices, "SLICE_BYTES", slice_bytes)
+            assert read(bytes(body)) == wanted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"a":[1,2],"b":[3,4],"a":[5,6]}', id="the same kind"),
+        pytest.param(b'{"a":1,"b":2,"a":[5,6,7,8,9]}', id="another kind"),
+        pytest.param(b'{"a":{"x":1,"y":2,"x":{"z":3,"w":4,"z":5}}}', id="at several levels"),
+    ],
+)
+def test_a_key_twice_is_found_where_a_body_is_cut(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    for slice_bytes in range(1, len(body)):
+        monkeypatch.setattr(json_slices, "SLICE_BYTES", slice_bytes)
+        with pytest.raises(InvalidJsonError, match="twice in one object"):
+            parse_json_object(body)
+
+
+def test_the_place_of_a_fault_is_that_in_the_whole_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'{"a": [1, 2, 3, 4, 5, x]}'
+    monkeypatch.setattr(json_slices, "SLICE_BYTES", 4)
+    with pytest.raises(InvalidJsonError, match=rf"\(byte {body.index(b'x')}\)"):
+        parse_json_object(body)
 
 
 @given(objects, strings, values, values)
@@ -126,7 +179,7 @@ def test_structure_in_strings_is_not_counted() -> None:
 def test_what_nests_too_deep_is_found_before_it_is_followed(
     monkeypatch: pytest.MonkeyPatch, slice_bytes: int
 ) -> None:
-    monkeypatch.setattr(json_body, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(json_slices, "SLICE_BYTES", slice_bytes)
     deepest = b"[" * (MAX_JSON_DEPTH - 1) + b"]" * (MAX_JSON_DEPTH - 1)
     assert parse_json_object(b'{"x": ' + deepest + b"}")
     for body in (b'{"x": [' + deepest + b"]}", b"[" * 100_000, b'{"x":' * 100_000):

@@ -4,16 +4,19 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from benchmarks.hostile_bodies import BODIES
 from pydantic import ValidationError
 
+from tera.contract import json_slices
 from tera.contract.chat import ChatRequest
 from tera.contract.common import Request, parse_request
 from tera.contract.completions import CompletionRequest
 from tera.contract.json_body import parse_json_object
+from tera.contract.json_slices import SLICE_BYTES
 from tera.errors import InvalidRequestError
 
 MOST_BYTES = 10 * 1024 * 1024
@@ -27,6 +30,7 @@ are up to five million values, and each had some."""
 HEAVY = [
     *("messages of zeros", "ignored arrays", "nested arrays", "as many strings as may be"),
     *("as many strings of commas as may be", "as many token ids as fractions as may be"),
+    "as many huge fractions as may be",
 ]
 """One of each kind."""
 
@@ -78,6 +82,26 @@ def test_x1_a_body_takes_a_bounded_number_of_steps(name: str, size: int) -> None
     with counted_calls() as calls:
         read(kind, body)
     assert calls() < MOST_CALLS[size]
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_x1_no_call_into_a_decoder_is_long(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A decoder holds the GIL, and so the event loop, up to its return.
+    decode, decoded = json_slices._decoder.decode, [0]
+
+    def counting(text: bytes) -> Any:
+        decoded.append(len(text.strip()))
+        return decode(text)
+
+    monkeypatch.setattr(json_slices, "_decoder", SimpleNamespace(decode=counting))
+    kind, make = BODIES[name]
+    read(kind, make(MOST_BYTES))
+    assert max(decoded) < 2 * SLICE_BYTES
+
+
+def test_x1_a_decoder_leaves_fractions_to_python() -> None:
+    # By itself it takes 12 µs for 1.5e300: ten megabytes of them held the event loop for 14 s.
+    assert json_slices._decoder.float_hook is float
 
 
 ARRAYS = [

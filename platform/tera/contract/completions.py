@@ -52,6 +52,10 @@ MAX_TOKEN_IDS = 1_048_576
 """Most token ids in all prompts of a request: as many as the longest contexts can hold."""
 
 
+_PASS = 65_536
+"""Token ids that are looked at in one go."""
+
+
 class PromptArray(list[Prompt]):
     """Prompts that were sent in an array, so that errors name their index."""
 
@@ -85,11 +89,19 @@ def _tokens(value: Any, at: str) -> list[int]:
         wrong_type("a string or an array of token ids", value, at)
     if not value:
         invalid("must not be an empty array", at)
-    # There may be a million, so valid ids are recognised in a few passes over the whole list.
-    types = set(map(type, value))
-    if types == {int}:
-        return value
-    if types <= {int, float} and (whole := list(map(int, value))) == value:
+    whole: list[int] = []
+    # There may be a million, so valid ids are recognised in a few passes over long pieces of the
+    # list. They are not passes over all of it, each of which would hold the GIL for 30 ms.
+    for start in range(0, len(value), _PASS):
+        piece = value[start : start + _PASS]
+        types = set(map(type, piece))
+        if types == {int}:
+            whole += piece
+        elif types <= {int, float} and (integers := list(map(int, piece))) == piece:
+            whole += integers
+        else:
+            break
+    else:
         return whole
     place, wrong = next(
         (place, token)

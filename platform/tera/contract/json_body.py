@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import msgspec
-
+from tera.contract.json_slices import SLICE_BYTES, TOO_LARGE, Cut, decoded, slices, still_open
 from tera.errors import InvalidJsonError, InvalidValueError
 
 MAX_JSON_DEPTH = 64
@@ -43,23 +42,22 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         InvalidValueError: it has too many values.
     """
     counts = _counts(body)
-    value = _decoded(body)
+    value = decoded(body, counts.cuts)
     if not isinstance(value, dict):
         raise InvalidJsonError("The request body must be a JSON object.")
     members = sum(sum(map(len, level.objects)) for level in _levels(value, counts.containers))
     if members != counts.members:  # of two members with the same name, the decoder keeps the last
         raise _key_twice(body)
-    # msgspec refuses other numbers beyond a double; an integer may exceed one from 309 digits on.
-    if _MANY_DIGITS in body.translate(_EACH_DIGIT_AS_ZERO) and _holds_huge_integer(value):
-        raise InvalidJsonError(_TOO_LARGE)
+    if _may_hold_huge_number(body) and _holds_huge_number(value):
+        raise InvalidJsonError(TOO_LARGE)
     return value
 
 
-_TOO_LARGE = "The request body holds a number beyond the range of a double."
-
 _BELOW_A_DOUBLE = -(2**1024)
-_MANY_DIGITS = b"0" * 309
 _EACH_DIGIT_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
+_MANY_DIGITS = b"0" * 309
+_SIGNS_OF_HUGE = (_MANY_DIGITS, b"0e", b"0E")
+"""Of which a number has one if it is beyond a double."""
 
 
 class _Counts(NamedTuple):
@@ -67,6 +65,8 @@ class _Counts(NamedTuple):
 
     containers: int
     members: int
+    cuts: list[Cut]
+    """Where the text can be cut, so that it is decoded in parts."""
 
 
 def _counts(body: bytes) -> _Counts:
@@ -79,10 +79,11 @@ def _counts(body: bytes) -> _Counts:
         InvalidValueError: there are too many values.
     """
     depth = containers = members = commas = 0
-    for structure in _structure(body):
-        depths = list(
-            accumulate(map(_STEPS.__getitem__, structure.translate(None, b",:")), initial=depth)
-        )
+    cuts: list[Cut] = []
+    open_ = b""
+    for end, structure, ends_after_comma in slices(body):
+        brackets = structure.translate(None, b",:")
+        depths = list(accumulate(map(_STEPS.__getitem__, brackets), initial=depth))
         depth = depths[-1]
         if min(depths) < 0:
             raise InvalidJsonError("The request body closes a bracket that is not open.")
@@ -95,7 +96,11 @@ def _counts(body: bytes) -> _Counts:
         _check_count(members, MAX_JSON_MEMBERS, "members of objects")
         # An array or object has one more value than it has commas, or is empty.
         _check_count(containers + commas, MAX_JSON_VALUES, "values")
-    return _Counts(containers, members)
+        open_ = still_open(open_ + brackets)
+        # What closes another bracket than is open is left to the decoder, which stops there.
+        if ends_after_comma and len(open_) == depth > 0:
+            cuts.append(Cut(end, open_))
+    return _Counts(containers, members, cuts)
 
 
 def _check_count(found: int, most: int, what: str) -> None:
@@ -103,46 +108,8 @@ def _check_count(found: int, most: int, what: str) -> None:
         raise InvalidValueError(f"The request body has more than {most} {what}.")
 
 
-_SLICE_BYTES = 65_536
-"""Bytes examined at a time: half a millisecond, and little memory."""
-
-_NO_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
-
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 """How each bracket changes the depth."""
-
-
-def _structure(body: bytes) -> Iterator[bytes]:
-    """Yield the brackets, colons and commas outside strings, slice by slice.
-
-    It uses operations on whole byte strings, since a Python loop over ten million bytes would
-    itself be the attack that it guards against.
-    """
-    start, in_string = 0, False
-    while start < len(body):
-        end = start + _SLICE_BYTES
-        backslashes = len(body[start:end]) - len(body[start:end].rstrip(b"\\"))
-        end += backslashes % 2  # an escaped character stays with its backslash
-        # In this order: in `\\"` the quote ends the string. Then every quote delimits a string.
-        plain = body[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
-        # Most strings are empty by then; between two strings there is a comma or a colon.
-        kept = plain.translate(None, _NO_STRUCTURE).replace(b'""', b"")
-        parts = kept.split(b'"')
-        yield b"".join(parts[in_string::2])
-        in_string ^= len(parts) % 2 == 0
-        start = end
-
-
-def _decoded(body: bytes) -> Any:
-    try:
-        return msgspec.json.decode(body)
-    except UnicodeDecodeError:
-        raise InvalidJsonError("The request body is not valid UTF-8.") from None
-    except msgspec.ValidationError:  # without a type to fit, only numbers are validated
-        raise InvalidJsonError(_TOO_LARGE) from None
-    except msgspec.DecodeError as error:
-        reason = str(error).removeprefix("JSON is malformed: ")
-        raise InvalidJsonError(f"The request body is not valid JSON: {reason}.") from None
 
 
 class _Level(NamedTuple):
@@ -171,13 +138,26 @@ def _levels(value: dict[str, Any], containers: int) -> Iterator[_Level]:
 _CONTAINERS = frozenset({dict, list})
 
 
-def _holds_huge_integer(value: dict[str, Any]) -> bool:
+def _may_hold_huge_number(body: bytes) -> bool:
+    """Return whether there is a sign of one, which may be in a string; most bodies have none."""
+    for start in range(0, len(body), SLICE_BYTES):
+        # A sign may lie across the end of a slice.
+        zeros = body[start : start + SLICE_BYTES + len(_MANY_DIGITS)].translate(_EACH_DIGIT_AS_ZERO)
+        if any(sign in zeros for sign in _SIGNS_OF_HUGE):
+            return True
+    return False
+
+
+def _holds_huge_number(value: dict[str, Any]) -> bool:
     for level in _levels(value, MAX_JSON_CONTAINERS):
         for children in (*level.arrays, *(found.values() for found in level.objects)):
-            integers = [each for each in children if type(each) is int]
-            if integers and not _BELOW_A_DOUBLE < min(integers) <= max(integers) < -_BELOW_A_DOUBLE:
+            numbers = [each for each in children if type(each) in _NUMBERS]
+            if numbers and not _BELOW_A_DOUBLE < min(numbers) <= max(numbers) < -_BELOW_A_DOUBLE:
                 return True
     return False
+
+
+_NUMBERS = frozenset({int, float})
 
 
 def _key_twice(body: bytes) -> InvalidJsonError:
