@@ -131,6 +131,26 @@ CROSS_FIELD = [
     pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is greater than max (2)", id="min over max"),
     pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
     pytest.param(
+        models(source="pvc://claim/x"),
+        "models.one: source 'pvc://claim/x' is not supported; mount the claim with modelCache.existing",
+        id="claim",
+    ),
+    pytest.param(
+        models(source="oci://registry/x"),
+        "models.one: source 'oci://registry/x' is not supported; build the model into the image",
+        id="image",
+    ),
+    pytest.param(
+        models(source="file://models/x"),
+        "models.one: source 'file://models/x' is not an absolute path; write file:///models/",
+        id="relative path",
+    ),
+    pytest.param(
+        models(source="hf://org/name/file"),
+        "models.one: source 'hf://org/name/file' does not name a repository; write hf://org/name",
+        id="no repository",
+    ),
+    pytest.param(
         cluster(observability={"dashboards": True}), "observability: dashboards and tracing", id="not there yet"
     ),
     pytest.param(

@@ -14,7 +14,6 @@ from tera.config.source import ModelSource
         pytest.param("s3://bucket/model", "s3://bucket/model", id="S3"),
         pytest.param("gs://bucket/a@b", "gs://bucket/a@b", id="GCS"),
         pytest.param("file:///models/x", "/models/x", id="file"),
-        pytest.param("pvc://claim/x", "claim/x", id="volume"),
     ],
 )
 def test_what_vllm_loads(source: str, path: str, tmp_path: Path) -> None:
@@ -40,6 +39,22 @@ def test_a_sources_revision_is_told_to_vllm() -> None:
 @pytest.mark.parametrize("source", ["", "hf", "hf:/x", "hf://", "://x", "HF://x", "ftp://x"])
 def test_a_source_without_a_known_scheme_or_anything_behind_it_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="must begin with one of hf://, s3://") as raised:
+        ModelSource.parse(source)
+    assert repr(source) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "instead"),
+    [
+        pytest.param("pvc://claim/x", "file:///models/PATH", id="claim"),
+        pytest.param("oci://registry/x", "file:///PATH", id="image"),
+        pytest.param("file://models/x", "file:///models/PATH", id="relative path"),
+        pytest.param("hf:///models/x", "hf://org/name", id="a path for a repository"),
+        pytest.param("hf://org/name/file", "hf://org/name", id="a file of a repository"),
+    ],
+)
+def test_a_source_that_cannot_be_loaded_is_refused_with_what_can(source: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"write {instead}") as raised:
         ModelSource.parse(source)
     assert repr(source) in str(raised.value)
 

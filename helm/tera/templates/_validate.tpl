@@ -33,8 +33,16 @@
   {{- $faults = concat $faults (include "tera.boundsFault" (list (printf "models.%s.replicas" $name) $model.replicas) | fromJsonArray) -}}
   {{- if and (eq $model.engine.kind "vllm") (not $model.source) -}}
     {{- $faults = append $faults (printf "models.%s: source is missing; a vllm model needs one, such as hf://org/name" $name) -}}
-  {{- else if and $model.source (not (regexMatch "^(hf|s3|gs|pvc|file|demo)://.+" $model.source)) -}}
-    {{- $faults = append $faults (printf "models.%s: source '%s' must begin with one of hf://, s3://, gs://, pvc://, file://, demo://" $name $model.source) -}}
+  {{- else if hasPrefix "pvc://" $model.source -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' is not supported; mount the claim with modelCache.existingClaim and write file:///models/PATH" $name $model.source) -}}
+  {{- else if hasPrefix "oci://" $model.source -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' is not supported; build the model into the image, or copy it to a volume, and write file:///PATH" $name $model.source) -}}
+  {{- else if and $model.source (not (regexMatch "^(hf|s3|gs|file|demo)://.+" $model.source)) -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' must begin with one of hf://, s3://, gs://, file://, demo://" $name $model.source) -}}
+  {{- else if and (hasPrefix "file://" $model.source) (not (hasPrefix "file:///" $model.source)) -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' is not an absolute path; write file:///models/PATH" $name $model.source) -}}
+  {{- else if and (hasPrefix "hf://" $model.source) (not (regexMatch "^hf://[\\w.-]+(/[\\w.-]+)?(@.*)?$" $model.source)) -}}
+    {{- $faults = append $faults (printf "models.%s: source '%s' does not name a repository; write hf://org/name" $name $model.source) -}}
   {{- end -}}
   {{- $ranks := mul (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
   {{- if and (gt (int $model.gpuSharing.replicasPerGpu) 1) (gt $ranks 1) -}}

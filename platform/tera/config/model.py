@@ -118,7 +118,8 @@ class ModelConfig(Section):
     enabled: bool = True
     """`false` removes the model but keeps its settings."""
     source: str = ""
-    """Where the weights are: hf://org/name@revision, s3://, gs://, pvc://, file:// or demo://."""
+    """Where the weights are: hf://org/name@revision, s3://bucket/path, gs://bucket/path,
+    file:///path or demo://name."""
     engine: EngineConfig = EngineConfig()
     pool: str = ""
     """The entry of `gpuPools` whose workers run the model; empty runs it on CPUs."""
