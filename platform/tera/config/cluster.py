@@ -198,7 +198,8 @@ class ModelCacheConfig(Section):
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = "ReadWriteMany"
     """Access mode of the claim that is created; ReadWriteOnce suits a single worker only."""
     prefetch: bool = False
-    """Whether a Job downloads the weights of hf:// sources after an install or upgrade."""
+    """Whether a Job downloads the weights of hf:// sources when they change. Helm does not wait for
+    it."""
 
 
 class UpgradeConfig(Section):
