@@ -367,8 +367,6 @@ def _heard(values: dict[str, Any], edit: _Edit) -> dict[str, Any]:
         del values["image"]["tag"]
     if values["modelCache"].get("existingClaim"):
         del values["modelCache"]["size"], values["modelCache"]["storageClassName"]
-    if values["upgrade"]["strategy"] != "NewClusterWithIncrementalUpgrade":
-        del values["upgrade"]["gatewayClassName"]
     if not values["observability"]["podMonitor"]:
         values["networkPolicy"].pop("monitoringNamespace", None)
     return values

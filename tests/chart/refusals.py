@@ -163,11 +163,6 @@ CROSS_FIELD = [
     pytest.param(cluster(image={"tag": "latest"}), 'image: tag "latest"', id="latest"),
     pytest.param(cluster(ingress={"enabled": True}), "ingress: host is missing", id="ingress without host"),
     pytest.param(cluster(httpRoute={"enabled": True}), "httpRoute: parentRefs is empty", id="route without parent"),
-    pytest.param(
-        cluster(upgrade={"strategy": "NewClusterWithIncrementalUpgrade"}),
-        "upgrade: gatewayClassName is missing",
-        id="incremental without class",
-    ),
     pytest.param(cluster(redis={"embedded": False}), "redis: external.address is missing", id="no Redis"),
     pytest.param(
         cluster(redis={"external": {"address": "redis:6379"}}), "redis: external.address is set", id="two Redis"
@@ -199,6 +194,7 @@ SHAPE = [
     pytest.param(cluster(poolDefaults={"joins": "l4"}), "poolDefaults.joins", id="all pools join"),
     pytest.param(cluster(pdb={"minAvailable": "50%"}), "pdb.minAvailable", id="percentage"),
     pytest.param(cluster(image={"digest": "abc"}), "image.digest", id="digest"),
+    pytest.param(cluster(upgrade={"strategy": "NewClusterWithIncrementalUpgrade"}), "upgrade.strategy", id="incremental upgrade"),
     pytest.param(cluster(head={"resources": {"cpu": 2}}), "head.resources.cpu", id="quantity no text"),
     pytest.param(cluster(head={"resources": {"memory": "8ki"}}), "head.resources.memory", id="quantity's suffix"),
     pytest.param(cluster(head={"resources": {"memory": "8e9"}}), "head.resources.memory", id="quantity's exponent"),

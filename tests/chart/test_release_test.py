@@ -81,3 +81,7 @@ def test_notes_say_how_to_run_it_and_what_to_ask_before_an_edit() -> None:
     said = notes(cluster())
     assert "helm test prod --namespace llm --logs" in said
     assert "tera plan -f values.yaml --against live.yaml" in said
+
+
+def test_notes_say_how_to_see_a_cluster_that_does_not_take_over() -> None:
+    assert "get rayservice prod -o jsonpath='{.status.pendingServiceStatus}'" in notes(cluster())

@@ -33,6 +33,9 @@ def metrics() -> dict[str, set[str]]:
             }
             for suffix in kinds.get(type(metric), ("",)):
                 found[metric._name + suffix] = set(metric._labelnames)
+    # Of `NewRayServiceMetricsManager` in KubeRay 1.7.
+    of_a_service = {"name", "namespace", "uid", "condition"}
+    found["kuberay_service_condition_upgrade_in_progress"] = of_a_service
     load = load_exposition("one", ReplicaLoad(running=0, waiting=0, kv_usage_ratio=0.0))
     for name in re.findall(r"^(\w+){", load, re.MULTILINE):
         found[name] = {"model"}
@@ -72,7 +75,7 @@ EACH = pytest.mark.parametrize("rule", ALL, ids=[rule["alert"] for rule in ALL])
 def test_walk_finds_every_metric() -> None:
     for rule in ALL:
         found = {selector.name for selector in selectors(rule)}
-        assert found == set(re.findall(r"\b(?:up|tera_\w+)(?={)", rule["expr"]))
+        assert found == set(re.findall(r"\b(?:up|(?:tera|kuberay)_\w+)(?={)", rule["expr"]))
         assert found
 
 
@@ -117,6 +120,10 @@ def test_failures_are_counted_by_every_code_that_is_the_platforms_fault() -> Non
 @EACH
 def test_alerts_are_of_one_release(rule: Rule) -> None:
     for selector in selectors(rule):
+        if selector.name.startswith("kuberay_"):
+            labels = {it.name: it.value for it in selector.matchers.matchers}
+            assert (labels["namespace"], labels["name"]) == ("llm", "prod")
+            continue
         jobs = [it.value for it in selector.matchers.matchers if it.name == "job"]
         # What the operator names the target of the PodMonitor `prod-gateway`.
         assert jobs == ["llm/prod-gateway"]
@@ -140,6 +147,13 @@ def test_podmonitor_makes_the_job() -> None:
 def test_only_models_that_are_always_there_are_missed() -> None:
     missed = [rule for rule in ALL if rule["alert"] == "TeraModelWithoutReplica"]
     assert [(rule["labels"]["model"], rule["for"]) for rule in missed] == [("one", "600s")]
+
+
+def test_upgrade_is_stuck_half_an_hour_after_the_slowest_start() -> None:
+    slow = model(id="b", scaling={"coldStartDeadlineSeconds": 1200.5})
+    values = {**cluster(models={"one": model(), "slow": slow}), **MONITORED}
+    (stuck,) = [rule for rule in rules(values) if rule["alert"] == "TeraUpgradeStuck"]
+    assert stuck["for"] == "3001s"
 
 
 def test_first_token_is_slow_from_a_bucket_of_its_histogram() -> None:

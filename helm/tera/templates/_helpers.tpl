@@ -77,6 +77,15 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- toJson $deployed -}}
 {{- end }}
 
+{{/* Seconds that the slowest model may take to start. */}}
+{{- define "tera.longestColdStart" -}}
+{{- $longest := 0.0 -}}
+{{- range include "tera.deployed" . | fromJson -}}
+{{- $longest = maxf $longest .scaling.coldStartDeadlineSeconds -}}
+{{- end -}}
+{{- $longest -}}
+{{- end }}
+
 {{/* Every pool with its inherited settings, as JSON. */}}
 {{- define "tera.pools" -}}
 {{- $none := dict "joins" "" "priority" 0 -}}

@@ -121,9 +121,6 @@
 {{- if and $values.gcsFaultTolerance.existingSecret (not $values.gcsFaultTolerance.address) -}}
   {{- $faults = append $faults "gcsFaultTolerance: existingSecret is that of another Redis; give its address, or leave both out" -}}
 {{- end -}}
-{{- if and (eq $values.upgrade.strategy "NewClusterWithIncrementalUpgrade") (not $values.upgrade.gatewayClassName) -}}
-  {{- $faults = append $faults "upgrade: gatewayClassName is missing; an incremental upgrade needs one" -}}
-{{- end -}}
 {{- if and $values.ingress.enabled (not $values.ingress.host) -}}
   {{- $faults = append $faults "ingress: host is missing; give the host name that clients use" -}}
 {{- end -}}

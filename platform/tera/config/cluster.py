@@ -205,16 +205,10 @@ class ModelCacheConfig(Section):
 class UpgradeConfig(Section):
     """How a new cluster takes over from the old one."""
 
-    strategy: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"] = "NewCluster"
+    # Not KubeRay's incremental upgrade: it shifts clients by weights between Services of its own,
+    # which they do not come in by, and does not save the GPUs of the second cluster.
+    strategy: Literal["NewCluster", "None"] = "NewCluster"
     """`None` never replaces the cluster: for fleets without enough GPUs for two clusters."""
-    gateway_class_name: str = ""
-    """GatewayClass of the Gateway API; needed for an incremental upgrade."""
-
-    @model_validator(mode="after")
-    def _has_class(self) -> Self:
-        if self.strategy == "NewClusterWithIncrementalUpgrade" and not self.gateway_class_name:
-            raise ValueError("gatewayClassName is missing; an incremental upgrade needs one")
-        return self
 
 
 class IngressTls(Section):
