@@ -128,6 +128,39 @@ CROSS_FIELD = [
         "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have 4",
         id="cache of one worker",
     ),
+    pytest.param(
+        cluster(
+            gpuPools={"l4": {"order": 1, "maxWorkers": 1}},
+            modelCache={"enabled": True, "accessMode": "ReadWriteOnce"},
+        ),
+        "modelCache.accessMode: ReadWriteOnce is for one worker and a new cluster starts a second one",
+        id="cache of one cluster",
+    ),
+    pytest.param(
+        cluster(gpuPools={"l4": {"order": 1, "maxWorkers": 4, "shmSize": "25Gi"}}),
+        "gpuPools.l4.shmSize: 25Gi exceeds resources.memory (24Gi), of which it is a part",
+        id="shared memory over memory",
+    ),
+    pytest.param(
+        cluster(gpuPools={"l4": {"order": 1, "gpusPerWorker": 8}}),
+        "gpuPools.l4.resources.cpu: 6 is less than one for each of 8 GPUs",
+        id="GPUs without a core",
+    ),
+    pytest.param(
+        cluster(head={"resources": {"memory": "1Gi"}}),
+        "head.resources: memory 1Gi is too little for Ray's own processes; give 4Gi or more",
+        id="small head",
+    ),
+    pytest.param(
+        cluster(gateway={"limits": {"default": {"models": {"noe": {"requestsPerMinute": 1}}}}}),
+        "gateway.limits.default.models.noe: there is no model 'noe'; the models are: one",
+        id="limit of no model",
+    ),
+    pytest.param(
+        cluster(gateway={"limits": {"tenants": {"acme": {"models": {"noe": {}}}}}}),
+        "gateway.limits.tenants.acme.models.noe: there is no model 'noe'; the models are: one",
+        id="a tenant's limit of no model",
+    ),
     pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is greater than max (2)", id="min over max"),
     pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
     pytest.param(
@@ -195,7 +228,8 @@ SHAPE = [
     pytest.param(cluster(pdb={"minAvailable": "50%"}), "pdb.minAvailable", id="percentage"),
     pytest.param(cluster(image={"digest": "abc"}), "image.digest", id="digest"),
     pytest.param(cluster(upgrade={"strategy": "NewClusterWithIncrementalUpgrade"}), "upgrade.strategy", id="incremental upgrade"),
-    pytest.param(cluster(head={"resources": {"cpu": 2}}), "head.resources.cpu", id="quantity no text"),
+    pytest.param(cluster(head={"resources": {"cpu": True}}), "head.resources.cpu", id="quantity no text"),
+    pytest.param(cluster(head={"resources": {"cpu": -2}}), "head.resources.cpu", id="quantity below zero"),
     pytest.param(cluster(head={"resources": {"memory": "8ki"}}), "head.resources.memory", id="quantity's suffix"),
     pytest.param(cluster(head={"resources": {"memory": "8e9"}}), "head.resources.memory", id="quantity's exponent"),
     pytest.param(cluster(modelCache={"accessMode": "RWX"}), "modelCache.accessMode", id="access mode"),

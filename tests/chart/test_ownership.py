@@ -17,7 +17,7 @@ from tests.chart.refusals import cluster, models
 from tests.chart.test_objects import CASES
 from tests.config.test_quantity import QUANTITIES
 
-from tera.config.quantity import canonical
+from tera.config.quantity import amount, canonical
 from tera.plan import plan
 
 Object = dict[str, Any]
@@ -118,9 +118,11 @@ def test_notes_say_what_to_do_about_a_release_that_kuberay_owns_a_part_of() -> N
 @settings(max_examples=25, deadline=None)
 def test_chart_writes_any_quantity_as_python_does(drawn: list[str]) -> None:
     claim, storage, shm, *resources = drawn
-    head, worker = resources[:2], resources[2:4]
+    gateway, (cpu, memory) = resources[:2], resources[2:4]
+    shm, memory = sorted((shm, memory), key=amount)  # the one is a part of the other
+    worker = [cpu if amount(cpu) >= 2 else "2", memory]  # a core for each GPU
     values = models()
-    values["head"] = {"resources": dict(zip(("cpu", "memory"), head, strict=True))}
+    values["gateway"] = {"resources": dict(zip(("cpu", "memory"), gateway, strict=True))}
     values["modelCache"] = {"enabled": True, "size": claim}
     values["redis"] = {"storage": storage}
     values["gpuPools"]["l4"] |= {
@@ -134,8 +136,18 @@ def test_chart_writes_any_quantity_as_python_does(drawn: list[str]) -> None:
     (template,) = one(objects, "StatefulSet", "prod-redis")["spec"]["volumeClaimTemplates"]
     assert template["spec"]["resources"]["requests"] == {"storage": canonical(storage)}
     found = pods(objects)
-    for name, (cpu, memory) in {"head": head, "l4": worker}.items():
+    for name, (cpu, memory) in {"cpu": gateway, "l4": worker}.items():
         (container,) = found[name]["spec"]["containers"]
         limits = container["resources"]["limits"]
         assert (limits["cpu"], limits["memory"]) == (canonical(cpu), canonical(memory))
     assert canonical(shm) in list(quantities(found["l4"]["spec"]["volumes"]))
+
+
+@pytest.mark.parametrize(
+    ("number", "written"), [(6, "6"), (1.5, "1500m"), (0.25, "250m"), (8589934592, "8589934592")]
+)
+def test_number_is_a_quantity_as_it_is_to_kubernetes(number: float, written: str) -> None:
+    values = {"gateway": {"resources": {"cpu": number}}}
+    (container,) = pods(render(values))["cpu"]["spec"]["containers"]
+    assert container["resources"]["limits"]["cpu"] == written
+    assert platform_of(values).gateway.resources.cpu == written

@@ -132,6 +132,7 @@ def values(draw: st.DrawFn) -> Object:
             }
         else:
             models[name] = {**shared, "engine": {"kind": "simulated", "args": args}}
+    of_models = st.dictionaries(st.sampled_from(sorted(models)), LIMITS) if models else st.just({})
     return {
         "models": models,
         "modelDefaults": draw(optional(enabled=st.booleans(), replicas=REPLICAS, scaling=SCALING)),
@@ -143,7 +144,7 @@ def values(draw: st.DrawFn) -> Object:
                     default=LIMITS,
                     tenants=st.dictionaries(
                         NAMES,
-                        st.tuples(LIMITS, st.dictionaries(NAMES, LIMITS, max_size=1)).map(
+                        st.tuples(LIMITS, of_models).map(
                             lambda both: {**both[0], "models": both[1]}
                         ),
                         max_size=2,

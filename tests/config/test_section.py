@@ -42,7 +42,9 @@ def test_a_section_comes_back_from_its_file_form(section: Section) -> None:
 )
 def test_a_limit_is_a_number_that_redis_counts_exactly(name: str, most: int) -> None:
     def values(number: int) -> dict[str, Any]:
-        return {"gateway": {"limits": {"tenants": {"acme": {"models": {"m": {name: number}}}}}}}
+        limits = {"tenants": {"acme": {"models": {"m": {name: number}}}}}
+        model = {"id": "m", "engine": {"kind": "simulated"}}
+        return {"models": {"m": model}, "gateway": {"limits": limits}}
 
     PlatformConfig.parse(values(most))
     with pytest.raises(ConfigError) as raised:

@@ -2,8 +2,9 @@
      `tera.config.quantity`. KubeRay reads a RayService and writes it back whole. What it writes in another
      way than we do is its own from then on, and Helm's next upgrade a conflict. */}}
 {{- define "tera.quantity" -}}
-{{- $suffix := regexFind "[a-zA-Z]*$" . -}}
-{{- $parts := trimSuffix $suffix . | splitList "." -}}
+{{- $text := kindIs "string" . | ternary . (printf "%f" (float64 .)) -}}
+{{- $suffix := regexFind "[a-zA-Z]*$" $text -}}
+{{- $parts := trimSuffix $suffix $text | splitList "." -}}
 {{- $whole := regexReplaceAll "^0+" (first $parts) "" -}}
 {{- $fraction := regexReplaceAll "0+$" (rest $parts | join "") "" -}}
 {{- if hasSuffix "i" $suffix -}}
@@ -22,6 +23,15 @@
     0
   {{- end -}}
 {{- end -}}
+{{- end }}
+
+{{/* How much a quantity is, to compare: bytes, or cores. */}}
+{{- define "tera.amount" -}}
+{{- $canonical := include "tera.quantity" . -}}
+{{- $suffix := regexFind "[a-zA-Z]*$" $canonical -}}
+{{- $units := dict "n" 1e-9 "u" 1e-6 "m" 1e-3 "" 1.0 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18
+      "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "Ei" 1152921504606846976.0 -}}
+{{- mulf (trimSuffix $suffix $canonical | float64) (get $units $suffix) -}}
 {{- end }}
 
 {{/* A quantity with a binary suffix, from its whole part, its fraction and its suffix. */}}

@@ -98,6 +98,13 @@
       {{- $faults = append $faults (printf "gpuPools.%s.joins: the pool '%s' joins '%s'; name one that joins none" $name $pool.joins (get $pools $pool.joins).joins) -}}
     {{- end -}}
   {{- end -}}
+  {{- $memory := $pool.resources.memory -}}
+  {{- if gt (include "tera.amount" $pool.shmSize | float64) (include "tera.amount" $memory | float64) -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.shmSize: %s exceeds resources.memory (%s), of which it is a part; lower it, or raise resources.memory" $name (include "tera.quantity" $pool.shmSize) (include "tera.quantity" $memory)) -}}
+  {{- end -}}
+  {{- if lt (include "tera.amount" $pool.resources.cpu | float64) (float64 $pool.gpusPerWorker) -}}
+    {{- $faults = append $faults (printf "gpuPools.%s.resources.cpu: %s is less than one for each of %d GPUs; raise it, or lower gpusPerWorker" $name (include "tera.quantity" $pool.resources.cpu) (int $pool.gpusPerWorker)) -}}
+  {{- end -}}
   {{- $wanted := div (add (get $gpus $name | default 0) 839) 840 -}}
   {{- $there := 0 -}}
   {{- range $each := get $holding $name -}}
@@ -106,6 +113,23 @@
   {{- if gt (int $wanted) (int $there) -}}
     {{- $faults = append $faults (printf "gpuPools.%s.maxWorkers: its models may need %d GPUs but its workers have %d; raise maxWorkers, or lower a replicas.max" $name (int $wanted) (int $there)) -}}
   {{- end -}}
+{{- end -}}
+
+{{- $known := keys $models | sortAlpha -}}
+{{- $limits := dict "default" ($values.gateway.limits.default | default dict) -}}
+{{- range $tenant, $each := $values.gateway.limits.tenants -}}
+  {{- $_ := set $limits (printf "tenants.%s" $tenant) $each -}}
+{{- end -}}
+{{- range $path, $each := $limits -}}
+  {{- range $name, $_ := $each.models -}}
+    {{- if not (hasKey $models $name) -}}
+      {{- $faults = append $faults (printf "gateway.limits.%s.models.%s: there is no model '%s'; the models are: %s" $path $name $name (join ", " $known | default "none")) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- $head := $values.head.resources.memory -}}
+{{- if lt (include "tera.amount" $head | float64) (include "tera.amount" "4Gi" | float64) -}}
+  {{- $faults = append $faults (printf "head.resources: memory %s is too little for Ray's own processes; give 4Gi or more" (include "tera.quantity" $head)) -}}
 {{- end -}}
 
 {{- $faults = concat $faults (include "tera.boundsFault" (list "gateway.replicas" $values.gateway.replicas) | fromJsonArray) -}}
@@ -129,6 +153,8 @@
 {{- end -}}
 {{- if and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteOnce") (gt (int $workers) 1) -}}
   {{- $faults = append $faults (printf "modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have %d; use ReadWriteMany" (int $workers)) -}}
+{{- else if and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteOnce") (eq $values.upgrade.strategy "NewCluster") -}}
+  {{- $faults = append $faults "modelCache.accessMode: ReadWriteOnce is for one worker and a new cluster starts a second one; use ReadWriteMany, or set upgrade.strategy: None" -}}
 {{- end -}}
 {{- if and $values.huggingface.offline (not (and $values.modelCache.enabled (eq $values.modelCache.accessMode "ReadWriteMany"))) -}}
   {{- $faults = append $faults "huggingface.offline: gateways and workers then read only the model cache; set modelCache.enabled: true, with accessMode: ReadWriteMany" -}}

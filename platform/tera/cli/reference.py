@@ -91,6 +91,8 @@ class _Reference:
         return path, schema
 
     def _type(self, schema: dict[str, Any]) -> str:
+        if schema.get("anyOf") == _QUANTITY["anyOf"]:
+            return "quantity"
         if "anyOf" in schema:
             return " or ".join(self._type(each) for each in schema["anyOf"])
         if "enum" in schema:
@@ -101,8 +103,6 @@ class _Reference:
         names = {"object": "map", "string": "text", "null": "absent"}
         bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
         limits = [f"{sign} {schema[key]:.16g}" for key, sign in bounds.items() if key in schema]
-        if schema.get("pattern") == _QUANTITY["pattern"]:
-            return "quantity"
         return " ".join([names.get(kind, kind), ", ".join(limits)]).strip()
 
     def _row(self, path: str, kind: str, schema: dict[str, Any], otherwise: str = "") -> str:

@@ -1,17 +1,36 @@
 """The part of the configuration that only a cluster uses; `tera serve` ignores it."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
 from tera.config import quantity
 from tera.config.section import Section
 
 Quantity = Annotated[
-    str, StringConstraints(pattern=quantity.PATTERN), AfterValidator(quantity.canonical)
+    str,
+    StringConstraints(pattern=quantity.PATTERN),
+    BeforeValidator(quantity.as_text),
+    AfterValidator(quantity.canonical),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": quantity.PATTERN},
+                {"type": "number", "minimum": 0, "maximum": quantity.LARGEST_NUMBER},
+            ]
+        }
+    ),
 ]
-"""A Kubernetes quantity as text: "6", "500m", 24Gi. Kept in canonical form, so that writing the
-same amount differently does not count as an edit."""
+"""A Kubernetes quantity: 6, "500m", 24Gi. Kept in canonical form, so that writing the same amount
+differently does not count as an edit."""
 
 
 class ImageConfig(Section):
@@ -49,11 +68,23 @@ class Resources(Section):
     """Bytes."""
 
 
+_LEAST_HEAD_MEMORY: Final = "4Gi"
+
+
 class HeadResources(Resources):
     """The Ray head's requests and limits, which are the same."""
 
     memory: Quantity = "8Gi"
-    """Memory, for Ray's own state; at least 8Gi."""
+    """Memory, for Ray's own state; 4Gi at least, and 8Gi where there is load."""
+
+    @model_validator(mode="after")
+    def _hold_ray(self) -> Self:
+        if quantity.amount(self.memory) < quantity.amount(_LEAST_HEAD_MEMORY):
+            raise ValueError(
+                f"memory {self.memory} is too little for Ray's own processes; give "
+                f"{_LEAST_HEAD_MEMORY} or more"
+            )
+        return self
 
 
 class PoolResources(Resources):

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from tera.config import quantity
 from tera.config.cluster import (
     GcsFaultToleranceConfig,
     HeadConfig,
@@ -83,6 +84,8 @@ class PlatformConfig(Section):
             *_shared_orders(self.gpu_pools),
             *_misjoined_pools(self.gpu_pools),
             *_misplaced_models(self),
+            *_undersized_pools(self.gpu_pools),
+            *_unknown_limits(self),
             *_unshared_cache(self),
             *_unread_cache(self),
         ]
@@ -182,6 +185,37 @@ def _misplaced_models(platform: PlatformConfig) -> Iterator[str]:
             )
 
 
+def _undersized_pools(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
+    for name, pool in pools.items():
+        resources = pool.resources
+        if quantity.amount(pool.shm_size) > quantity.amount(resources.memory):
+            yield (
+                f"gpuPools.{name}.shmSize: {pool.shm_size} exceeds resources.memory "
+                f"({resources.memory}), of which it is a part; lower it, or raise resources.memory"
+            )
+        if quantity.amount(resources.cpu) < pool.gpus_per_worker:
+            # Every replica takes a core of Ray's, so that a GPU without one would stay idle.
+            yield (
+                f"gpuPools.{name}.resources.cpu: {resources.cpu} is less than one for each of "
+                f"{pool.gpus_per_worker} GPUs; raise it, or lower gpusPerWorker"
+            )
+
+
+def _unknown_limits(platform: PlatformConfig) -> Iterator[str]:
+    limits = platform.gateway.limits
+    there = ", ".join(sorted(platform.models)) or "none"
+    for path, of_tenant in (
+        ("default", limits.default),
+        *((f"tenants.{name}", each) for name, each in limits.tenants.items()),
+    ):
+        for name in of_tenant.models:
+            if name not in platform.models:
+                yield (
+                    f"gateway.limits.{path}.models.{name}: there is no model {name!r}; the models "
+                    f"are: {there}"
+                )
+
+
 def _unshared_cache(platform: PlatformConfig) -> Iterator[str]:
     cache = platform.model_cache
     workers = sum(pool.max_workers for pool in platform.gpu_pools.values())
@@ -189,6 +223,15 @@ def _unshared_cache(platform: PlatformConfig) -> Iterator[str]:
         yield (
             f"modelCache.accessMode: ReadWriteOnce is for one worker and the pools may have "
             f"{workers}; use ReadWriteMany"
+        )
+    elif (
+        cache.enabled
+        and cache.access_mode == "ReadWriteOnce"
+        and platform.upgrade.strategy == "NewCluster"
+    ):
+        yield (
+            "modelCache.accessMode: ReadWriteOnce is for one worker and a new cluster starts a "
+            "second one; use ReadWriteMany, or set upgrade.strategy: None"
         )
 
 
