@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ DEMO_MODELS = {
 def ensure_demo_model(name: str, models_dir: Path, dtype: Dtype, progress: Progress) -> Path:
     """Return the directory of the demo model, building it unless it is there and complete.
 
-    Takes about half a minute the first time. If two callers ask at once, one builds it and the
+    Takes about twenty seconds the first time. If two callers ask at once, one builds it and the
     other waits. What an interrupted call leaves behind is never mistaken for a model.
 
     Args:
@@ -161,9 +162,15 @@ def _convert(
     """Write the model and its tokenizer in the layout of a model hub's repository."""
     progress("Loading libraries", 0.02)
     # Imported here: they take seconds to load, and only this process needs them.
+    import gguf
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # transformers parses the file anew for config, weights and tokenizer, and maps all names anew
+    # for each layer, which would be more than half of the time that all of this takes.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, cache(getattr(gguf, name)))
 
     progress("Reading weights", 0.4)
     source = {"gguf_file": weights.name, "local_files_only": True}
