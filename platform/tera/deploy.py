@@ -21,7 +21,6 @@ from tera.engine.deployment import EngineReplica
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.turns import Sleeper, Turn, TurnTakingEngine
 from tera.engine.vllm import VllmEngine
-from tera.gateway.deployment import GatewayReplica
 from tera.generation import ENGINE_STALL_S
 
 
@@ -73,5 +72,8 @@ def build_model(args: dict[str, Any]) -> Application:
 
 def build_gateway(args: dict[str, Any]) -> Application:
     """Return the gateway's application; it takes no arguments, so that no edit restarts it."""
+    # Here, since it takes half a second of CPU, which no replica of a model has to spend.
+    from tera.gateway.deployment import GatewayReplica
+
     assert not args
     return serve.deployment(name=GATEWAY_DEPLOYMENT)(serve.ingress()(GatewayReplica)).bind()
