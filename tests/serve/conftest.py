@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,7 +23,6 @@ from tera.local.state import LocalState
 from tera.local.status import read_status
 
 TERA = Path(sys.executable).with_name("tera")
-DEMO_MODELS = Path(__file__).parents[2] / ".tera" / "models"
 
 # What a developer's shell may hold must not reach the platforms of these tests.
 _FOREIGN = (
@@ -41,7 +41,7 @@ STOP_DEADLINE_S = 20
 """Promised in `docs/architecture.md`: whatever it started is gone by then."""
 
 
-def until(condition: Callable[[], object], *, timeout_s: float = 30, every_s: float = 0.05) -> None:
+def until(condition: Callable[[], object], *, timeout_s: float = 30, every_s: float = 0.3) -> None:
     """Return once `condition` holds; another process's state comes without an event."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -150,6 +150,34 @@ class Platform:
     def tera(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return tera(self.home, *arguments, port=self.port)
 
+    def apply(self, values: str) -> None:
+        """Give it other values; return once it has them."""
+        file = self.home.parent / "applied.yaml"
+        file.write_text(values)
+        applied = self.tera("apply", "-f", str(file))
+        assert applied.returncode == 0, applied.stderr
+
+    def become(self, values: str) -> None:
+        """Give it other values; return once exactly the replicas that they start with run."""
+        self.apply(values)
+        wanted = yaml.safe_load(values)
+        models = {name: _least(model) for name, model in wanted["models"].items()}
+
+        def settled() -> bool:
+            status = self.status()
+            found = {each["name"]: each["replicas"] for each in status["models"]}
+            return (
+                {name: len(replicas) for name, replicas in found.items()} == models
+                and len(status["gateway"]) == _least(wanted.get("gateway", {}))
+                and all(
+                    each["running"] is not None and not each["draining"]
+                    for replicas in found.values()
+                    for each in replicas
+                )
+            )
+
+        until(settled, timeout_s=120)
+
     def status(self) -> dict[str, Any]:
         """Return what `tera status --json` prints, without a process for each look."""
         return read_status(LocalState.read(self.home))
@@ -205,6 +233,12 @@ class Platform:
                     process.kill()
             self.process.kill()
             self.process.wait()
+
+
+def _least(values: dict[str, Any]) -> int:
+    """Return how many replicas values of a model or of the gateway start with."""
+    replicas: int = values.get("replicas", {}).get("min", 1)
+    return replicas
 
 
 SIMULATED_VALUES = """\

@@ -3,16 +3,46 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
 from benchmarks.streams import Answer, StreamClient, ask_all
 from tests.serve.conftest import Platform, until
 
 from tera.engine.simulated_vocabulary import Vocabulary
 
 Body = dict[str, Any]
+
+STEP_S = 0.05
+PACED, STEADY = "sim/paced", "sim/steady"
+"""A model to which tests do things, with a token each `STEP_S`, and one that is left alone."""
+
+
+def values(
+    paced: Mapping[str, Any], *, gateway: Mapping[str, Any] | None = None, **models: Any
+) -> str:
+    """Return values with both models and maybe more, of which some are a test's own.
+
+    All tests make their platform's first model from the same arguments, which only an edit of
+    those would reload: so it is its replicas that come and go between them, and nothing more.
+    """
+    engines = {
+        "paced": {"decode_step_s": STEP_S, "max_running": 512},
+        "steady": {"decode_step_s": 0.005},
+    }
+    both = {
+        name: {"id": f"sim/{name}", "engine": {"kind": "simulated", "args": {"profile": profile}}}
+        for name, profile in engines.items()
+    }
+    both["paced"] |= paced
+    return yaml.safe_dump({"models": {**both, **models}, "gateway": gateway or {}})
+
+
+def bounds(least: int, most: int | None = None) -> dict[str, int]:
+    """Return `replicas` of so many, or of any number between two."""
+    return {"min": least, "max": least if most is None else most}
 
 
 def greedy(model: str, number: int, max_tokens: int = 100) -> Body:
@@ -34,9 +64,9 @@ def faults(answers: Sequence[Answer]) -> set[str]:
     return {answer.error for answer in answers} - {""}
 
 
-async def undisturbed(platform: Platform, bodies: Sequence[Body], model: str) -> list[Any]:
-    """Return the choices that the same requests get of another model, to which nothing happens."""
-    elsewhere = [{**body, "model": model} for body in bodies]
+async def undisturbed(platform: Platform, bodies: Sequence[Body]) -> list[Any]:
+    """Return the choices that the same requests get of the model to which nothing happens."""
+    elsewhere = [{**body, "model": STEADY} for body in bodies]
     answers = await ask_all(platform.port, platform.api_key, elsewhere, clients=4)
     assert not faults(answers)
     return [answer.choices for answer in answers]
@@ -166,7 +196,4 @@ def told(answers: Sequence[Answer]) -> dict[str, int]:
 
 async def apply(platform: Platform, values: str) -> None:
     """Give the running platform other values; return once it has them."""
-    file = platform.home.parent / "changed.yaml"
-    file.write_text(values)
-    applied = await asyncio.to_thread(platform.tera, "apply", "-f", str(file))
-    assert applied.returncode == 0, applied.stderr
+    await asyncio.to_thread(platform.apply, values)

@@ -1,6 +1,5 @@
 """A model that can neither be loaded nor started, beside others that are served."""
 
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,8 +10,8 @@ from tests.serve.conftest import Platform, until
 pytestmark = pytest.mark.slow
 
 
-def simulated(name: str, **profile: float) -> dict[str, Any]:
-    return {"id": f"sim/{name}", "engine": {"kind": "simulated", "args": {"profile": profile}}}
+def simulated(name: str, **args: Any) -> dict[str, Any]:
+    return {"id": f"sim/{name}", "engine": {"kind": "simulated", **args}}
 
 
 def apply(platform: Platform, **models: Any) -> int:
@@ -21,12 +20,11 @@ def apply(platform: Platform, **models: Any) -> int:
     return platform.tera("apply", "-f", str(file)).returncode
 
 
-def test_a_broken_model_takes_neither_gateways_nor_other_models_away(tmp_path: Path) -> None:
-    good = {"one": simulated("one"), "two": simulated("two")}
-    with (
-        Platform.running(tmp_path / "home", yaml.safe_dump({"models": good})) as platform,
-        platform.http() as http,
-    ):
+def test_a_broken_model_takes_neither_gateways_nor_other_models_away(operated: Platform) -> None:
+    platform, good = operated, {"one": simulated("one"), "two": simulated("two")}
+    broken = simulated("three", args={"profile": {"speed": 2}})
+    platform.become(yaml.safe_dump({"models": good}))
+    with platform.http() as http:
 
         def statuses() -> dict[str, str]:
             answer = http.get("/v1/models")
@@ -38,7 +36,7 @@ def test_a_broken_model_takes_neither_gateways_nor_other_models_away(tmp_path: P
             body = {"model": model, "prompt": "Once", "max_tokens": 4}
             return http.post("/v1/completions", json=body).status_code
 
-        assert apply(platform, **good, three=simulated("three", speed=2)) == 1
+        assert apply(platform, **good, three=broken) == 1
         as_it_is = {"sim/one": "ready", "sim/two": "ready", "sim/three": "failed"}
         until(lambda: statuses() == as_it_is)
         assert [answered(model) for model in as_it_is] == [200, 200, 500]

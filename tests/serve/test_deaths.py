@@ -4,13 +4,12 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from benchmarks.streams import Answer, StreamClient
 from tests.serve.conftest import Platform, until
-from tests.serve.load import faults, new_key, serving, told, used
+from tests.serve.load import PACED, bounds, faults, new_key, serving, told, used, values
 
 pytestmark = pytest.mark.slow
 
@@ -18,23 +17,16 @@ SEED = 6
 ROUNDS = 4
 STREAMS = 100
 REPLICAS = 3
-MODEL = "sim/mortal"
-VALUES = f"""\
-models:
-  mortal:
-    id: {MODEL}
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.02, max_running: 512}}}}}}
-    replicas: {{min: {REPLICAS}, max: {REPLICAS}}}
-    scaling: {{maxOngoingRequests: 256}}
-"""
+MODEL = PACED
+VALUES = values({"replicas": bounds(REPLICAS), "scaling": {"maxOngoingRequests": 256}})
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.running(tmp_path_factory.mktemp("deaths") / "home", VALUES) as found:
-        yield found
+def platform(operated: Platform) -> Platform:
+    operated.become(VALUES)
+    return operated
 
 
 def request(number: int) -> tuple[str, dict[str, Any]]:
@@ -48,7 +40,7 @@ def request(number: int) -> tuple[str, dict[str, Any]]:
         (CHAT, {"messages": [{"role": "user", "content": about}], "temperature": 0}),
     ]
     path, body = kinds[number % len(kinds)]
-    return path, {"model": MODEL, "max_tokens": 120, **body}
+    return path, {"model": MODEL, "max_tokens": 60, **body}
 
 
 async def all_streams(
@@ -75,15 +67,16 @@ async def all_streams(
 async def test_b2_deaths_at_random_moments_lose_nothing(platform: Platform) -> None:
     # As many slots as streams: one that a death kept would refuse a stream of the next round.
     key = new_key(platform, "deaths", "--concurrent-requests", str(STREAMS))
+    switches = platform.sample("tera_replica_switches_total", model="paced")
     rng = random.Random(SEED)
     undisturbed = await all_streams(platform, key)
     assert not faults(undisturbed)
     events = sum(len(answer.arrivals_s) for answer in undisturbed)
     rounds = [undisturbed]
     for number in range(ROUNDS):
-        until(lambda: len(serving(platform, "mortal")) == REPLICAS, timeout_s=60)
-        platform.wait_until_idle("mortal", replicas=REPLICAS)
-        moment, victim = rng.randrange(1, events), rng.choice(serving(platform, "mortal"))
+        until(lambda: len(serving(platform, "paced")) == REPLICAS, timeout_s=60)
+        platform.wait_until_idle("paced", replicas=REPLICAS)
+        moment, victim = rng.randrange(1, events), rng.choice(serving(platform, "paced"))
         answers = await all_streams(platform, key, moment, victim)
         assert not faults(answers), f"round {number}, killed at event {moment} of {events}"
         changed = [
@@ -94,6 +87,7 @@ async def test_b2_deaths_at_random_moments_lose_nothing(platform: Platform) -> N
         assert changed == [], f"round {number}, killed at event {moment} of {events}"
         assert told(answers) == told(undisturbed), "each token counts once"
         rounds.append(answers)
-    assert platform.sample("tera_replica_switches_total", model="mortal") > ROUNDS
+    moved = platform.sample("tera_replica_switches_total", model="paced") - switches
+    assert moved > ROUNDS
     expected = told([answer for answers in rounds for answer in answers])
     until(lambda: used(platform, "deaths") == expected, timeout_s=15)

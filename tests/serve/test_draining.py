@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -11,8 +10,11 @@ from benchmarks.streams import ask_all
 from openai import AsyncOpenAI
 from tests.serve.conftest import Platform, until
 from tests.serve.load import (
+    PACED,
+    STEADY,
     Streams,
     apply,
+    bounds,
     endless,
     faults,
     greedy,
@@ -21,42 +23,37 @@ from tests.serve.load import (
     told,
     undisturbed,
     used,
+    values,
 )
 
 pytestmark = pytest.mark.slow
 
-MODEL = "sim/leaving"
+MODEL = PACED
 GATEWAYS = 2
-STEP_S = 0.1
 DRAIN_S = 8
 """In which a leaving replica's streams may finish."""
-LONG_TOKENS = 250
+LONG_TOKENS = 500
 """Seventeen seconds more than `DRAIN_S`: they are not over yet, however late the replica leaves."""
-SHORT_TOKENS = 50
+SHORT_TOKENS = 100
 """Enough to be under way until whatever happens has happened."""
 GRACE_S = 2
 """From SIGTERM to SIGKILL."""
-VALUES = f"""\
-models:
-  leaving:
-    id: {MODEL}
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}, max_running: 256}}}}}}
-    replicas: {{min: 2, max: 2}}
-    scaling: {{maxOngoingRequests: 256, downscaleDelaySeconds: 0}}
-  fast:
-    id: sim/fast
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0}}}}}}
-gateway:
-  replicas: {{min: {GATEWAYS}, max: {GATEWAYS}}}
-  requests: {{drainSeconds: {DRAIN_S}}}
-"""
-WITH_ONE_REPLICA = VALUES.replace("{min: 2, max: 2}\n    scaling", "{min: 1, max: 1}\n    scaling")
+
+
+def with_replicas(count: int) -> str:
+    return values(
+        {
+            "replicas": bounds(count),
+            "scaling": {"maxOngoingRequests": 256, "downscaleDelaySeconds": 0},
+        },
+        gateway={"replicas": bounds(GATEWAYS), "requests": {"drainSeconds": DRAIN_S}},
+    )
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.running(tmp_path_factory.mktemp("draining") / "home", VALUES) as found:
-        yield found
+def platform(operated: Platform) -> Platform:
+    operated.become(with_replicas(2))
+    return operated
 
 
 @pytest.fixture
@@ -64,10 +61,10 @@ def replicas(platform: Platform) -> list[int]:
     """The process ids of both replicas, whatever the test before has done to them."""
 
     def both() -> bool:
-        return len(platform.replicas("leaving")) == len(serving(platform, "leaving")) == 2
+        return len(platform.replicas("paced")) == len(serving(platform, "paced")) == 2
 
     until(both, timeout_s=90)
-    return serving(platform, "leaving")
+    return serving(platform, "paced")
 
 
 async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
@@ -78,22 +75,22 @@ async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
     bodies += [endless(MODEL, number, SHORT_TOKENS) for number in short]
     later = [endless(MODEL, number, 10) for number in new]
     expected, expected_later = (
-        await undisturbed(platform, bodies, "sim/fast"),
-        await undisturbed(platform, later, "sim/fast"),
+        await undisturbed(platform, bodies),
+        await undisturbed(platform, later),
     )
-    switches = platform.sample("tera_replica_switches_total", model="leaving")
+    switches = platform.sample("tera_replica_switches_total", model="paced")
     try:
         async with (
             Streams(platform, platform.api_key, bodies) as streams,
             asyncio.TaskGroup() as beside,
         ):
-            beside.create_task(apply(platform, WITH_ONE_REPLICA))
+            beside.create_task(apply(platform, with_replicas(1)))
 
             def one_leaves() -> bool:
-                return len(serving(platform, "leaving")) == 1
+                return len(serving(platform, "paced")) == 1
 
             await asyncio.to_thread(until, one_leaves)
-            (stays,) = serving(platform, "leaving")
+            (stays,) = serving(platform, "paced")
             answers_later = await ask_all(
                 platform.port, platform.api_key, later, clients=len(later)
             )
@@ -102,22 +99,22 @@ async def test_b6_a_replica_that_is_taken_away_finishes_or_hands_over(
         assert [answer.choices for answer in answers] == expected
         assert [answer.choices for answer in answers_later] == expected_later
         # Short streams finished where they were; the leaving replica's long ones moved.
-        moved = platform.sample("tera_replica_switches_total", model="leaving") - switches
+        moved = platform.sample("tera_replica_switches_total", model="paced") - switches
         assert 1 <= moved <= len(long)
 
         def one_is_left() -> bool:
-            return [each["pid"] for each in platform.replicas("leaving")] == [stays]
+            return [each["pid"] for each in platform.replicas("paced")] == [stays]
 
         until(one_is_left, timeout_s=30)
     finally:
-        await apply(platform, VALUES)
+        await apply(platform, with_replicas(2))
 
 
 async def test_b6_a_terminated_replicas_streams_go_on(
     platform: Platform, replicas: list[int]
 ) -> None:
     bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
-    expected = await undisturbed(platform, bodies, "sim/fast")
+    expected = await undisturbed(platform, bodies)
     async with Streams(platform, platform.api_key, bodies) as streams:
         victim = psutil.Process(replicas[0])
         victim.terminate()
@@ -132,16 +129,16 @@ async def test_b6_a_terminated_replicas_streams_go_on(
 async def test_a_gateway_killed_under_load_costs_clients_their_own_retries(
     platform: Platform, replicas: list[int]
 ) -> None:
-    bodies = [endless(MODEL, number, 40) for number in range(30)]
-    later = greedy("sim/fast", 30, 20)
-    expected = await undisturbed(platform, bodies, "sim/fast")
-    [expected_later] = await undisturbed(platform, [later], "sim/fast")
+    bodies = [endless(MODEL, number, 80) for number in range(30)]
+    later = greedy(STEADY, 30, 20)
+    expected = await undisturbed(platform, bodies)
+    [expected_later] = await undisturbed(platform, [later])
     victim = platform.status()["gateway"][0]["pid"]
     async with AsyncOpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.api_key) as client:
         asked = [asyncio.create_task(client.completions.create(**body)) for body in bodies]
 
         def all_run() -> bool:
-            return platform.sample("tera_engine_running", model="leaving") == len(bodies)
+            return platform.sample("tera_engine_running", model="paced") == len(bodies)
 
         await asyncio.to_thread(until, all_run, timeout_s=20, every_s=0)
         os.kill(victim, signal.SIGKILL)
@@ -167,7 +164,7 @@ async def test_a_gateways_death_ends_no_streams_but_its_own(
     until(lambda: len(platform.status()["gateway"]) == GATEWAYS, timeout_s=60)
     key = new_key(platform, "bereaved", gateways=GATEWAYS)
     bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
-    expected = await undisturbed(platform, bodies, "sim/fast")
+    expected = await undisturbed(platform, bodies)
     victim = platform.status()["gateway"][0]["pid"]
     async with Streams(platform, key, bodies) as streams:
         os.kill(victim, signal.SIGKILL)
@@ -186,8 +183,8 @@ async def test_a_replica_dies_while_redis_is_away(platform: Platform, replicas: 
     bodies = [endless(MODEL, number, SHORT_TOKENS) for number in range(20)]
     later = [endless(MODEL, number, 10) for number in range(20, 30)]
     expected, expected_later = (
-        await undisturbed(platform, bodies, "sim/fast"),
-        await undisturbed(platform, later, "sim/fast"),
+        await undisturbed(platform, bodies),
+        await undisturbed(platform, later),
     )
     redis: int = platform.status()["redis"]["pid"]
     async with Streams(platform, key, bodies) as streams:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -10,9 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from tests.serve.conftest import (
     SIMULATED_VALUES,
     START_DEADLINE_S,
+    STOP_DEADLINE_S,
     Platform,
     listens,
     tera,
@@ -21,34 +24,32 @@ from tests.serve.conftest import (
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 ONE_MODEL = "models: {one: {id: sim/one, engine: {kind: simulated}}}\n"
 
 
-@pytest.mark.parametrize(
-    ("number", "is_frozen"),
-    [
-        pytest.param(signal.SIGINT, False, id="SIGINT"),
-        pytest.param(signal.SIGTERM, True, id="SIGTERM, with a frozen engine"),
-        pytest.param(signal.SIGHUP, False, id="SIGHUP, as when its terminal is closed"),
-    ],
-)
-def test_a_signal_stops_all_that_was_started(
-    tmp_path: Path, number: signal.Signals, is_frozen: bool
-) -> None:
-    platform = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
+def assert_ends_whole(platform: Platform, number: signal.Signals) -> None:
+    """Send a signal, and see that the command succeeds and leaves nothing behind."""
     family = platform.descendants()
     assert family
-    if is_frozen:
-        psutil.Process(platform.replicas("one")[0]["pid"]).suspend()
+    scratch = _scratch(platform)
+    assert scratch.exists()
     if number == signal.SIGHUP:
         os.killpg(platform.process.pid, number)  # the kernel sends it to all of the foreground
     else:
         platform.process.send_signal(number)
-    assert platform.process.wait(20) == 0
+    assert platform.process.wait(STOP_DEADLINE_S) == 0
     until(lambda: not any(process.is_running() for process in family))
     assert not listens(platform.port)
+    assert not scratch.exists()
     assert not (platform.home / "local.env").exists()
     assert not (platform.home / "state.json").exists()
+
+
+def _scratch(platform: Platform) -> Path:
+    """Return the platform's temporary directory, which is its HAProxy's too."""
+    written = json.loads((platform.home / "processes.json").read_text())
+    return Path(written["scratch"])
 
 
 def test_a_signal_while_engines_load_stops_all(tmp_path: Path) -> None:
@@ -61,7 +62,9 @@ def test_a_signal_while_engines_load_stops_all(tmp_path: Path) -> None:
     until(lambda: not any(process.is_running() for process in family))
 
 
-def test_the_next_start_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_the_next_start_clears_what_a_killed_one_left_and_ends_with_its_terminal(
+    tmp_path: Path,
+) -> None:
     killed = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
     family = killed.descendants()
     # One that does not notice that it is alone, as an engine that is busy may not.
@@ -85,9 +88,39 @@ def test_the_next_start_clears_what_a_killed_one_left(tmp_path: Path) -> None:
                 asked = {"model": "sim/one", "prompt": "Once", "max_tokens": 5}
                 assert client.post("/v1/completions", json=asked).status_code == 200
             assert stranger.poll() is None
+            assert_ends_whole(again, signal.SIGHUP)
         finally:
             stranger.kill()
             again.stop()
+
+
+def overlay() -> str:
+    """Return what the page tells to lay over the production values."""
+    page = (ROOT / "docs/install.md").read_text()
+    found = re.search(r"## Try the values on one machine\n.*?```yaml\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_production_values_run_on_one_machine_and_end_though_an_engine_is_frozen(
+    tmp_path: Path,
+) -> None:
+    production = ROOT / "helm/tera/values-production.yaml"
+    with Platform.running(tmp_path / "home", overlay(), over=[production]) as running:
+        models = yaml.safe_load(production.read_text())["models"]
+        status = running.status()
+        assert [each["name"] for each in status["models"]] == list(models)
+        counts = {each["name"]: len(each["replicas"]) for each in status["models"]}
+        assert counts == {name: each["replicas"]["min"] for name, each in models.items()}
+        assert len(status["gateway"]) == 3
+        with running.http() as http:
+            for name in ("default", *(each["id"] for each in models.values())):
+                asked = {"model": name, "prompt": "Once", "max_tokens": 3}
+                assert http.post("/v1/completions", json=asked).status_code == 200, name
+            owners = {each["owned_by"] for each in http.get("/v1/models").json()["data"]}
+            assert owners == {"simulated"}
+        psutil.Process(running.replicas(next(iter(models)))[0]["pid"]).suspend()
+        assert_ends_whole(running, signal.SIGTERM)
 
 
 def test_a_port_in_use_is_said_in_one_line(simulated: Platform, tmp_path: Path) -> None:
@@ -110,12 +143,12 @@ def test_a_second_platform_in_one_directory_is_refused(simulated: Platform) -> N
 
 def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path) -> None:
     other = Platform.launch(tmp_path / "home", ONE_MODEL).wait_until_ready()
-    family = other.descendants()
     sockets = {
         Path(environment["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
-        for environment in map(_environment, family)
+        for environment in map(_environment, other.descendants())
         if "RAY_SERVE_HAPROXY_SOCKET_PATH" in environment
     }
+    assert sockets == {_scratch(other)}
     # Serve's own listeners share a port with whoever else has it, and so the connections to it.
     assert _listening(simulated).isdisjoint(_listening(other))
     # Ray's and Serve's take code from whoever reaches them.
@@ -125,13 +158,7 @@ def test_platforms_side_by_side_do_not_meet(simulated: Platform, tmp_path: Path)
         assert len(here.get("/v1/models").json()["data"]) == 2
         assert there.get("/v1/models", headers=_bearer(simulated)).status_code == 401
         assert here.get("/v1/models", headers=_bearer(other)).status_code == 401
-        (scratch,) = sockets
-        assert scratch.exists()
-
-        assert other.stop() == 0
-        until(lambda: not any(process.is_running() for process in family))
-        assert not listens(other.port)
-        assert not scratch.exists()
+        assert_ends_whole(other, signal.SIGINT)
         asked = {"model": "sim/small", "prompt": "Once", "max_tokens": 5}
         answer = here.post("/v1/completions", json=asked)
         assert answer.status_code == 200

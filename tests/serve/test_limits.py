@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from math import floor
@@ -16,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from tests.serve.conftest import Platform, until
-from tests.serve.load import new_key, used
+from tests.serve.load import PACED, bounds, new_key, used, values
 
 pytestmark = pytest.mark.slow
 
@@ -24,27 +23,20 @@ GATEWAYS = 4
 LIMIT, REQUESTS = 100, 400
 CLIENTS = 4
 SHARE = LIMIT // GATEWAYS
-MODEL = "sim/limited"
-VALUES = f"""\
-models:
-  limited:
-    id: {MODEL}
-    engine:
-      kind: simulated
-      args: {{profile: {{decode_step_s: 0.01, prefill_tokens_per_s: 0, max_running: 256}}}}
-    scaling: {{maxOngoingRequests: 256}}
-gateway:
-  replicas: {{min: {GATEWAYS}, max: {GATEWAYS}}}
-  limits:
-    tenants:
-      small: {{tokensPerMinute: 100}}
-"""
+MODEL = PACED
+VALUES = values(
+    {"scaling": {"maxOngoingRequests": 256}},
+    gateway={
+        "replicas": bounds(GATEWAYS),
+        "limits": {"tenants": {"small": {"tokensPerMinute": 100}}},
+    },
+)
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.running(tmp_path_factory.mktemp("limits") / "home", VALUES) as found:
-        yield found
+def platform(operated: Platform) -> Platform:
+    operated.become(VALUES)
+    return operated
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,7 @@ def test_l3_who_hangs_up_pays_for_what_was_generated(platform: Platform) -> None
         return found["cancelled"] == 1 and 5 <= found["completion_tokens"] < 1000
 
     until(settled, timeout_s=15)
-    platform.wait_until_idle("limited", replicas=1)
+    platform.wait_until_idle("paced", replicas=1)
 
 
 # U-2 holds here too: the killed replica's request is in the ledger.

@@ -3,47 +3,55 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
 import pytest
 from benchmarks.streams import ask_all
 from tests.serve.conftest import Platform, until
-from tests.serve.load import Streams, apply, endless, faults, undisturbed
+from tests.serve.load import (
+    PACED,
+    STEP_S,
+    Streams,
+    apply,
+    bounds,
+    endless,
+    faults,
+    undisturbed,
+    values,
+)
 
 pytestmark = pytest.mark.slow
 
-MODEL = "sim/elastic"
-STEP_S = 0.05
+MODEL = PACED
 LASTING_TOKENS = 4000
 """Minutes, in which a replica has long been taken away."""
 
 
-def values(least: int, most: int) -> str:
-    return f"""\
-models:
-  elastic:
-    id: {MODEL}
-    # A generation that moves is longer than its prompt, and might belong to a certain replica.
-    routing: least_loaded
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}}}}}}}
-    replicas: {{min: {least}, max: {most}}}
-    scaling: {{targetOngoingRequests: 2, upscaleDelaySeconds: 0, downscaleDelaySeconds: 2}}
-  steady:
-    id: sim/steady
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.005}}}}}}
-"""
+def with_replicas(least: int, most: int) -> str:
+    return values(
+        {
+            # A generation that moves is longer than its prompt, and might belong to a certain
+            # replica.
+            "routing": "least_loaded",
+            "replicas": bounds(least, most),
+            "scaling": {
+                "targetOngoingRequests": 2,
+                "upscaleDelaySeconds": 0,
+                "downscaleDelaySeconds": 2,
+            },
+        }
+    )
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.running(tmp_path_factory.mktemp("scale-down") / "home", values(2, 2)) as found:
-        yield found
+def platform(operated: Platform) -> Platform:
+    operated.become(with_replicas(2, 2))
+    return operated
 
 
 def loads(platform: Platform) -> dict[str, int | None]:
     """Return how many streams each replica has; None if it does not say."""
-    return {each["replica_id"]: each["running"] for each in platform.replicas("elastic")}
+    return {each["replica_id"]: each["running"] for each in platform.replicas("paced")}
 
 
 async def has(platform: Platform, expected: dict[str, int]) -> None:
@@ -66,13 +74,13 @@ async def settled(platform: Platform, count: int) -> set[str]:
 
 async def scaled(platform: Platform, least: int, most: int, *, becomes: int) -> set[str]:
     """Set the bounds, and return the replicas' ids once there are so many."""
-    await apply(platform, values(least, most))
+    await apply(platform, with_replicas(least, most))
     return await settled(platform, becomes)
 
 
 async def reported(platform: Platform) -> None:
     """Return once Serve has heard of what runs: after five seconds' text, and it hears in 1.4."""
-    assert await undisturbed(platform, [endless(MODEL, 0, 1000)], "sim/steady")
+    assert await undisturbed(platform, [endless(MODEL, 0, 1000)])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ async def reported(platform: Platform) -> None:
 async def test_the_busy_replica_stays_be_it_the_newest(platform: Platform, most: int) -> None:
     lasting = endless(MODEL, 0, LASTING_TOKENS)
     beside = [endless(MODEL, number, LASTING_TOKENS) for number in (1, 2)]
-    switches = platform.sample("tera_replica_switches_total", model="elastic")
+    switches = platform.sample("tera_replica_switches_total", model="paced")
     older = await scaled(platform, 2, 2, becomes=2)
     async with AsyncExitStack() as stack:
         async with Streams(platform, platform.api_key, beside):
@@ -92,7 +100,7 @@ async def test_the_busy_replica_stays_be_it_the_newest(platform: Platform, most:
         await reported(platform)
         assert await scaled(platform, 1, most, becomes=1) == {newest}
         assert loads(platform) == {newest: 1}
-        assert platform.sample("tera_replica_switches_total", model="elastic") == switches
+        assert platform.sample("tera_replica_switches_total", model="paced") == switches
 
 
 async def test_a_replica_stays_that_goes_on_with_what_a_dead_one_ran(platform: Platform) -> None:
@@ -102,7 +110,7 @@ async def test_a_replica_stays_that_goes_on_with_what_a_dead_one_ran(platform: P
         (victim,) = (replica for replica, streams in loads(platform).items() if streams)
         (idle,) = older - {victim}
         (newer,) = await scaled(platform, 3, 3, becomes=3) - older
-        pids = {each["replica_id"]: each["pid"] for each in platform.replicas("elastic")}
+        pids = {each["replica_id"]: each["pid"] for each in platform.replicas("paced")}
         os.kill(pids[idle], signal.SIGSTOP)  # so that it is given nothing
         try:
             # Who has had something can be given what another has lost, without a call of Serve's.

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,57 +10,62 @@ import psutil
 import pytest
 from benchmarks.streams import Answer, StreamClient
 from tests.serve.conftest import Platform, until
-from tests.serve.load import Load, apply, faults, greedy, serving, undisturbed
+from tests.serve.load import (
+    PACED,
+    STEADY,
+    Load,
+    apply,
+    bounds,
+    faults,
+    greedy,
+    serving,
+    undisturbed,
+    values,
+)
 
 pytestmark = pytest.mark.slow
 
 WAITING = 50
-STEP_S = 0.05
-VALUES = f"""\
-models:
-  elastic:
-    id: sim/elastic
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}}}}}}}
-    replicas: {{min: 1, max: 8}}
-    scaling: {{targetOngoingRequests: 2, upscaleDelaySeconds: 0, downscaleDelaySeconds: 2}}
-  rolled:
-    id: sim/rolled
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}}}}}}}
-    replicas: {{min: 2, max: 2}}
-  steady:
-    id: sim/steady
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.005}}}}}}
-  sleeper:
-    id: sim/sleeper
-    engine: {{kind: simulated, args: {{profile: {{startup_s: 4}}}}}}
-    replicas: {{min: 0, max: 4}}
-    scaling: {{targetOngoingRequests: {2 * WAITING}, upscaleDelaySeconds: 0}}
-  one-of-two:
-    id: sim/one-of-two
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.01}}}}}}
-    gpuSharing: &sharing {{replicasPerGpu: 2, turnSeconds: 0.5}}
-  two-of-two:
-    id: sim/two-of-two
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: 0.01}}}}}}
-    gpuSharing: *sharing
-gateway: {{requests: {{keepAliveSeconds: 1}}}}
-"""
-ROLLED = VALUES.replace(
-    f"""\
-  rolled:
-    id: sim/rolled
-    engine: {{kind: simulated, args: {{profile: {{decode_step_s: {STEP_S}}}}}}}""",
-    """\
-  rolled:
-    id: sim/rolled
-    engine: {kind: simulated, args: {profile: {decode_step_s: 0.04}}}""",
-)
+MOST = 4
+"""Of the replicas that a model may grow to."""
+
+
+def simulated(name: str, profile: dict[str, float], **others: Any) -> dict[str, Any]:
+    engine = {"kind": "simulated", "args": {"profile": profile}}
+    return {"id": f"sim/{name}", "engine": engine, **others}
+
+
+SHARED = {"gpuSharing": {"replicasPerGpu": 2, "turnSeconds": 0.5}}
+OTHERS = {
+    "sleeper": simulated(
+        "sleeper",
+        {"startup_s": 4},
+        replicas=bounds(0, 4),
+        scaling={"targetOngoingRequests": 2 * WAITING, "upscaleDelaySeconds": 0},
+    ),
+    "one-of-two": simulated("one-of-two", {"decode_step_s": 0.01}, **SHARED),
+    "two-of-two": simulated("two-of-two", {"decode_step_s": 0.01}, **SHARED),
+}
+QUICK_TO_SCALE = {
+    "targetOngoingRequests": 2,
+    "upscaleDelaySeconds": 0,
+    "downscaleDelaySeconds": 2,
+}
+
+
+def with_paced(**paced: Any) -> str:
+    return values(paced, gateway={"requests": {"keepAliveSeconds": 1}}, **OTHERS)
+
+
+VALUES = with_paced(replicas=bounds(1, MOST), scaling=QUICK_TO_SCALE)
+TWO = with_paced(replicas=bounds(2))
+ROLLED = with_paced(**simulated("paced", {"decode_step_s": 0.04}), replicas=bounds(2))
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.running(tmp_path_factory.mktemp("scaling") / "home", VALUES) as found:
-        yield found
+def platform(operated: Platform) -> Platform:
+    operated.become(VALUES)
+    return operated
 
 
 async def becomes(platform: Platform, model: str, replicas: int) -> None:
@@ -72,26 +76,28 @@ async def becomes(platform: Platform, model: str, replicas: int) -> None:
 
 
 async def test_a_model_grows_and_shrinks_under_load_without_an_error(platform: Platform) -> None:
-    bodies = [greedy("sim/elastic", number) for number in range(24)]
-    expected = await undisturbed(platform, bodies, "sim/steady")
-    await becomes(platform, "elastic", 1)
+    bodies = [greedy(PACED, number) for number in range(24)]
+    expected = await undisturbed(platform, bodies)
+    await becomes(platform, "paced", 1)
     async with Load(platform, bodies, clients=1) as one:
         async with Load(platform, bodies, clients=20) as many:
-            await becomes(platform, "elastic", 8)
-        await becomes(platform, "elastic", 1)
+            await becomes(platform, "paced", MOST)
+        await becomes(platform, "paced", 1)
     for load in (one, many):
         assert load.answers
         assert load.changed(expected) == []
 
 
 async def test_another_version_of_a_model_takes_over_without_an_error(platform: Platform) -> None:
-    bodies = [greedy("sim/rolled", number) for number in range(10)]
-    others = [greedy("sim/steady", number) for number in range(10)]
+    await apply(platform, TWO)
+    await becomes(platform, "paced", 2)
+    bodies = [greedy(PACED, number) for number in range(10)]
+    others = [greedy(STEADY, number) for number in range(10)]
     expected, expected_others = (
-        await undisturbed(platform, bodies, "sim/steady"),
-        await undisturbed(platform, others, "sim/steady"),
+        await undisturbed(platform, bodies),
+        await undisturbed(platform, others),
     )
-    old, beside = serving(platform, "rolled"), serving(platform, "steady")
+    old, beside = serving(platform, "paced"), serving(platform, "steady")
     async with (
         Load(platform, bodies, clients=6) as load,
         Load(platform, others, clients=1) as other,
@@ -99,8 +105,8 @@ async def test_another_version_of_a_model_takes_over_without_an_error(platform: 
         await apply(platform, ROLLED)
 
         def taken_over() -> bool:
-            there = {each["pid"] for each in platform.replicas("rolled")}
-            return there.isdisjoint(old) and len(serving(platform, "rolled")) == len(there) == 2
+            there = {each["pid"] for each in platform.replicas("paced")}
+            return there.isdisjoint(old) and len(serving(platform, "paced")) == len(there) == 2
 
         await asyncio.to_thread(until, taken_over, timeout_s=120, every_s=0.5)
     assert serving(platform, "steady") == beside
@@ -160,7 +166,7 @@ async def test_models_on_one_gpu_take_turns_and_one_that_dies_leaves_its_turn(
 ) -> None:
     names = ("one-of-two", "two-of-two")
     bodies = [greedy(f"sim/{name}", number) for number in range(6) for name in names]
-    expected = await undisturbed(platform, bodies, "sim/steady")
+    expected = await undisturbed(platform, bodies)
     async with Load(platform, bodies, clients=6) as load:
 
         def is_asleep(name: str) -> bool:
