@@ -316,7 +316,7 @@ async def test_healthy_when_idle_and_when_busy(asker: Asker) -> None:
 async def test_sleep_stops_what_runs_and_waking_goes_on_with_it(
     asker: Asker, engine: Sleeper
 ) -> None:
-    long = Sampling(max_tokens=300, temperature=0, ignore_eos=True)
+    long = Sampling(max_tokens=80, temperature=0, ignore_eos=True)
     undisturbed = await asker.tokens(PROMPT, long)
     token_ids: list[int] = []
     stream = streamed(engine, asker.generation(PROMPT, long))
@@ -333,7 +333,7 @@ async def test_sleep_stops_what_runs_and_waking_goes_on_with_it(
     await engine.check_health()
     done, _ = await asyncio.wait([running, come_late], timeout=0.2)
     assert not done
-    assert len(token_ids) < 300
+    assert len(token_ids) < 80
     await engine.wake()
     await running
     assert token_ids == undisturbed

@@ -7,9 +7,8 @@ from typing import Any
 
 import psutil
 import pytest
-import pytest_asyncio
 from pydantic import JsonValue
-from tests.engine.conftest import VLLM_ARGS, VLLM_MARKS, Asker, Clock, until
+from tests.engine.conftest import STALL_S, VLLM_MARKS, Asker, Clock, until
 from tests.engine.streams import streamed
 
 from tera.engine.bounds import MAX_LOGIT_BIAS_TOKENS
@@ -28,9 +27,10 @@ from tera.upstream.vllm import argument_names
 pytestmark = [*VLLM_MARKS, pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+COLOURS = ["red like a rose in June", "blue like the sea in May"]
 SCHEMA = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "properties": {"colour": {"enum": COLOURS}},
     "required": ["colour"],
     "additionalProperties": False,
 }
@@ -149,7 +149,7 @@ async def test_structured_output_fits_its_schema(asker: Asker, vllm_engine: Vllm
     tokenizer = vllm_engine._llm.get_tokenizer()
     assert deltas[-1].finish_reason is FinishReason.STOP
     answer = json.loads(tokenizer.decode(token_ids, skip_special_tokens=True))
-    assert answer["colour"] in ("red", "blue")
+    assert answer["colour"] in COLOURS
 
 
 @pytest.mark.parametrize("cut", [1, 4, 9])
@@ -183,25 +183,15 @@ async def test_metrics_are_vllms_own(asker: Asker, vllm_engine: VllmEngine) -> N
     assert [float(line.rsplit(" ", 1)[1]) >= 3 for line in tokens] == [True]
 
 
-@pytest_asyncio.fixture(loop_scope="session", scope="module")
-async def doomed(
-    model_path: str, vllm_environment: None
-) -> AsyncGenerator[tuple[VllmEngine, Clock, list[psutil.Process]]]:
-    clock = Clock()
-    before = set(psutil.Process().children(recursive=True))
-    engine = await VllmEngine.launch(model_path, VLLM_ARGS, stall_s=5, clock=clock)
-    started = [each for each in psutil.Process().children(recursive=True) if each not in before]
-    yield engine, clock, [each for each in started if each.name().startswith("VLLM::")]
-    await engine.close()
-
-
+# The last test with this engine, of which it leaves nothing.
 async def test_a_stall_is_seen_and_a_death_is_retryable_and_nothing_is_left(
-    doomed: tuple[VllmEngine, Clock, list[psutil.Process]],
+    asker: Asker, vllm_engine: VllmEngine, vllm_clock: Clock
 ) -> None:
-    engine, clock, processes = doomed
+    engine = vllm_engine
+    children = psutil.Process().children(recursive=True)
+    processes = [each for each in children if each.name().startswith("VLLM::")]
     (core,) = [each for each in processes if each.name().startswith("VLLM::EngineCor")]
-    asker = Asker(engine)
-    clock.now += 60  # idle, so no stall
+    vllm_clock.now += 2 * STALL_S  # idle, so no stall
     await engine.check_health()
 
     sampling = Sampling(max_tokens=2000, temperature=0, ignore_eos=True)
@@ -209,7 +199,7 @@ async def test_a_stall_is_seen_and_a_death_is_retryable_and_nothing_is_left(
     await anext(stream)
     core.send_signal(signal.SIGSTOP)
     try:
-        await _until_stalled(engine, clock)
+        await _until_stalled(engine, vllm_clock)
     finally:
         core.send_signal(signal.SIGCONT)
     await anext(stream)
@@ -238,7 +228,7 @@ async def _until_stalled(engine: VllmEngine, clock: Clock) -> None:
     # A step that ended before the signal may be reported after it, so time goes on until seen.
     async with asyncio.timeout(30):
         while True:
-            clock.now += 5.1
+            clock.now += STALL_S + 0.1
             try:
                 await engine.check_health()
             except EngineStalledError:

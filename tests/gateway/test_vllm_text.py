@@ -13,7 +13,6 @@ from tera.gateway.grammars import Grammars
 from tera.gateway.render import AnswerPiece
 from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
-from tera.local.demo_model import ensure_demo_model
 
 # What vLLM and torch warn themselves of, and leave unclosed, is not ours.
 pytestmark = [
@@ -22,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning"),
 ]
 
-MODELS = Path(__file__).parents[2] / ".tera/models"
 WEATHER = {
     "type": "function",
     "function": {
@@ -38,9 +36,8 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 
 
 @pytest.fixture(scope="module")
-def model_path() -> str:
-    path = ensure_demo_model("smollm2-135m-instruct", MODELS, "float32", lambda *_: None)
-    return str(path)
+def model_path(demo_model: Path) -> str:
+    return str(demo_model)
 
 
 @pytest.fixture(scope="module")

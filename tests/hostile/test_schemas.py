@@ -16,10 +16,8 @@ from tera.gateway.dialects.chat import ChatQuestion
 from tera.gateway.grammars import Grammars
 from tera.gateway.request import Conversation
 from tera.gateway.vllm_text import VllmTextModel
-from tera.local.demo_model import ensure_demo_model
 from tera.upstream.xgrammar import unsupported
 
-MODELS = Path(__file__).parents[2] / ".tera/models"
 FORMAT = "response_format.json_schema.schema"
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -110,8 +108,7 @@ def grammars() -> Iterator[Grammars]:
 
 
 @pytest.fixture(scope="module")
-def model(grammars: Grammars) -> Iterator[VllmTextModel]:
-    path = ensure_demo_model("smollm2-135m-instruct", MODELS, "float32", lambda *_: None)
+def model(grammars: Grammars, demo_model: Path) -> Iterator[VllmTextModel]:
     args: dict[str, Any] = {
         "max_model_len": 2048,
         "dtype": "float32",
@@ -119,7 +116,7 @@ def model(grammars: Grammars) -> Iterator[VllmTextModel]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield VllmTextModel.load(str(path), args, grammars)
+        yield VllmTextModel.load(str(demo_model), args, grammars)
 
 
 async def ask(model: VllmTextModel, asked: dict[str, Any], tenant: str = "acme") -> None:
