@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.tenancy.waiting import until
 
 from tera.config.gateway import UsageConfig
 from tera.config.limits import TenantLimits
-from tera.errors import ConfigError, InternalError
+from tera.errors import ConfigError
 from tera.tenancy.key_store import KeyStore
 from tera.tenancy.keys import generate_key
 from tera.tenancy.keys_file import KeysFile
@@ -102,10 +103,30 @@ async def _evals(redis: Redis) -> int:
     return int(stats.get("cmdstat_eval", {}).get("calls", 0))
 
 
-async def test_a_new_key_is_refused_with_an_error(redis: Redis, store: KeyStore) -> None:
+async def test_keys_are_made_and_rotated_while_redis_is_full(
+    redis: Redis, store: KeyStore, clock: FakeClock
+) -> None:
+    old = await store.create("team-a")
+    async with KeySnapshot(redis, PEPPER, clock, NEVER_S) as snapshot:
+        await eventually(lambda: snapshot.ready)
+        await fill(redis)
+        made = await store.create("team-a")
+        rotated = await store.rotate(old.record.key_id)
+        at_once = await store.rotate(rotated.new.record.key_id, grace_s=0)
+        for key in (made.key, old.key, at_once.new.key):
+            await eventually(partial(accepts, snapshot, key))
+        await eventually(lambda: not accepts(snapshot, rotated.new.key))
+
+
+async def test_a_keys_file_that_changes_is_followed_while_redis_is_full(
+    redis: Redis, store: KeyStore, tmp_path: Path
+) -> None:
     await fill(redis)
-    with pytest.raises(InternalError):
-        await store.create("team-a")
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"[{{tenant: acme, key: {generate_key()}}}]")
+    async with KeysFile(path, store) as file:
+        assert file.ready
+        assert [record.tenant for record in await store.list()] == ["acme"]
 
 
 async def test_u2_the_ledger_is_exported_and_trimmed_while_redis_is_full(

@@ -43,18 +43,21 @@ _KEY_ID = re.compile(r"key_[0-9a-f]{24}")
 _KEY_HASH = re.compile(r"[0-9a-f]{64}")
 _STORE: Final = "The API keys' store"
 
+# A full Redis refuses a script only what would be its first write, unless that write frees memory.
+# So these all begin with one that does, or that finds nothing: a tenant that has filled Redis keeps
+# no key from being made, changed or revoked, which takes a few hundred bytes.
+
 # ARGV[3]: the former record as it was read, or '' for none, so that a change made meanwhile by
 # others is never undone.
 _PUT_SCRIPT: Final = """
 if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 1 then return 'revoked' end
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[3] then return 'changed' end
+redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('PUBLISH', ARGV[4], redis.call('INCR', KEYS[2]) .. ' key:' .. ARGV[1])
 return 'done'
 """
 
-# A full Redis runs it too: it refuses a script only what would be its first write, and HDEL frees
-# memory.
 _REVOKE_SCRIPT: Final = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call('HDEL', KEYS[3], ARGV[1])
@@ -67,10 +70,10 @@ return 1
 # seconds, channel.
 _ROTATE_SCRIPT: Final = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
 if ARGV[3] ~= '' then
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 else
-  redis.call('HDEL', KEYS[1], ARGV[1])
   redis.call('HDEL', KEYS[3], ARGV[1])
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[6])
 end
@@ -78,6 +81,12 @@ redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
 redis.call('PUBLISH', ARGV[7],
   redis.call('INCR', KEYS[2]) .. ' key:' .. ARGV[1] .. ' key:' .. ARGV[4])
 return 1
+"""
+
+
+_NOTE_SCRIPT: Final = """
+redis.call('SREM', KEYS[1], ARGV[1])
+return redis.call('SADD', KEYS[1], ARGV[1])
 """
 
 
@@ -209,7 +218,7 @@ class KeyStore:
     async def note_file(self, digest: str) -> None:
         """Remember that a keys file with this digest was imported."""
         async with reaching(_STORE):
-            await self._redis.sadd(FILES, digest)
+            await self._redis.eval(_NOTE_SCRIPT, 1, FILES, digest)
 
     async def list(self) -> list[ApiKey]:
         """Return all keys that are not revoked, including expired ones, oldest first."""
