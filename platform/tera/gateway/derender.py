@@ -65,11 +65,12 @@ class ChoiceText:
     def push(self, delta: TokenDelta) -> bool:
         """Add what is new to the answer; return whether a stop string has ended it."""
         self._delivered(delta)
-        if self._prompt is not None and self._choice.sample == 0:
-            self._prompt.take(delta)
+        prompt = self._prompt
+        if prompt is not None and self._choice.sample == 0:
+            prompt.take(delta)
         if self._held is not None:
             delta, self._held = merge(self._held, delta), None
-        if self._answer.blocked or not self._may_begin:
+        if self._answer.blocked or (prompt is not None and not prompt.is_told):
             # The client does not keep up: merge what comes instead of queueing it.
             self._held = delta
             return False
@@ -84,10 +85,6 @@ class ChoiceText:
             if not self._answer.blocked:
                 held, self._held = self._held, None
                 self._add(held)
-
-    @property
-    def _may_begin(self) -> bool:
-        return self._prompt is None or self._prompt.is_told
 
     @property
     def held_tokens(self) -> int:

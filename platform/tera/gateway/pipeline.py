@@ -38,8 +38,9 @@ from tera.gateway.parsing import RequestParser
 from tera.gateway.pieces import Answer
 from tera.gateway.render import AnswerParser, render_prompt
 from tera.gateway.request import Conversation, Prompts, TextRequest, of_sample
+from tera.gateway.stopwatch import Stopwatch
 from tera.gateway.text_pool import SHORT_BYTES, TextPool
-from tera.generation import Sampling, TokenDelta
+from tera.generation import Sampling
 from tera.observability import Metrics
 from tera.routing.run import Work
 from tera.routing.switchboard import Share
@@ -374,9 +375,9 @@ class Pipeline:
     ) -> None:
         """Add one choice to the answer, from its first token to its last."""
         sampling = of_sample(rendered.sampling, choice.sample)
-        delivered = self._stopwatch(model, exchange, first_sample=choice.sample == 0)
+        stopwatch = Stopwatch(self._metrics, model.name, exchange, first_sample=choice.sample == 0)
         parser = rendered.new_parser()
-        text = ChoiceText(choice, model.text, parser, answer, exchange, delivered)
+        text = ChoiceText(choice, model.text, parser, answer, exchange, stopwatch.delivered)
         work = Work(
             exchange.request_id,
             exchange.arrived,
@@ -394,36 +395,12 @@ class Pipeline:
         else:
             await text.finish()
         finally:
-            exchange.completion_tokens += (
-                text.held_tokens
-            )  # a client that hung up is charged for them too
+            stopwatch.tell()
+            # A client that hung up is charged for what was held back too.
+            exchange.completion_tokens += text.held_tokens
             exchange.replica_switches += run.replica_switches
             if run.taken:
                 exchange.taken_prompts[choice.index - choice.sample] = len(choice.token_ids)
-
-    def _stopwatch(
-        self, model: ServedModel, exchange: Exchange, *, first_sample: bool
-    ) -> Callable[[TokenDelta], None]:
-        """Return the function to call at each delivery of a choice's tokens, which times them."""
-        first_token_s = self._metrics.first_token_s.labels(model.name)
-        between_tokens_s = self._metrics.between_tokens_s.labels(model.name)
-        clock = time.monotonic
-        previous: float | None = None
-
-        def delivered(delta: TokenDelta) -> None:
-            nonlocal previous
-            now = clock()
-            if previous is not None:
-                between_tokens_s.observe(now - previous)
-            else:
-                first_token_s.observe(now - exchange.arrived)
-                if exchange.first_token_s is None:
-                    exchange.first_token_s = now - exchange.arrived
-                if first_sample:
-                    exchange.cached_tokens += delta.cached_tokens
-            previous = now
-
-        return delivered
 
 
 def _opening(caller: ApiKey, exchange: Exchange, user: str) -> UsageRecord:

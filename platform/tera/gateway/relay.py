@@ -133,6 +133,8 @@ class Events:
         self._started = False
         self._waiting: asyncio.Task[None] | None = None
         """Sends what the connection had no room for."""
+        self.blocked = False
+        """Whether the client does not keep up; looked at for each token."""
         self._sent_at = self._loop.time()
         self._pulse = self._loop.call_later(keep_alive_s, self._keep_alive)
 
@@ -140,11 +142,6 @@ class Events:
     def begun(self) -> bool:
         """Whether the response has started, so that an error can no longer have its own status."""
         return self._started or bool(self._parts)
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the client does not keep up."""
-        return self._waiting is not None
 
     async def free(self) -> None:
         """Wait until the connection has accepted what was sent."""
@@ -208,10 +205,11 @@ class Events:
             self._broke(error)
             return
         self._waiting = self._loop.create_task(_finish(sending, waits_for))
+        self.blocked = True
         self._waiting.add_done_callback(self._found_room)
 
     def _found_room(self, task: asyncio.Task[None]) -> None:
-        self._waiting = None
+        self._waiting, self.blocked = None, False
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
             self.flush()

@@ -118,7 +118,8 @@ class ChatStream(Streamed):
     def add(self, piece: Piece) -> None:
         """Write the event of a piece."""
         if piece.index < self._begun and piece.content and _is_only_content(piece):
-            self._events.write(self._shape(piece.index).event(piece.content))
+            shape = self._shapes.get(piece.index) or self._new_shape(piece.index)
+            self._events.write(shape.event(piece.content))
             return
         calls = self._tool_calls.of(piece)
         finish_reason = self._tool_calls.finish_reason(piece)
@@ -152,12 +153,10 @@ class ChatStream(Streamed):
             self._write([ChatChunkChoice(earlier, MessageDelta("assistant", ""))])
         self._begun = max(self._begun, index + 1)
 
-    def _shape(self, index: int) -> openai.EventShape:
-        shape = self._shapes.get(index)
-        if shape is None:
-            choice = ChatChunkChoice(index, MessageDelta(content=openai.mark()))
-            shape = openai.EventShape.of(self._chunk([choice], self._usage))
-            self._shapes[index] = shape
+    def _new_shape(self, index: int) -> openai.EventShape:
+        choice = ChatChunkChoice(index, MessageDelta(content=openai.mark()))
+        shape = openai.EventShape.of(self._chunk([choice], self._usage))
+        self._shapes[index] = shape
         return shape
 
     def _write(self, choices: list[ChatChunkChoice]) -> None:

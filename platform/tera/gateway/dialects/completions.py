@@ -76,7 +76,8 @@ class CompletionStream(Streamed):
         """Write the event of a piece."""
         if piece.finish_reason is None and piece.logprobs is None:
             if piece.content:
-                self._events.write(self._shape(piece.index).event(piece.content))
+                shape = self._shapes.get(piece.index) or self._new_shape(piece.index)
+                self._events.write(shape.event(piece.content))
             return
         logprobs = self._offsets.logprobs(piece)
         choice = CompletionChoice(piece.content, piece.index, piece.finish_reason, logprobs)
@@ -93,11 +94,9 @@ class CompletionStream(Streamed):
         """Return the event of an error in mid-stream."""
         return openai.failed(error)
 
-    def _shape(self, index: int) -> openai.EventShape:
-        shape = self._shapes.get(index)
-        if shape is None:
-            chunk = self._chunk([CompletionChoice(openai.mark(), index)], self._usage)
-            shape = self._shapes[index] = openai.EventShape.of(chunk)
+    def _new_shape(self, index: int) -> openai.EventShape:
+        chunk = self._chunk([CompletionChoice(openai.mark(), index)], self._usage)
+        shape = self._shapes[index] = openai.EventShape.of(chunk)
         return shape
 
     def _chunk(self, choices: list[CompletionChoice], usage: StreamUsage) -> CompletionChunk:
