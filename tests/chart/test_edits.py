@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from tests.chart.charts import VALUES_FILES, platform_of, render, values_file
-from tests.test_plan import CLUSTER, EDITS, IN_PLACE, JOINING, RELOADING, VALUES
+from tests.plans import VALUES
+from tests.test_plan import CLUSTER, EDITS, IN_PLACE, JOINING, RELOADING
 
 from tera.config.merge import deep_merge
 from tera.plan import plan

@@ -17,7 +17,8 @@ import httpx
 from redis.asyncio import Redis
 from starlette.types import Message, Scope
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import HOST, SECRET, EngineFleet
+from tests.routing.conftest import HOST, SECRET
+from tests.routing.engines import EngineFleet
 from tests.serve.conftest import Platform
 
 from tera.config.gateway import CorsConfig, GatewayConfig, RequestLimits

@@ -11,7 +11,8 @@ import pytest
 from pydantic import JsonValue
 from starlette.routing import Route
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import SECRET, EngineFleet
+from tests.routing.conftest import SECRET
+from tests.routing.engines import EngineFleet
 
 from tera.config.gateway import GatewayConfig, RequestLimits
 from tera.config.model import Capability, EngineConfig, ModelConfig

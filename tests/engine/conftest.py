@@ -13,9 +13,12 @@ import uvloop
 from pydantic import JsonValue
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tests.engine.gateways import NAME, FakeGateway
 from tests.engine.streams import streamed
+from tests.routing.conftest import SECRET, RecordingWorker
 
 from tera.engine.base import TextEngine
+from tera.engine.link import GatewayLinks
 from tera.engine.simulated import SimulatedEngine
 from tera.engine.simulated_vocabulary import Vocabulary
 from tera.engine.turns import Sleeper
@@ -25,6 +28,8 @@ from tera.generation import Generation, Sampling, TokenDelta
 LAYERS = 2
 """Of the thirty that the demo model has: what an engine promises of tokens holds for any model, and
 a step of this one takes a third of the time."""
+
+
 VLLM_ARGS: dict[str, JsonValue] = {
     "enforce_eager": True,
     "dtype": "float32",
@@ -34,8 +39,11 @@ VLLM_ARGS: dict[str, JsonValue] = {
     # A model without sense may go on with blanks for ever, which JSON allows.
     "structured_outputs_config": {"disable_any_whitespace": True},
 }
+
+
 STALL_S = 60
 """Without a step, until the engine counts as stalled."""
+
 
 VLLM_MARKS = [
     pytest.mark.slow,
@@ -49,7 +57,7 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     factories = {"asyncio": asyncio.new_event_loop}
-    if item.path.name in ("test_link.py", "test_runs.py"):
+    if item.path.name.startswith(("test_link", "test_runs")):
         # Serve's replicas run uvloop, whose transports differ from asyncio's.
         factories["uvloop"] = uvloop.new_event_loop
     return factories
@@ -183,3 +191,21 @@ def asker(engine: TextEngine) -> Asker:
 @pytest.fixture
 def eos_id(engine: TextEngine) -> int:
     return Vocabulary.eos_id if isinstance(engine, SimulatedEngine) else 2
+
+
+@pytest.fixture
+def worker() -> RecordingWorker:
+    return RecordingWorker()
+
+
+@pytest_asyncio.fixture
+async def links(worker: RecordingWorker) -> AsyncGenerator[GatewayLinks]:
+    links = GatewayLinks(NAME, SECRET, worker)
+    yield links
+    await links.close()
+
+
+@pytest_asyncio.fixture
+async def gateway() -> AsyncGenerator[FakeGateway]:
+    async with FakeGateway() as gateway:
+        yield gateway

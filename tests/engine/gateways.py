@@ -8,7 +8,7 @@ from typing import Self
 from tests.routing.conftest import HOST, SECRET
 
 from tera import wire
-from tera.engine.link import Address
+from tera.engine.link import Address, GatewayLink, GatewayLinks
 from tera.generation import Order, StepFrame, decode_frame, encode
 
 NAME = "replica-1"
@@ -96,3 +96,12 @@ class FakeGateway:
             connection.writer.close()
             with suppress(ConnectionError):
                 await connection.writer.wait_closed()
+
+
+def link_to(links: GatewayLinks, gateway: FakeGateway) -> GatewayLink:
+    return links._links[gateway.address].result()
+
+
+async def connect(links: GatewayLinks, gateway: FakeGateway) -> tuple[GatewayLink, Connection]:
+    await links.connect(gateway.address)
+    return link_to(links, gateway), await gateway.connected()

@@ -13,7 +13,8 @@ import uvloop
 from pydantic import JsonValue
 from starlette.types import ASGIApp, Message, Send
 from tests.admitters import LocalAdmitter
-from tests.routing.conftest import SECRET, EngineFleet, until
+from tests.routing.conftest import SECRET, until
+from tests.routing.engines import EngineFleet
 
 from tera.config.gateway import GatewayConfig
 from tera.config.model import CacheSharing, EngineConfig, ModelConfig

@@ -5,22 +5,19 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Self
 
 import pytest
 import pytest_asyncio
 import uvloop
+from tests.routing.stages import Going, Stage
 
 from tera import wire
-from tera.engine.base import TextEngine
-from tera.engine.link import GatewayLink, GatewayLinks, _is_open
-from tera.engine.runs import Runs
+from tera.engine.link import GatewayLink
 from tera.errors import ReplicaLostError, TeraError
 from tera.generation import (
     Abort,
     Begin,
     FinishReason,
-    Generation,
     GenerationFailure,
     Order,
     ReplicaLoad,
@@ -29,6 +26,7 @@ from tera.generation import (
     decode_order,
     encode,
 )
+from tera.routing import loss
 from tera.routing.fleet import Changed, Fleet, Seat
 from tera.routing.link import ReplicaLinks
 from tera.routing.switchboard import Route, Switchboard
@@ -37,7 +35,6 @@ SECRET = "the secret of this cluster"  # noqa: S105  of nobody else
 HOST = "127.0.0.1"
 MANY = 1000
 """Of generations: the capacity of a replica that is never full."""
-
 Address = tuple[str, int]
 
 
@@ -384,152 +381,26 @@ class FakeModel:
             await replica.close()
 
 
-class EngineReplica:
-    """An engine replica in this process, all of it but Serve, which can die."""
-
-    def __init__(self, name: str, engine: TextEngine) -> None:
-        self.name = name
-        self.engine = engine
-        self.runs = Runs(engine)
-        self.links = GatewayLinks(name, SECRET, self.runs)
-        self.dead = False
-
-    async def connect(self, address: Address) -> None:
-        if self.dead:
-            raise ReplicaLostError("The engine replica was lost.")
-        await self.links.connect(address)
-
-    async def drain(self, timeout_s: float) -> None:
-        """End as `EngineReplica` does in a replica that Serve takes away."""
-        self.links.drain()
-        await self.runs.drain(timeout_s)
-        await self.links.close()
-
-    def die(self) -> None:
-        """Break the connections, as the death of the process does."""
-        self.dead = True
-        for task in self.links._links.values():
-            if _is_open(task):
-                transport = task.result()._transport
-                assert transport is not None
-                transport.abort()
-            else:
-                task.cancel()
+async def passed(seconds: float) -> None:
+    """Wait until the loop's clock says that so much has passed."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + seconds
+    await until(lambda: loop.time() >= ends)
 
 
-class MortalEngine:
-    """An engine whose replica dies at a generation's token after so many; None is never."""
-
-    def __init__(self, engine: TextEngine, lives_for: int | None) -> None:
-        self._engine = engine
-        self._lives_for = lives_for
-        self.die: Callable[[], None] = lambda: None
-        self.started: list[Generation] = []
-
-    def start(
-        self,
-        generation: Generation,
-        emit: Callable[[TokenDelta], None],
-        ended: Callable[[TeraError], None],
-    ) -> Callable[[], None]:
-        self.started.append(generation)
-        tokens = 0
-
-        def counted(delta: TokenDelta) -> None:
-            nonlocal tokens
-            if self._lives_for is not None and tokens >= self._lives_for:
-                self.die()
-                return
-            tokens += len(delta.token_ids)
-            emit(delta)
-
-        return self._engine.start(generation, counted, ended)
-
-    def load(self) -> ReplicaLoad:
-        return self._engine.load()
-
-    def metrics_text(self) -> str:
-        return self._engine.metrics_text()
-
-    async def check_health(self) -> None:
-        await self._engine.check_health()
-
-    async def close(self) -> None:
-        await self._engine.close()
+async def die_after(attempt: Attempt, going: Going, *token_ids: int) -> None:
+    """Take a generation and die once the gateway has read so much of it."""
+    await attempt.take()
+    count = len(going.sink.token_ids) + len(token_ids)
+    if token_ids:
+        await attempt.send(*token_ids)
+    await until(lambda: going.run._taken_at is not None and len(going.sink.token_ids) == count)
+    await attempt.die()
 
 
-class EngineFleet:
-    """A model's replicas over one engine in this process, with the real token channel between.
-
-    The n-th generation begins on a replica of its own, which is lost after `deaths[n]` tokens;
-    those after the last death share one that lives.
-    """
-
-    def __init__(self, engine: TextEngine, deaths: Sequence[int] | None = None) -> None:
-        self.links = ReplicaLinks(HOST, SECRET)
-        self.serve = OneAfterAnother()
-        self.fleet = CountedFleet(self.links, Switchboard(), self.serve.attached)
-        self._engines = [MortalEngine(engine, lives_for) for lives_for in [*(deaths or ()), None]]
-        self._replicas: list[EngineReplica] = []
-        for number, mortal in enumerate(self._engines):
-            replica = EngineReplica(f"replica-{number}", mortal)
-            mortal.die = replica.die
-            self._replicas.append(replica)
-
-    async def __aenter__(self) -> Self:
-        await self.links.__aenter__()
-        # All before the fleet knows the first, so that none has to be waited for.
-        for replica in self._replicas:
-            await replica.connect(self.links.address)
-        self.serve.reveal({each.name: each.connect for each in self._replicas})
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.fleet.changed({})
-        for replica in self._replicas:
-            await replica.links.close()
-        await self.links.__aexit__(None, None, None)
-
-    @property
-    def dispatched(self) -> list[Generation]:
-        """What replicas were sent, in the order in which it was sent."""
-        started = [generation for engine in self._engines for generation in engine.started]
-        return sorted(started, key=lambda generation: generation.generation_id)
-
-
-class OneAfterAnother(FakeServe):
-    """Lets each generation begin on the next replica alone, and all others share the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._unused: list[str] = []
-        self._changed: Changed = lambda _: None
-
-    def attached(self, changed: Changed) -> Self:
-        """Be the view of a fleet's deployment."""
-        self._changed = changed
-        return self
-
-    def reveal(self, replicas: dict[str, Callable[[Address], Awaitable[None]]]) -> None:
-        self.replicas = replicas
-        self._unused = list(replicas)
-        self._tell()
-
-    def seated(self, replica: str) -> None:
-        super().seated(replica)
-        if replica == self._unused[0] and len(self._unused) > 1:
-            del self._unused[0]
-            self._tell()
-
-    def left(self, replica: str) -> None:
-        super().left(replica)
-        self._tell()
-
-    def _tell(self) -> None:
-        """Show the replicas that are full, and the one that is next and so has room."""
-        full = {replica: 1 for replica, count in self.running.items() if count}
-        room = MANY if len(self._unused) == 1 else 1
-        self._changed({**full, self._unused[0]: room})
+async def live(attempt: Attempt, *token_ids: int) -> None:
+    await attempt.take()
+    await attempt.send(*token_ids, finish=FinishReason.LENGTH)
 
 
 @pytest_asyncio.fixture
@@ -543,3 +414,14 @@ async def model(links: ReplicaLinks) -> AsyncGenerator[FakeModel]:
     model = FakeModel(links)
     yield model
     await model.close()
+
+
+@pytest.fixture
+def stage(model: FakeModel) -> Stage:
+    return Stage(model.fleet, model.links)
+
+
+@pytest.fixture
+def deaths_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no loss count as soon after the take: it was not the request."""
+    monkeypatch.setattr(loss, "POISON_WINDOW_S", -1)

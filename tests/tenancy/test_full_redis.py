@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from redis.exceptions import OutOfMemoryError
 from tests.tenancy.conftest import PEPPER
-from tests.tenancy.test_snapshot import NEVER_S, accepts, eventually
+from tests.tenancy.snapshots import NEVER_S, accepts, eventually
 from tests.tenancy.test_usage import NOON_S, append, record
 from tests.tenancy.waiting import until
 

@@ -5,32 +5,17 @@ Red after an upgrade of Ray: see docs/upgrading-ray-and-vllm.md. No Ray runs her
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import psutil
 import pytest
-import pytest_asyncio
-import ray
-from ray._private import auto_init_hook
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    RayTaskError,
-    TaskCancelledError,
-)
-from ray.serve import handle as handle_module
-from ray.serve._private import default_impl, router
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
+from ray.serve._private import default_impl
 from ray.serve._private import replica as replica_module
-from ray.serve._private.common import (
-    DeploymentHandleSource,
-    DeploymentID,
-    ReplicaID,
-    ReplicaQueueLengthInfo,
-)
+from ray.serve._private.common import ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.handle_options import InitHandleOptions
 from ray.serve._private.metrics_utils import InMemoryMetricsStore
@@ -42,13 +27,12 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponse
 from ray.serve.request_router import RequestRouter, RunningReplica
 from tests.routing.conftest import until
+from tests.upstream.fake_serve import ENGINES, Answer, Replica, Served
 
 from tera.engine.deployment import EngineReplica
 from tera.errors import ConfigError, EngineError, InvalidValueError, ReplicaLostError, TeraError
 from tera.upstream import ray_serve
 from tera.upstream.ray_serve import ServedReplicas, ask_all, ongoing, translated
-
-ENGINES = DeploymentID("Engine", "model-demo")
 
 
 def parameters(of: Callable[..., Any]) -> list[str]:
@@ -139,128 +123,6 @@ class TestSymbols:
         source = inspect.getsource(constants)
         assert '"RAY_SERVE_THROUGHPUT_OPTIMIZED"' in source
         assert "_run_router_in_separate_loop" in InitHandleOptions.__dataclass_fields__
-
-
-class Ref:
-    """A call to the controller that is not answered."""
-
-    def _on_completed(self, callback: object) -> None:
-        pass
-
-
-@dataclass
-class Controller:
-    """Serve's controller as a router sees it: it keeps what it is told."""
-
-    reports: list[bytes] = field(default_factory=list)
-
-    @property
-    def listen_for_change(self) -> SimpleNamespace:
-        return SimpleNamespace(remote=lambda *_: Ref())
-
-    @property
-    def record_autoscaling_metrics_from_handle(self) -> SimpleNamespace:
-        return SimpleNamespace(remote=self.reports.append)
-
-
-class Answer(ReplicaResult):
-    """What one call to a replica comes to."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-        self.cancelled = False
-        self.hangs = False
-        self._callbacks: list[Callable[[object], None]] = []
-
-    async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
-        return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=1)
-
-    async def get_async(self) -> None:
-        try:
-            if self.hangs:
-                await asyncio.Event().wait()
-            if self.error is not None:
-                raise self.error
-        finally:
-            for callback in self._callbacks:
-                callback(self.error)
-
-    def add_done_callback(self, callback: Callable[[object], None]) -> None:
-        self._callbacks.append(callback)
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def get(self, timeout_s: float | None) -> None: ...
-    def to_object_ref(self) -> Any: ...
-    async def to_object_ref_async(self) -> Any: ...
-    def to_object_ref_gen(self) -> Any: ...
-    def __next__(self) -> Any: ...
-    async def __anext__(self) -> Any: ...
-
-
-class Replica:
-    """A running replica as a router sees it."""
-
-    is_cross_language = False
-    actor_id = None
-
-    def __init__(self, name: str, max_ongoing_requests: int = 8) -> None:
-        self.replica_id = ReplicaID(name, ENGINES)
-        self.max_ongoing_requests = max_ongoing_requests
-        self.calls: list[tuple[str, list[object]]] = []
-        self.answer = Answer(None)
-
-    async def get_queue_len(self, *, deadline_s: float) -> int:
-        return 0
-
-    def try_send_request(self, request: Any, with_rejection: bool) -> Answer:
-        self.calls.append((request.metadata.call_method, list(request.args)))
-        return self.answer
-
-
-@dataclass
-class Served:
-    """Replicas of a model, of which the installed router of Serve is told by the test."""
-
-    replicas: ServedReplicas
-    heard: list[Mapping[str, int]]
-    controller: Controller
-
-    def update(self, *replicas: Replica) -> None:
-        """Tell the router which replicas run."""
-        self.replicas._router.update_replicas(list(replicas))  # type: ignore[arg-type]
-
-    @property
-    def counts(self) -> RouterMetricsManager:
-        return self.replicas._counts
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have nothing here start a Ray, which Serve does where it finds none."""
-    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)
-    assert not ray.is_initialized()
-
-
-@pytest_asyncio.fixture
-async def served(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Served:
-    controller = Controller()
-    client = SimpleNamespace(_controller=controller)
-    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
-    monkeypatch.setattr(default_impl, "get_current_actor_id", lambda: "gateway")
-    monkeypatch.setattr(default_impl, "_get_node_id_and_az", lambda: ("node", None))
-    monkeypatch.setattr(default_impl, "inside_ray_client_context", lambda: False)
-    # As `RAY_SERVE_THROUGHPUT_OPTIMIZED`, which Serve reads when it is imported, has it.
-    options = InitHandleOptions(
-        _run_router_in_separate_loop=False, _source=DeploymentHandleSource.REPLICA
-    )
-    monkeypatch.setattr(handle_module, "create_init_handle_options", lambda: options)
-    shared = SimpleNamespace(register=lambda _: None)
-    monkeypatch.setattr(router.SharedRouterLongPollClient, "get_or_create", lambda *_: shared)
-    heard: list[Mapping[str, int]] = []
-    replicas = ServedReplicas(ENGINES.name, ENGINES.app_name, heard.append)
-    return Served(replicas, heard, controller)
 
 
 class TestReplicas:
