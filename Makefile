@@ -24,7 +24,7 @@ define stage
 @printf '%-44s ' '$(1)'; start=$$SECONDS; $(2); printf '%4d s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help install serve test slow platforms engines check lint types layers coverage schema overlays docs bench clean
+.PHONY: help install serve test slow platforms engines check lint types layers coverage schema overlays docs bench fuzz clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name what; do \
@@ -93,6 +93,18 @@ $(VENV)/.docs: $(STAMP)
 
 bench: install ## Run the benchmarks and print their table
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# How long each target is searched, and which: make fuzz SECONDS=600 TARGETS=bodies
+SECONDS ?= 60
+TARGETS ?= bodies events frames rewriting api
+
+fuzz: $(VENV)/.fuzz ## Search for inputs that break a promise (SECONDS, TARGETS)
+	@for target in $(TARGETS); do \
+		echo "$$target:"; $(BIN)/python -m tests.fuzz $$target $(SECONDS); done
+
+$(VENV)/.fuzz: $(STAMP)
+	$(call stage,Installing what searches,$(INSTALL) --editable '.[fuzz]')
+	@touch $@
 
 clean: ## Remove .venv and caches; keys, usage and models in .tera stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
