@@ -14,7 +14,19 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import chain, hostile, isolation, kills, limits, routing, scaling, steps, text, vllm
+from benchmarks import (
+    attacks,
+    chain,
+    hostile,
+    isolation,
+    kills,
+    limits,
+    routing,
+    scaling,
+    steps,
+    text,
+    vllm,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,6 +34,7 @@ Benchmark = Callable[[bool], tuple[Table, dict[str, object]]]
 """Returns its table and its figures; quickly, if that is asked."""
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "attacks": attacks.run,
     "chain": chain.run,
     "hostile": hostile.run,
     "isolation": isolation.run,
