@@ -10,7 +10,7 @@ from tests.gateway.conftest import exchange
 
 from tera.contract.chat_answers import ToolCallDelta
 from tera.engine.simulated_vocabulary import Vocabulary
-from tera.gateway.derender import Choice, ChoiceText
+from tera.gateway.derender import SLICE_ENTRIES, Choice, ChoiceText
 from tera.gateway.echo import EchoedPrompt
 from tera.gateway.pieces import Piece, PositionLogprobs
 from tera.gateway.render import AnswerPiece
@@ -244,6 +244,28 @@ async def test_s9_while_a_client_does_not_read_one_delta_is_all_that_is_held() -
     assert not text.push(TokenDelta(1, [*b"c"]))
     assert [piece.content for piece in answer.pieces] == ["ab" * 100 + "c"]
     assert its_exchange.completion_tokens == 201
+
+
+async def test_x1_log_probabilities_that_were_held_back_are_told_a_few_at_a_time() -> None:
+    answer, its_exchange = Kept(), exchange()
+    choice = Choice(0, 0, PROMPT, ["yz"], logprobs=True)
+    text = ChoiceText(choice, TEXT, None, answer, its_exchange, unheard)
+    tokens = [*b"ab" * 1000, *b"xyzab"]
+    answer.blocked = True
+    for token_id in tokens[:-1]:
+        assert not text.push(TokenDelta(1, [token_id], logprobs=[entry(token_id)]))
+    answer.blocked = False
+    last = TokenDelta(1, tokens[-1:], FinishReason.LENGTH, logprobs=[entry(tokens[-1])])
+    assert not text.push(last)
+    assert len(answer.pieces) == 1
+    await text.finish()
+    sizes = [len(piece.logprobs or ()) for piece in answer.pieces]
+    assert sum(sizes) == 2003
+    assert max(sizes) * 3 <= SLICE_ENTRIES
+    assert answer.text == "ab" * 1000 + "x"
+    assert answer.pieces[-1].finish_reason is FinishReason.STOP
+    assert its_exchange.completion_tokens == 2003
+    assert text.held_tokens == 0
 
 
 def unheard(delta: TokenDelta) -> None:

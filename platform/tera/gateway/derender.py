@@ -1,13 +1,23 @@
 """From a generation's tokens to the pieces of an answer: text, stop strings, tool calls."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+import msgspec
 
 from tera.gateway.echo import EchoedPrompt, position
 from tera.gateway.exchange import Exchange
 from tera.gateway.pieces import Answer, Piece, PositionLogprobs
 from tera.gateway.render import AnswerParser, Detokenizer, StopStrings, TextModel
 from tera.generation import FinishReason, TokenDelta, merge
+
+SLICE_ENTRIES: Final = 512
+"""Log-probabilities that are made text of in one go: 3 ms, or 15 where no token was seen before."""
+
+LEAST_TOKENS: Final = 16
+"""As many tokens are never cut; an engine step has one, or a few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class ChoiceText:
             # The client does not keep up: merge what comes instead of queueing it.
             self._held = delta
             return False
-        return self._add(delta)
+        return self._add_first(delta)
 
     async def finish(self) -> None:
         """Add what is still held back, once the client accepts it."""
@@ -84,12 +94,25 @@ class ChoiceText:
             await self._answer.free()
             if not self._answer.blocked:
                 held, self._held = self._held, None
-                self._add(held)
+                self._add_first(held)
+                await asyncio.sleep(0)
 
     @property
     def held_tokens(self) -> int:
         """How many tokens are held back and not yet counted in `exchange`."""
         return 0 if self._held is None else len(self._held.token_ids)
+
+    def _add_first(self, delta: TokenDelta) -> bool:
+        """Add a delta; of very many log-probabilities only the first ones, and hold back the rest.
+
+        Making text of all that a client has left waiting would keep the event loop for half a
+        second. The rest follows with the next deltas, or at the end.
+        """
+        part, rest = _cut(delta)
+        stopped = self._add(part)
+        if not stopped:
+            self._held = rest
+        return stopped
 
     def _add(self, delta: TokenDelta) -> bool:
         text, used, stopped = self._derender(delta)
@@ -136,3 +159,23 @@ class ChoiceText:
         if delta.finish_reason is FinishReason.STOP and used == len(delta.token_ids):
             entries = entries[: used - 1]
         return [position(self._text, entry) for entry in entries]
+
+
+def _cut(delta: TokenDelta) -> tuple[TokenDelta, TokenDelta | None]:
+    """Return as much of a delta as is made text of in one go, and the rest."""
+    logprobs = delta.logprobs
+    if not logprobs or len(logprobs) <= LEAST_TOKENS:
+        return delta, None
+    tokens = max(LEAST_TOKENS, SLICE_ENTRIES // (len(logprobs[0].top) + 1))
+    if len(logprobs) <= tokens:
+        return delta, None
+    part = msgspec.structs.replace(
+        delta,
+        token_ids=delta.token_ids[:tokens],
+        finish_reason=None,
+        logprobs=logprobs[:tokens],
+    )
+    rest = msgspec.structs.replace(
+        delta, token_ids=delta.token_ids[tokens:], logprobs=logprobs[tokens:], prompt_logprobs=None
+    )
+    return part, rest
