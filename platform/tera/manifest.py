@@ -38,7 +38,7 @@ limiting anything."""
 _RELOADING = ("source", "engine", "parallelism", "gpuSharing")
 """Parts of a model that its application is built from; see `tera.deploy.ModelArgs`."""
 
-_NOT_RELOADED = {"replicas", "resources", "auth", "connections"}
+_NOT_RELOADED = {"replicas", "resources", "auth", "connections", "pod"}
 """Parts of `gateway` that only Serve, its proxy and Kubernetes use; replicas do not get them."""
 
 Placement = Callable[[ModelConfig | None], dict[str, Any]]

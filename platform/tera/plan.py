@@ -58,12 +58,20 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("rayVersion",): ("cluster_replaced", ""),
     ("rayAuth",): ("cluster_replaced", ""),
     ("head",): ("cluster_replaced", ""),
+    ("head", "pod", "tolerations"): ("not_taken", _MUTED),
+    ("trust",): ("cluster_replaced", ""),
+    ("global", "imageRegistry"): ("cluster_replaced", ""),
+    ("global", "imagePullSecrets"): ("cluster_replaced", ""),
     ("gateway", "resources"): ("cluster_replaced", ""),
     ("gateway", "connections"): ("cluster_replaced", ""),
+    ("gateway", "pod"): ("cluster_replaced", ""),
+    ("gateway", "pod", "tolerations"): ("not_taken", _MUTED),
+    ("gateway", "pod", "serviceAccount", "annotations"): ("objects", ""),
     ("gateway", "auth", "existingSecret"): ("cluster_replaced", ""),
     ("gateway", "auth"): ("nothing", "the first key is made when the release is installed"),
     ("redis",): ("cluster_replaced", ""),
     ("redis", "image"): ("redis_restarts", ""),
+    ("redis", "pod"): ("redis_restarts", ""),
     ("redis", "storage"): ("objects", ""),
     ("gcsFaultTolerance",): ("cluster_replaced", ""),
     ("gcsFaultTolerance", "storage"): ("objects", ""),
@@ -72,6 +80,7 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("modelCache", "size"): ("objects", "if the storage class lets a volume grow"),
     ("modelCache", "storageClassName"): ("objects", ""),
     ("modelCache", "prefetch"): ("objects", ""),
+    ("modelCache", "pod"): ("objects", ""),
     ("upgrade",): ("in_place", "for the next new cluster"),
     ("ingress",): ("objects", ""),
     ("httpRoute",): ("objects", ""),
@@ -96,7 +105,7 @@ _MACHINE_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("redis", "external", "address"): ("not_taken", _RESTART),
     ("redis", "external", "tls"): ("not_taken", _RESTART),
 }
-_NOT_THROUGH_SERVE: Final = ("resources", "auth", "connections")
+_NOT_THROUGH_SERVE: Final = ("resources", "auth", "connections", "pod")
 """Sections of `gateway` that Serve does not get."""
 _MUTED_FIELDS: Final = ("maxWorkers", "tolerations")
 """Fields of a pool that KubeRay ignores when it compares clusters."""
@@ -290,15 +299,17 @@ def _pools(edit: _Edit) -> Iterator[Change]:
             continue
         kinds: dict[tuple[Effect, str], list[Path]] = {}
         for path in paths:
-            kinds.setdefault(_pool_effect(path[2], grown), []).append(path)
+            kinds.setdefault(_pool_effect(path[2:], grown), []).append(path)
         for (effect, note), alike in kinds.items():
             yield _change(part, alike, effect, note=note)
 
 
-def _pool_effect(name: str, grown: bool) -> tuple[Effect, str]:
-    if name in _MUTED_FIELDS:
+def _pool_effect(path: Path, grown: bool) -> tuple[Effect, str]:
+    if path[0] in _MUTED_FIELDS or path[:2] == ("pod", "tolerations"):
         return "not_taken", _MUTED
-    if name == "order":
+    if path[:3] == ("pod", "serviceAccount", "annotations"):
+        return "objects", ""
+    if path[0] == "order":
         return ("nothing", "the order stays") if grown else ("cluster_replaced", _REMADE)
     return "cluster_replaced", ""
 

@@ -161,6 +161,26 @@ CROSS_FIELD = [
         "gateway.limits.tenants.acme.models.noe: there is no model 'noe'; the models are: one",
         id="a tenant's limit of no model",
     ),
+    pytest.param(
+        cluster(gateway={"pod": {"labels": {"ray.io/serve": "x"}}}),
+        "gateway.pod: labels ray.io/serve is set by the chart or KubeRay; take another",
+        id="label of KubeRay",
+    ),
+    pytest.param(
+        cluster(head={"pod": {"env": {"REDIS_PASSWORD": "x"}}}),
+        "head.pod: env REDIS_PASSWORD is set by KubeRay; see gcsFaultTolerance",
+        id="variable of KubeRay",
+    ),
+    pytest.param(
+        cluster(gateway={"pod": {"serviceAccount": {"name": "a", "annotations": {"b": "c"}}}}),
+        "gateway.pod.serviceAccount: annotations are for the chart's own account",
+        id="annotations of another's account",
+    ),
+    pytest.param(
+        cluster(head={"pod": {"serviceAccount": {"annotations": {"b": "c"}}}}),
+        "head.pod: serviceAccount.annotations: KubeRay makes the head's account",
+        id="annotations of the head's account",
+    ),
     pytest.param(models(replicas={"min": 3, "max": 2}), "models.one.replicas: min (3) is greater than max (2)", id="min over max"),
     pytest.param(models(source="ftp://x"), "models.one: source 'ftp://x' must begin with", id="scheme"),
     pytest.param(
@@ -213,6 +233,9 @@ CLUSTER_ONLY = [
 ]
 
 SHAPE = [
+    pytest.param(cluster(redis={"pod": {"enV": {}}}), "redis.pod.enV", id="unknown part of a pod"),
+    pytest.param(cluster(redis={"pod": {"env": {"A": 1}}}), "redis.pod.env.A", id="variable no text"),
+    pytest.param(cluster(modelCache={"pod": {"serviceAccount": {}}}), "modelCache.pod.serviceAccount", id="account of the Job"),
     pytest.param(models(loraAdapters={}), "models.one.loraAdapters", id="adapters are not there yet"),
     pytest.param(models(engine={"kind": "speech"}), "models.one.engine.kind", id="speech is not there yet"),
     pytest.param(models(replicas={"mni": 1}), "models.one.replicas.mni", id="unknown key"),

@@ -16,10 +16,23 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{- define "tera.image" -}}
 {{- $image := .Values.image -}}
+{{- $repository := include "tera.mirrored" (list . $image.repository) -}}
 {{- if $image.digest -}}
-{{ $image.repository }}@{{ $image.digest }}
+{{ $repository }}@{{ $image.digest }}
 {{- else -}}
-{{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{ $repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end }}
+
+{{/* An image with `global.imageRegistry` in place of its own registry, which is what is before the
+     first slash and is no name but an address. */}}
+{{- define "tera.mirrored" -}}
+{{- $registry := (first .).Values.global.imageRegistry -}}
+{{- $image := last . -}}
+{{- if $registry -}}
+{{ trimSuffix "/" $registry }}/{{ regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" $image "" }}
+{{- else -}}
+{{ $image }}
 {{- end -}}
 {{- end }}
 
@@ -142,7 +155,7 @@ capabilities: {drop: [ALL]}
 {{- end }}
 
 {{- define "tera.pullSecrets" -}}
-{{- with .Values.imagePullSecrets }}
+{{- with concat .Values.imagePullSecrets .Values.global.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}

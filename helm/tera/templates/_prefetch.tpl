@@ -20,73 +20,80 @@
 {{- define "tera.prefetchSpec" -}}
 backoffLimit: 6
 template:
-  metadata:
-    labels:
-      {{- include "tera.selector" . | nindent 6 }}
-      app.kubernetes.io/component: prefetch
-  spec:
-    restartPolicy: Never
-    automountServiceAccountToken: false
-    enableServiceLinks: false
-    {{- include "tera.pullSecrets" . | indent 4 }}
-    securityContext:
-      {{- include "tera.podSecurity" . | nindent 6 }}
-    containers:
-      - name: prefetch
-        image: {{ include "tera.image" . | quote }}
-        imagePullPolicy: {{ .Values.image.pullPolicy }}
-        securityContext:
-          {{- include "tera.containerSecurity" . | nindent 10 }}
-        command:
-          - python
-          - -c
-          - |
-            import sys
-            from huggingface_hub import snapshot_download
-            from tqdm import tqdm
+  {{- include "tera.withPod" (dict "template" (include "tera.prefetchPod" .) "pod" .Values.modelCache.pod) | nindent 2 }}
+{{- end }}
 
-            class Lines(tqdm):
-                """Progress as a line every half minute: a log has no cursor to move."""
+{{- define "tera.prefetchPod" -}}
+metadata:
+  labels:
+    {{- include "tera.selector" . | nindent 4 }}
+    app.kubernetes.io/component: prefetch
+spec:
+  restartPolicy: Never
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "tera.pullSecrets" . | indent 2 }}
+  securityContext:
+    {{- include "tera.podSecurity" . | nindent 4 }}
+  containers:
+    - name: prefetch
+      image: {{ include "tera.image" . | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      securityContext:
+        {{- include "tera.containerSecurity" . | nindent 8 }}
+      command:
+        - python
+        - -c
+        - |
+          import sys
+          from huggingface_hub import snapshot_download
+          from tqdm import tqdm
 
-                def __init__(self, *args, **options):
-                    super().__init__(*args, **{**options, "mininterval": 30})
+          class Lines(tqdm):
+              """Progress as a line every half minute: a log has no cursor to move."""
 
-                def display(self, msg=None, pos=None):
-                    print(f"  {self}", flush=True)
+              def __init__(self, *args, **options):
+                  super().__init__(*args, **{**options, "mininterval": 30})
 
-            failed = []
-            for source in sys.argv[1:]:
-                name, _, revision = source.partition("@")
-                print(f"{source}: downloading", flush=True)
-                try:
-                    snapshot_download(name, revision=revision or None, tqdm_class=Lines)
-                except Exception as error:
-                    failed.append(source)
-                    print(f"{source}: {error}", flush=True)
-                else:
-                    print(f"{source}: complete", flush=True)
-            if failed:
-                sys.exit(f"not complete: {', '.join(failed)}")
-          {{- range include "tera.prefetched" . | fromJsonArray }}
-          - {{ quote . }}
-          {{- end }}
-        env:
-          - {name: HOME, value: /tmp}
-          - {name: HF_HOME, value: /models/huggingface}
-          {{- with .Values.huggingface }}
-          {{- if .existingSecret }}
-          - name: HF_TOKEN
-            valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretKey }}}}
-          {{- end }}
-          {{- end }}
-        resources:
-          requests: {cpu: 500m, memory: 1Gi}
-          limits: {memory: 2Gi}
-        volumeMounts:
-          - {name: tmp, mountPath: /tmp}
-          - {name: models, mountPath: /models}
-    volumes:
-      - {name: tmp, emptyDir: {}}
-      - name: models
-        persistentVolumeClaim: {claimName: {{ include "tera.claim" . }}}
+              def display(self, msg=None, pos=None):
+                  print(f"  {self}", flush=True)
+
+          failed = []
+          for source in sys.argv[1:]:
+              name, _, revision = source.partition("@")
+              print(f"{source}: downloading", flush=True)
+              try:
+                  snapshot_download(name, revision=revision or None, tqdm_class=Lines)
+              except Exception as error:
+                  failed.append(source)
+                  print(f"{source}: {error}", flush=True)
+              else:
+                  print(f"{source}: complete", flush=True)
+          if failed:
+              sys.exit(f"not complete: {', '.join(failed)}")
+        {{- range include "tera.prefetched" . | fromJsonArray }}
+        - {{ quote . }}
+        {{- end }}
+      env:
+        - {name: HOME, value: /tmp}
+        - {name: HF_HOME, value: /models/huggingface}
+        {{- include "tera.trustEnvironment" . | indent 8 }}
+        {{- with .Values.huggingface }}
+        {{- if .existingSecret }}
+        - name: HF_TOKEN
+          valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretKey }}}}
+        {{- end }}
+        {{- end }}
+      resources:
+        requests: {cpu: 500m, memory: 1Gi}
+        limits: {memory: 2Gi}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: models, mountPath: /models}
+        {{- include "tera.trustMount" . | indent 8 }}
+  volumes:
+    - {name: tmp, emptyDir: {}}
+    - name: models
+      persistentVolumeClaim: {claimName: {{ include "tera.claim" . }}}
+    {{- include "tera.trustVolume" . | indent 4 }}
 {{- end }}

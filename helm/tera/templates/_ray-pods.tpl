@@ -1,3 +1,7 @@
+{{- define "tera.rayPodWithAdditions" -}}
+{{- include "tera.withPod" (dict "template" (include "tera.rayPod" .) "pod" .additions) -}}
+{{- end }}
+
 {{/* The pod of a Ray process. Takes root, component, and for a worker: pool, or nothing for the
      group without GPUs. Nothing here may change with a release that changes no value: a pod template
      that differs makes a new cluster. */}}
@@ -22,8 +26,12 @@ metadata:
   {{- end }}
 spec:
   {{- if $worker }}
-  serviceAccountName: {{ $root.Release.Name }}-worker
+  serviceAccountName: {{ include "tera.serviceAccount" (dict "root" $root "name" (empty $pool | ternary "gateway" (printf "pool-%v" .name)) "pod" .additions) }}
   automountServiceAccountToken: false
+  {{- else }}
+  {{- with (.additions.serviceAccount | default dict).name }}
+  serviceAccountName: {{ . }}
+  {{- end }}
   {{- end }}
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ $grace }}
@@ -94,6 +102,7 @@ spec:
         - {name: TERA_MAX_CONNECTIONS, value: {{ int $root.Values.gateway.connections.max | quote }}}
         - {name: TERA_MAX_CONNECTIONS_PER_SOURCE, value: {{ int $root.Values.gateway.connections.perSource | quote }}}
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
+        {{- include "tera.trustEnvironment" $root | indent 8 }}
         {{- end }}
       resources:
         {{- include "tera.resources" . | nindent 8 }}
@@ -128,6 +137,9 @@ spec:
         {{- if and $worker (not $pool) }}
         - {name: keys, mountPath: /keys, readOnly: true}
         {{- end }}
+        {{- if $worker }}
+        {{- include "tera.trustMount" $root | indent 8 }}
+        {{- end }}
   volumes:
     - {name: tmp, emptyDir: {}}
     - {name: state, emptyDir: {}}
@@ -143,6 +155,9 @@ spec:
       secret:
         secretName: {{ include "tera.keysSecret" $root }}
         items: [{key: keys.yaml, path: keys.yaml}]
+    {{- end }}
+    {{- if $worker }}
+    {{- include "tera.trustVolume" $root | indent 4 }}
     {{- end }}
 {{- end }}
 

@@ -127,6 +127,29 @@
     {{- end -}}
   {{- end -}}
 {{- end -}}
+{{- $places := dict "head.pod" $values.head.pod "gateway.pod" $values.gateway.pod "redis.pod" $values.redis.pod "modelCache.pod" $values.modelCache.pod -}}
+{{- range $name, $pool := $pools -}}
+  {{- $_ := set $places (printf "gpuPools.%s.pod" $name) $pool.pod -}}
+{{- end -}}
+{{- range $path, $pod := $places -}}
+  {{- range $label, $_ := $pod.labels -}}
+    {{- if regexMatch "^(app\\.kubernetes\\.io|ray\\.io|tera)/" $label -}}
+      {{- $faults = append $faults (printf "%s: labels %s is set by the chart or KubeRay; take another" $path $label) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range $variable := list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME" -}}
+    {{- if hasKey ($pod.env | default dict) $variable -}}
+      {{- $faults = append $faults (printf "%s: env %s is set by KubeRay; see gcsFaultTolerance" $path $variable) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- $account := $pod.serviceAccount | default dict -}}
+  {{- if and $account.name $account.annotations -}}
+    {{- $faults = append $faults (printf "%s.serviceAccount: annotations are for the chart's own account; annotate yours, or name none" $path) -}}
+  {{- else if and $account.annotations (eq $path "head.pod") -}}
+    {{- $faults = append $faults "head.pod: serviceAccount.annotations: KubeRay makes the head's account; name one of your own" -}}
+  {{- end -}}
+{{- end -}}
+
 {{- $head := $values.head.resources.memory -}}
 {{- if lt (include "tera.amount" $head | float64) (include "tera.amount" "4Gi" | float64) -}}
   {{- $faults = append $faults (printf "head.resources: memory %s is too little for Ray's own processes; give 4Gi or more" (include "tera.quantity" $head)) -}}

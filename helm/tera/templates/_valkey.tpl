@@ -41,6 +41,44 @@ spec:
     - {name: redis, port: 6379, targetPort: redis}
 {{- end }}
 
+{{- define "tera.valkeyPod" -}}
+metadata:
+  labels:
+    {{- include "tera.valkeyLabels" . | nindent 4 }}
+spec:
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "tera.pullSecrets" .root | indent 2 }}
+  securityContext:
+    {{- include "tera.podSecurity" .root | nindent 4 }}
+  containers:
+    - name: valkey
+      image: {{ include "tera.mirrored" (list .root .root.Values.redis.image) | quote }}
+      command: [valkey-server, /conf/valkey.conf]
+      securityContext:
+        {{- include "tera.containerSecurity" .root | nindent 8 }}
+      ports:
+        - {name: redis, containerPort: 6379}
+      readinessProbe:
+        tcpSocket: {port: redis}
+        periodSeconds: 5
+      livenessProbe:
+        tcpSocket: {port: redis}
+        initialDelaySeconds: 30
+        periodSeconds: 10
+      resources:
+        requests: {cpu: 100m, memory: {{ .memory }}}
+        limits: {memory: {{ .memory }}}
+      volumeMounts:
+        - {name: data, mountPath: /data}
+        - {name: conf, mountPath: /conf, readOnly: true}
+  volumes:
+    - name: conf
+      secret:
+        secretName: {{ include "tera.valkeyName" . }}
+        items: [{key: valkey.conf, path: valkey.conf}]
+{{- end }}
+
 {{- define "tera.valkeySet" -}}
 apiVersion: apps/v1
 kind: StatefulSet
@@ -55,41 +93,7 @@ spec:
     matchLabels:
       {{- include "tera.valkeyLabels" . | nindent 6 }}
   template:
-    metadata:
-      labels:
-        {{- include "tera.valkeyLabels" . | nindent 8 }}
-    spec:
-      automountServiceAccountToken: false
-      enableServiceLinks: false
-      {{- include "tera.pullSecrets" .root | indent 6 }}
-      securityContext:
-        {{- include "tera.podSecurity" .root | nindent 8 }}
-      containers:
-        - name: valkey
-          image: {{ .root.Values.redis.image | quote }}
-          command: [valkey-server, /conf/valkey.conf]
-          securityContext:
-            {{- include "tera.containerSecurity" .root | nindent 12 }}
-          ports:
-            - {name: redis, containerPort: 6379}
-          readinessProbe:
-            tcpSocket: {port: redis}
-            periodSeconds: 5
-          livenessProbe:
-            tcpSocket: {port: redis}
-            initialDelaySeconds: 30
-            periodSeconds: 10
-          resources:
-            requests: {cpu: 100m, memory: {{ .memory }}}
-            limits: {memory: {{ .memory }}}
-          volumeMounts:
-            - {name: data, mountPath: /data}
-            - {name: conf, mountPath: /conf, readOnly: true}
-      volumes:
-        - name: conf
-          secret:
-            secretName: {{ include "tera.valkeyName" . }}
-            items: [{key: valkey.conf, path: valkey.conf}]
+    {{- include "tera.withPod" (dict "template" (include "tera.valkeyPod" .) "pod" .root.Values.redis.pod) | nindent 4 }}
   volumeClaimTemplates:
     - metadata: {name: data}
       spec:

@@ -146,8 +146,9 @@ def _written(value: Any) -> str:
 def _yaml(value: Any) -> str:
     """Return a value as it would be written in YAML, without a map's empty entries."""
     if isinstance(value, dict):
-        given = {key: each for key, each in value.items() if each not in (None, "")}
-        return "{" + ", ".join(f"{key}: {_yaml(each)}" for key, each in given.items()) + "}"
+        given = {key: each for key, each in value.items() if each not in (None, "", [], {})}
+        entries = [(key, _yaml(each)) for key, each in given.items()]
+        return "{" + ", ".join(f"{key}: {each}" for key, each in entries if each != "{}") + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, float):

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from tera.config import quantity
+from tera.config.pods import HeadPodConfig, PodConfig, RayPodConfig, Toleration
 from tera.config.section import Section
 
 Quantity = Annotated[
@@ -96,21 +97,6 @@ class PoolResources(Resources):
     """Bytes, including the shared memory."""
 
 
-class Toleration(Section):
-    """A taint that a pool's pods tolerate."""
-
-    key: str = ""
-    """The taint's key; empty matches every key."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """`Exists` matches any value."""
-    value: str = ""
-    """The taint's value, with `Equal`."""
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    """The taint's effect; empty matches every effect."""
-    toleration_seconds: int | None = Field(default=None, ge=0)
-    """With `NoExecute`, how long the pod stays; absent means for ever."""
-
-
 class PoolDefaults(Section):
     """Defaults for every pool; a pool's own settings take precedence."""
 
@@ -134,6 +120,7 @@ class PoolDefaults(Section):
     """The pods' runtime class, such as nvidia where it is not the nodes' default."""
     idle_timeout_seconds: int = Field(default=120, ge=1)
     """How long a worker without replicas is kept."""
+    pod: RayPodConfig = RayPodConfig()
 
 
 class PoolConfig(PoolDefaults):
@@ -156,6 +143,7 @@ class HeadConfig(Section):
     resources: HeadResources = HeadResources()
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels that a node must have to run the head."""
+    pod: HeadPodConfig = HeadPodConfig()
 
 
 class AuthConfig(Section):
@@ -231,6 +219,8 @@ class ModelCacheConfig(Section):
     prefetch: bool = False
     """Whether a Job downloads the weights of hf:// sources when they change. Helm does not wait for
     it."""
+    pod: PodConfig = PodConfig()
+    """What is added to the Job's pod."""
 
 
 class UpgradeConfig(Section):
@@ -315,6 +305,16 @@ class ObservabilityConfig(Section):
         return self
 
 
+class EgressConfig(Section):
+    """What the release's pods may connect to."""
+
+    enabled: bool = False
+    """Whether they reach only each other, DNS and `cidrs`."""
+    cidrs: tuple[str, ...] = Field(default=(), strict=False)
+    """Address ranges that they may connect to: the Kubernetes API, which the head needs, an
+    external Redis, hubs or a proxy."""
+
+
 class NetworkPolicyConfig(Section):
     """Who may connect to which pod."""
 
@@ -324,8 +324,11 @@ class NetworkPolicyConfig(Section):
     """Namespace of KubeRay, which submits applications to the head."""
     ingress_namespace: str = "ingress-nginx"
     """Namespace that may connect to the gateway, besides the release's own; empty allows all."""
+    ingress_cidrs: tuple[str, ...] = Field(default=(), strict=False)
+    """Address ranges that may connect to the gateway too, such as those of a load balancer."""
     monitoring_namespace: str = "monitoring"
     """Namespace that may scrape metrics when `observability.podMonitor` is set."""
+    egress: EgressConfig = EgressConfig()
 
 
 class PdbConfig(Section):

@@ -5,6 +5,7 @@ from pydantic import Field
 from tera.config.cluster import AuthConfig, Resources
 from tera.config.limits import LimitsConfig
 from tera.config.model import ReplicaBounds
+from tera.config.pods import RayPodConfig
 from tera.config.section import Section
 
 
@@ -77,3 +78,4 @@ class GatewayConfig(Section):
     """Whether `/openapi.json` is served; it requires a key."""
     requests: RequestLimits = RequestLimits()
     connections: ConnectionLimits = ConnectionLimits()
+    pod: RayPodConfig = RayPodConfig()

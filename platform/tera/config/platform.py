@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from tera.config import quantity
 from tera.config.cluster import (
@@ -29,6 +29,7 @@ from tera.config.gateway import GatewayConfig
 from tera.config.merge import deep_merge
 from tera.config.model import ModelConfig, ModelDefaults
 from tera.config.names import CPU_POOL, ModelName, PoolName
+from tera.config.pods import GlobalConfig, TrustConfig
 from tera.config.redis import RedisConfig
 from tera.config.section import Section
 
@@ -60,8 +61,8 @@ class PlatformConfig(Section):
     network_policy: NetworkPolicyConfig = NetworkPolicyConfig()
     pdb: PdbConfig = PdbConfig()
     ray_auth: RayAuthConfig = RayAuthConfig()
-    global_: dict[str, JsonValue] = Field(default_factory=dict, alias="global")
-    """Reserved by Helm; the chart does not read it."""
+    trust: TrustConfig = TrustConfig()
+    global_: GlobalConfig = Field(default=GlobalConfig(), alias="global")
 
     @model_validator(mode="before")
     @classmethod

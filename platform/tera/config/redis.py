@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tera.config.cluster import Quantity, SecretReference
+from tera.config.pods import PodConfig
 from tera.config.section import Section
 
 
@@ -27,6 +28,8 @@ class RedisConfig(Section):
     """Image of the embedded Valkey."""
     storage: Quantity = "8Gi"
     """Size of the embedded Valkey's volume."""
+    pod: PodConfig = PodConfig()
+    """What is added to the pods of the Valkeys that the chart runs."""
     external: ExternalRedis = ExternalRedis()
 
     @model_validator(mode="after")
