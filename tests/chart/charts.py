@@ -12,7 +12,10 @@ from tera.config.merge import deep_merge
 from tera.config.platform import PlatformConfig
 
 CHART = Path(__file__).parents[2] / "helm/tera"
-VALUES_FILES = ("small", "cpu", "production")
+VALUES_FILES = (
+    *("small", "cpu", "production"),
+    *("h100", "spot", "air-gapped", "openshift", "argo-cd"),
+)
 
 Object = dict[str, Any]
 

@@ -253,6 +253,15 @@ def test_only_gateways_get_the_pepper(values: Object) -> None:
     assert knowing == {"cpu"}
 
 
+def test_what_cannot_be_made_again_outlives_the_release() -> None:
+    kept = {
+        (each["kind"], each["metadata"]["name"])
+        for each in render({"modelCache": {"enabled": True}})
+        if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    assert kept == {("Secret", "prod-keys"), ("PersistentVolumeClaim", "prod-models")}
+
+
 def test_first_key_is_one_that_the_gateway_takes() -> None:
     for _ in range(5):
         data = one(render({}), "Secret", "prod-keys")["data"]

@@ -1,6 +1,6 @@
 """What an operator sets for the pods of one place: Kubernetes' own shapes under its own names."""
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
@@ -12,7 +12,7 @@ _KUBERAY_VARIABLES: Final = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERN
 """KubeRay refuses a RayService that sets them beside its own options."""
 
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Shapes = Annotated[tuple[dict[str, JsonValue], ...], Field(default=(), strict=False)]
+Shapes = Annotated[tuple[dict[str, JsonValue], ...], Field(strict=False)]
 """Objects of Kubernetes', which Kubernetes checks."""
 
 
@@ -45,7 +45,7 @@ class PodConfig(Section):
 
     env: dict[VariableName, str | SecretVariable] = Field(default_factory=dict)
     """Variables of the main container: text, or {secretName, secretKey}."""
-    env_from: Shapes
+    env_from: Shapes = ()
     """Secrets and ConfigMaps with variables of the main container, as `envFrom`."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels, besides the chart's own."""
@@ -59,15 +59,15 @@ class PodConfig(Section):
     """Taints that the pods tolerate, besides those that the chart names."""
     affinity: dict[str, JsonValue] = Field(default_factory=dict)
     """As `affinity` of a pod."""
-    topology_spread_constraints: Shapes
+    topology_spread_constraints: Shapes = ()
     """As `topologySpreadConstraints` of a pod, in place of the chart's."""
-    volumes: Shapes
+    volumes: Shapes = ()
     """Further volumes."""
-    volume_mounts: Shapes
+    volume_mounts: Shapes = ()
     """Where the main container mounts them."""
-    init_containers: Shapes
+    init_containers: Shapes = ()
     """Containers that run before the others."""
-    sidecars: Shapes
+    sidecars: Shapes = ()
     """Containers that run beside the main one."""
     security_context: dict[str, JsonValue] = Field(default_factory=dict)
     """As `securityContext` of a pod, in place of the chart's; on OpenShift without `runAsUser` and
@@ -125,7 +125,7 @@ class GlobalConfig(Section, extra="allow"):
     image_registry: str = ""
     """A registry that all images are pulled from, in place of their own, such as
     registry.example.com/mirror."""
-    image_pull_secrets: Annotated[tuple[dict[str, Any], ...], Field(default=(), strict=False)] = ()
+    image_pull_secrets: tuple[dict[str, JsonValue], ...] = Field(default=(), strict=False)
     """Secrets for pulling images, besides `imagePullSecrets`."""
 
 
