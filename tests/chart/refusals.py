@@ -211,6 +211,11 @@ CROSS_FIELD = [
     ),
     pytest.param(models(source=""), "models.one: source is missing", id="no source"),
     pytest.param(
+        models(engine={"args": {"tensor_parallel_size": 2}}),
+        "models.one.engine.args.tensor_parallel_size: set parallelism.tensor instead",
+        id="argument that is set elsewhere",
+    ),
+    pytest.param(
         cluster(gateway={"replicas": {"min": 9, "max": 8}}), "gateway.replicas: min (9) is greater than max (8)", id="gateways"
     ),
     pytest.param(cluster(image={"tag": "latest"}), 'image: tag "latest"', id="latest"),
@@ -239,6 +244,24 @@ SHAPE = [
     pytest.param(models(loraAdapters={}), "models.one.loraAdapters", id="adapters are not there yet"),
     pytest.param(models(engine={"kind": "speech"}), "models.one.engine.kind", id="speech is not there yet"),
     pytest.param(models(replicas={"mni": 1}), "models.one.replicas.mni", id="unknown key"),
+    pytest.param(
+        models(engine={"args": {"max_model_length": 9}}), "models.one.engine.args.max_model_length", id="unknown argument"
+    ),
+    pytest.param(
+        models(engine={"kind": "vllm", "args": {"max_model_length": 9}}),
+        "models.one.engine.args.max_model_length",
+        id="unknown argument of a named kind",
+    ),
+    pytest.param(
+        cluster(redis={"embedded": False, "external": {"address": "redis://redis:6379"}}),
+        "redis.external.address",
+        id="URL for an address",
+    ),
+    pytest.param(
+        cluster(gcsFaultTolerance={"enabled": True, "address": "redis://redis:6379"}),
+        "gcsFaultTolerance.address",
+        id="URL for an address of the GCS' Redis",
+    ),
     pytest.param(models(replicas={"min": -1}), "models.one.replicas.min", id="negative"),
     pytest.param(models(replicas={"max": "3"}), "models.one.replicas.max", id="text for a number"),
     pytest.param(models(replicas={"max": 2.5}), "models.one.replicas.max", id="fraction"),

@@ -72,6 +72,40 @@ def test_refusal_begins_with_the_path_of_the_value(values: Any, beginning: str) 
     assert any(line.startswith(beginning) for line in refused(values))
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        pytest.param(
+            {"models": {"qwen2.5": {"id": "Qwen/Qwen2.5", "engine": {"kind": "simulated"}}}},
+            "models.qwen2.5: must be 1 to 40 lower-case letters, digits and hyphens, beginning with a letter; "
+            "clients send the model's id or an alias, which may be any text (got 'qwen2.5')",
+            id="a name with a dot",
+        ),
+        pytest.param(
+            {"models": {"demo": None}},
+            "models.demo: is null; give it entries, indented below it, or remove the key",
+            id="null",
+        ),
+        pytest.param(
+            platform(source="hf://org/demo", engine={"args": {"max_model_length": 2048}}),
+            "models.demo.engine.args.max_model_length: vLLM has no such argument; max_model_len is nearest",
+            id="a typo in an argument",
+        ),
+        pytest.param(
+            {"redis": {"embedded": False, "external": {"address": "redis://redis:6379"}}},
+            "redis.external.address: must be host:port, without a scheme, user or password (got 'redis://redis:6379')",
+            id="a URL for an address",
+        ),
+    ],
+)  # fmt: skip
+def test_refusal_says_what_would_be_right(values: Any, line: str) -> None:
+    assert refused(values) == [line]
+
+
+def test_a_simulated_models_arguments_are_not_vllms() -> None:
+    PlatformConfig.parse(platform(engine={"kind": "simulated", "args": {"profile": {}}}))
+
+
 def test_all_faults_are_told_at_once() -> None:
     lines = refused({**platform(replicas={"mni": 1}, id=""), "gatway": {}})
     assert {line.split(":")[0] for line in lines} == {

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tera.config.vllm_arguments import VLLM_ARGUMENTS
 from tera.engine import bounds, vllm_args, vllm_plugin, vllm_worker
 from tera.errors import ConfigError, StartError
 from tera.gateway.request import Conversation
@@ -51,6 +52,12 @@ def imported() -> Iterator[Symbol]:
 def test_vllm_has_every_name_that_tera_imports(name: Symbol) -> None:
     as_module = symbols._tree(f"{name.module}.{name.name}") is not None
     assert as_module or list(missing([name])) == []
+
+
+def test_values_are_checked_by_the_arguments_of_vllm() -> None:
+    # Those that begin with an underscore are for vllm's own server.
+    public = {name for name in vllm.argument_names() if not name.startswith("_")}
+    assert public - VLLM_ARGUMENTS == VLLM_ARGUMENTS - public == set()
 
 
 def test_a_conversation_is_what_vllms_renderer_reads() -> None:

@@ -44,6 +44,13 @@
   {{- else if and (hasPrefix "hf://" $model.source) (not (regexMatch "^hf://[\\w.-]+(/[\\w.-]+)?(@.*)?$" $model.source)) -}}
     {{- $faults = append $faults (printf "models.%s: source '%s' does not name a repository; write hf://org/name" $name $model.source) -}}
   {{- end -}}
+  {{- if eq $model.engine.kind "vllm" -}}
+    {{- range $argument, $instead := dict "model" "set source instead" "tensor_parallel_size" "set parallelism.tensor instead" "pipeline_parallel_size" "set parallelism.pipeline instead" "enable_sleep_mode" "set gpuSharing.replicasPerGpu instead" "worker_extension_cls" "Tera uses its own extension there" -}}
+      {{- if hasKey $model.engine.args $argument -}}
+        {{- $faults = append $faults (printf "models.%s.engine.args.%s: %s" $name $argument $instead) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
   {{- $ranks := mul (int $model.parallelism.tensor) (int $model.parallelism.pipeline) -}}
   {{- if and (gt (int $model.gpuSharing.replicasPerGpu) 1) (gt $ranks 1) -}}
     {{- $faults = append $faults (printf "models.%s: gpuSharing.replicasPerGpu: a replica on %d GPUs cannot share them; set it to 1, or parallelism.tensor and .pipeline" $name $ranks) -}}

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from tera.config import quantity
+from tera.config.names import Address
 from tera.config.pods import HeadPodConfig, PodConfig, RayPodConfig, Toleration
 from tera.config.section import Section
 
@@ -173,7 +174,7 @@ class GcsFaultToleranceConfig(SecretReference):
     is gone."""
     storage: Quantity = "1Gi"
     """Size of the volume of the Valkey that is created for it; cannot change later."""
-    address: str = ""
+    address: Address = ""
     """host:port of a Redis of your own with durable storage, not the one that holds limits; if
     empty, a small Valkey is created."""
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tera.config.names import MEANINGS
+
 
 def faults(
     error: ValidationError, *, below: tuple[str, ...] = (), show_values: bool = True
@@ -34,7 +36,11 @@ def _fault(location: tuple[int | str, ...], detail: Mapping[str, Any], show_valu
         return f"{path}: unknown key"
     if kind == "missing":
         return f"{path}: is missing"
+    if detail["input"] is None and kind in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{path}: is null; give it entries, indented below it, or remove the key"
     message = detail["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch":
+        message = MEANINGS.get(detail["ctx"]["pattern"], message)
     if kind == "value_error" or not show_value:
         return f"{path}: {message}"
     return f"{path}: {message} (got {detail['input']!r})"

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
+from tera.config import engine_args as vllm_args
 from tera.config.section import Section
 from tera.config.source import ModelSource
 
@@ -87,6 +88,8 @@ class Scaling(Section):
 class EngineConfig(Section):
     """The engine a model runs on. Editing it reloads this model only."""
 
+    model_config = ConfigDict(json_schema_extra=vllm_args.SCHEMA)
+
     kind: Literal["vllm", "simulated"] = "vllm"
     """`simulated` needs no GPU and generates meaningless words, at a pace set by `args`."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
@@ -99,13 +102,9 @@ class EngineConfig(Section):
         return str(self.args.get("dtype", "bfloat16"))
 
 
-FRONTEND_ARGS: Final = ("tool_call_parser", "chat_template")
-"""Entries of a vllm model's `engine.args` that are for the gateway, not for the engine."""
-
-
 def engine_args(args: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the entries of `engine.args` that are for vLLM's engine."""
-    return {name: value for name, value in args.items() if name not in FRONTEND_ARGS}
+    return {name: value for name, value in args.items() if name not in vllm_args.FRONTEND_ARGS}
 
 
 class ModelConfig(Section):

@@ -19,14 +19,32 @@ HTTP_PORT: Final = 8000
 CPU_POOL: Final = "cpu"
 """The worker group of gateways and of models without a pool."""
 
-ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+_MODEL: Final = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
+
+ModelName = Annotated[str, StringConstraints(pattern=_MODEL)]
 """A short DNS label: it becomes part of an application's and a Kubernetes object's name."""
 
-PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$")]
+_POOL: Final = r"^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$"
+
+PoolName = Annotated[str, StringConstraints(pattern=_POOL)]
+
+_ADDRESS: Final = r"^([^/@\s]+:[0-9]{1,5})?$"
+
+Address = Annotated[str, StringConstraints(pattern=_ADDRESS)]
+"""host:port, or empty."""
 
 _TENANT = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
 
 TenantName = Annotated[str, StringConstraints(pattern=_TENANT.pattern)]
+
+
+MEANINGS: Final = {
+    _MODEL: "must be 1 to 40 lower-case letters, digits and hyphens, beginning with a letter; "
+    "clients send the model's id or an alias, which may be any text",
+    _POOL: "must be 1 to 30 lower-case letters, digits and hyphens, beginning with a letter",
+    _ADDRESS: "must be host:port, without a scheme, user or password",
+}
+"""What a value that does not match a pattern is told."""
 
 
 def application_name(model_name: str) -> str:

@@ -25,6 +25,7 @@ from tera.config.cluster import (
     RayAuthConfig,
     UpgradeConfig,
 )
+from tera.config.engine_args import argument_faults
 from tera.config.gateway import GatewayConfig
 from tera.config.merge import deep_merge
 from tera.config.model import ModelConfig, ModelDefaults
@@ -32,6 +33,7 @@ from tera.config.names import CPU_POOL, ModelName, PoolName
 from tera.config.pods import GlobalConfig, TrustConfig
 from tera.config.redis import RedisConfig
 from tera.config.section import Section
+from tera.config.vllm_arguments import VLLM_ARGUMENTS
 
 
 class PlatformConfig(Section):
@@ -82,11 +84,12 @@ class PlatformConfig(Section):
     def _parts_fit(self) -> Self:
         faults = [
             *_shared_names(self.models),
+            *_wrong_arguments(self.models),
+            *_limits_of_no_model(self),
             *_shared_orders(self.gpu_pools),
             *_misjoined_pools(self.gpu_pools),
             *_misplaced_models(self),
             *_undersized_pools(self.gpu_pools),
-            *_unknown_limits(self),
             *_unshared_cache(self),
             *_unread_cache(self),
         ]
@@ -113,6 +116,28 @@ def _shared_names(models: Mapping[str, ModelConfig]) -> Iterator[str]:
                     "give each model its own id and aliases"
                 )
             owner[client_name] = name
+
+
+def _wrong_arguments(models: Mapping[str, ModelConfig]) -> Iterator[str]:
+    for name, model in models.items():
+        if model.engine.kind == "vllm":
+            path = f"models.{name}.engine.args"
+            yield from argument_faults(model.engine.args, VLLM_ARGUMENTS, path)
+
+
+def _limits_of_no_model(platform: PlatformConfig) -> Iterator[str]:
+    limits = platform.gateway.limits
+    there = ", ".join(sorted(platform.models)) or "none"
+    for path, tenant in (
+        ("default", limits.default),
+        *((f"tenants.{name}", tenant) for name, tenant in limits.tenants.items()),
+    ):
+        for name in tenant.models:
+            if name not in platform.models:
+                yield (
+                    f"gateway.limits.{path}.models.{name}: there is no model {name!r}; "
+                    f"the models are: {there}"
+                )
 
 
 def _shared_orders(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
@@ -200,21 +225,6 @@ def _undersized_pools(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
                 f"gpuPools.{name}.resources.cpu: {resources.cpu} is less than one for each of "
                 f"{pool.gpus_per_worker} GPUs; raise it, or lower gpusPerWorker"
             )
-
-
-def _unknown_limits(platform: PlatformConfig) -> Iterator[str]:
-    limits = platform.gateway.limits
-    there = ", ".join(sorted(platform.models)) or "none"
-    for path, of_tenant in (
-        ("default", limits.default),
-        *((f"tenants.{name}", each) for name, each in limits.tenants.items()),
-    ):
-        for name in of_tenant.models:
-            if name not in platform.models:
-                yield (
-                    f"gateway.limits.{path}.models.{name}: there is no model {name!r}; the models "
-                    f"are: {there}"
-                )
 
 
 def _unshared_cache(platform: PlatformConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tera.config.cluster import Quantity, SecretReference
+from tera.config.names import Address
 from tera.config.pods import PodConfig
 from tera.config.section import Section
 
@@ -12,7 +13,7 @@ from tera.config.section import Section
 class ExternalRedis(SecretReference):
     """An existing Redis or Valkey."""
 
-    address: str = ""
+    address: Address = ""
     """host:port."""
     tls: bool = False
     """Whether to connect with TLS."""

@@ -1,11 +1,11 @@
 """A vLLM model's `engine.args`: vLLM's own arguments, except those that are set elsewhere."""
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
+from tera.config.engine_args import argument_faults
 from tera.engine.vllm_worker import WorkerExtension
 from tera.errors import ConfigError
 from tera.upstream.vllm import argument_names
@@ -13,15 +13,6 @@ from tera.upstream.xgrammar import BACKEND
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
-
-_DECIDED = {
-    "model": "set source instead",
-    "tensor_parallel_size": "set parallelism.tensor instead",
-    "pipeline_parallel_size": "set parallelism.pipeline instead",
-    "enable_sleep_mode": "set gpuSharing.replicasPerGpu instead",
-    "worker_extension_cls": "Tera uses its own extension there",
-}
-"""vLLM arguments that `engine.args` may not contain, and why."""
 
 _STRUCTURED = "structured_outputs_config"
 
@@ -57,7 +48,7 @@ def async_engine_args(
 
 
 def check_args(args: Mapping[str, JsonValue], path: str) -> None:
-    """Refuse arguments that vLLM does not have, without taking seconds to import it.
+    """Refuse arguments that the installed vLLM does not have, without taking seconds to import it.
 
     Args:
         args: vLLM's `AsyncEngineArgs` by name.
@@ -69,13 +60,7 @@ def check_args(args: Mapping[str, JsonValue], path: str) -> None:
     known = argument_names()
     if not known:
         return
-    faults = []
-    for name in args:
-        if name in _DECIDED:
-            faults.append(f"{path}.{name}: {_DECIDED[name]}")
-        elif name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            faults.append(f"{path}.{name}: vLLM has no such argument; {nearest} is nearest")
+    faults = [*argument_faults(args, known, path)]
     structured = args.get(_STRUCTURED)
     if isinstance(structured, Mapping) and structured.get("backend", BACKEND) != BACKEND:
         faults.append(f"{path}.{_STRUCTURED}.backend: is always {BACKEND}")

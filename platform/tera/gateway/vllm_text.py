@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from pydantic import JsonValue
 
-from tera.config.model import FRONTEND_ARGS, engine_args
+from tera.config.engine_args import FRONTEND_ARGS
+from tera.config.model import engine_args
 from tera.contract.chat_answers import FunctionCallDelta, ToolCallDelta
 from tera.errors import UnsupportedParameterError
 from tera.gateway.encode import TextEncoder
