@@ -193,6 +193,12 @@ CLUSTER = [
         id="key of no Secret",
     ),
     pytest.param(
+        {"objectStore": {"existingSecret": "x"}},
+        "objectStore.existingSecret",
+        "cluster_replaced",
+        id="object store",
+    ),
+    pytest.param(
         {"modelCache": {"existingClaim": "x"}},
         "modelCache.existingClaim",
         "cluster_replaced",

@@ -76,6 +76,7 @@ _CLUSTER_EFFECTS: Final[dict[Path, tuple[Effect, str]]] = {
     ("gcsFaultTolerance",): ("cluster_replaced", ""),
     ("gcsFaultTolerance", "storage"): ("objects", ""),
     ("huggingface",): ("cluster_replaced", ""),
+    ("objectStore",): ("cluster_replaced", ""),
     ("modelCache",): ("cluster_replaced", ""),
     ("modelCache", "size"): ("objects", "if the storage class lets a volume grow"),
     ("modelCache", "storageClassName"): ("objects", ""),

@@ -41,6 +41,7 @@ EVERYTHING: Object = {
     "image": {"digest": "sha256:" + "0" * 64},
     "modelCache": {"enabled": True, "prefetch": True, "storageClassName": "shared"},
     "huggingface": {"existingSecret": "hub"},
+    "objectStore": {"existingSecret": "store"},
     "gcsFaultTolerance": {"enabled": True, "address": "durable:6379", "existingSecret": "durable"},
     "upgrade": {"strategy": "None"},
     "ingress": {"enabled": True, "host": "llm.example.com", "annotations": {"a": "1"}},
@@ -113,6 +114,21 @@ def test_rayservice_keeps_the_rules_that_only_kuberay_checks(values: Object) -> 
     assert spec["upgradeStrategy"]["type"] in ("NewCluster", "None")
 
 
+def test_what_loads_models_can_read_the_object_store() -> None:
+    def secrets(values: Object) -> dict[str, list[str]]:
+        return {
+            name: [each["secretRef"]["name"] for each in container.get("envFrom", [])]
+            for name, template in ray_templates(render(values)).items()
+            for container in template["spec"]["containers"][:1]
+        }
+
+    given = secrets(cluster(objectStore={"existingSecret": "store"}))
+    head = {name for name in given if "head" in name}
+    assert len(head) == 1
+    assert all(found == ([] if name in head else ["store"]) for name, found in given.items())
+    assert not any(secrets(cluster()).values())
+
+
 def test_head_schedules_and_computes_nothing() -> None:
     cluster = ray_cluster({})
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -151,7 +167,7 @@ def test_new_pool_is_appended() -> None:
     "edit",
     [
         pytest.param({"models": {"one": model(replicas={"max": 3})}}, id="replicas"),
-        pytest.param({"models": {"one": model(engine={"args": {"a": 1}})}}, id="engine"),
+        pytest.param({"models": {"one": model(engine={"args": {"seed": 1}})}}, id="engine"),
         pytest.param({"models": {}}, id="model removed"),
         pytest.param({"gateway": {"replicas": {"max": 9}}}, id="gateways"),
         pytest.param({"gateway": {"limits": {"onRedisError": "closed"}}}, id="limits"),

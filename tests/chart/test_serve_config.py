@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tests.chart.charts import CHART, VALUES_FILES, platform_of, serve_config_of, values_file
 from tests.chart.refusals import cluster, model
 
+from tera.config.engine_args import SET_ELSEWHERE
 from tera.config.platform import PlatformConfig
 from tera.config.values_file import load_cluster_platform
+from tera.config.vllm_arguments import VLLM_ARGUMENTS
 from tera.manifest import cluster_serve_config, serve_config
 
 Object = dict[str, Any]
@@ -73,16 +75,14 @@ SCALING = optional(
     downscaleToZeroDelaySeconds=SECONDS,
     coldStartDeadlineSeconds=NUMBERS,
 )
-ARGS = st.dictionaries(
-    st.from_regex(r"\A[a-z_]{1,12}\Z"),
-    st.recursive(
-        st.one_of(st.booleans(), st.integers(-(2**31), 2**31), TEXTS),
-        lambda below: st.one_of(
-            st.lists(below, max_size=2), st.dictionaries(NAMES, below, max_size=2)
-        ),
-        max_leaves=4,
-    ),
-    max_size=3,
+ARGUMENTS = st.recursive(
+    st.one_of(st.booleans(), st.integers(-(2**31), 2**31), TEXTS),
+    lambda below: st.one_of(st.lists(below, max_size=2), st.dictionaries(NAMES, below, max_size=2)),
+    max_leaves=4,
+)
+ARGS = st.dictionaries(st.from_regex(r"\A[a-z_]{1,12}\Z"), ARGUMENTS, max_size=3)
+VLLM_ARGS = st.dictionaries(
+    st.sampled_from(sorted(VLLM_ARGUMENTS - SET_ELSEWHERE.keys())), ARGUMENTS, max_size=3
 )
 LIMITS = optional(
     requestsPerMinute=st.integers(0, 10**9),
@@ -118,20 +118,19 @@ def values(draw: st.DrawFn) -> Object:
                 )
             ),
         }
-        args = draw(ARGS)
         if draw(st.booleans()):
             parallelism = optional(tensor=st.integers(1, 4), pipeline=st.integers(1, 3))
             sharing = {"gpuSharing": optional(replicasPerGpu=st.integers(1, 8))}
             spread = st.fixed_dictionaries({"parallelism": parallelism})
             models[name] = {
                 **shared,
-                "engine": {"args": args},
+                "engine": {"args": draw(VLLM_ARGS)},
                 "source": "hf://org/name",
                 "pool": "big",
                 **draw(spread | st.fixed_dictionaries(sharing)),
             }
         else:
-            models[name] = {**shared, "engine": {"kind": "simulated", "args": args}}
+            models[name] = {**shared, "engine": {"kind": "simulated", "args": draw(ARGS)}}
     of_models = st.dictionaries(st.sampled_from(sorted(models)), LIMITS) if models else st.just({})
     return {
         "models": models,

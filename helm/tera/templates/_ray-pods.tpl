@@ -104,6 +104,10 @@ spec:
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
         {{- include "tera.trustEnvironment" $root | indent 8 }}
         {{- end }}
+      {{- if and $worker $root.Values.objectStore.existingSecret }}
+      envFrom:
+        - secretRef: {name: {{ $root.Values.objectStore.existingSecret }}}
+      {{- end }}
       resources:
         {{- include "tera.resources" . | nindent 8 }}
       {{- if $worker }}

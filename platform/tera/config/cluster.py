@@ -204,6 +204,14 @@ class HuggingFaceConfig(Section):
     from the hub."""
 
 
+class ObjectStoreConfig(Section):
+    """Access to the object stores of s3:// and gs:// sources."""
+
+    existing_secret: str = ""
+    """A Secret whose entries become environment variables of gateways and workers, such as
+    AWS_ACCESS_KEY_ID; empty means that the nodes themselves have access."""
+
+
 class ModelCacheConfig(Section):
     """A volume that holds weights for all workers."""
 

@@ -18,6 +18,7 @@ from tera.config.cluster import (
     ModelCacheConfig,
     NamedReference,
     NetworkPolicyConfig,
+    ObjectStoreConfig,
     ObservabilityConfig,
     PdbConfig,
     PoolConfig,
@@ -55,6 +56,7 @@ class PlatformConfig(Section):
     head: HeadConfig = HeadConfig()
     gcs_fault_tolerance: GcsFaultToleranceConfig = GcsFaultToleranceConfig()
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
+    object_store: ObjectStoreConfig = ObjectStoreConfig()
     model_cache: ModelCacheConfig = ModelCacheConfig()
     upgrade: UpgradeConfig = UpgradeConfig()
     ingress: IngressConfig = IngressConfig()
