@@ -7,7 +7,7 @@ that cannot be reached.
 
 import typer
 
-from tera.cli import config, keys, plan, platform, probe, tenants, usage
+from tera.cli import backup, config, keys, plan, platform, probe, tenants, usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,8 @@ app.command()(platform.status)
 app.command()(probe.probe)
 app.command()(plan.plan)
 app.command()(plan.apply)
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.add_typer(keys.group, name="keys")
 app.add_typer(tenants.group, name="tenants")
 app.add_typer(usage.group, name="usage")

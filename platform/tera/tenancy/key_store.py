@@ -210,6 +210,22 @@ class KeyStore:
             if known == wanted or await self._put(wanted, stored):
                 return wanted
 
+    async def restore(self, record: ApiKey) -> bool:
+        """Write a key's record of a backup as it is; return whether the key was missing.
+
+        One that was revoked here stays revoked.
+        """
+        try:
+            return await self._put(record, b"")
+        except KeyRevokedError:
+            return False
+
+    async def restore_revoked(self, key_id: str, at_s: float) -> None:
+        """Note that a key was revoked, from a backup, so that no import makes it valid again."""
+        async with reaching(_STORE):
+            if not await self._redis.hexists(KEYS, key_id):
+                await self._redis.hsetnx(REVOKED, key_id, repr(at_s))
+
     async def has_file(self, digest: str) -> bool:
         """Return whether Redis remembers importing a keys file with this digest."""
         async with reaching(_STORE):

@@ -86,6 +86,10 @@ class TenantStore:
         while not await self._replace(name, await self._stored(name), data):
             pass
 
+    async def restore(self, name: str, limits: TenantLimits) -> bool:
+        """Store limits of a backup unless some are stored; return whether there were none."""
+        return await self._replace(name, b"", _encode(limits))
+
     async def edit(self, name: str, change: Callable[[TenantLimits], TenantLimits]) -> TenantLimits:
         """Apply `change` to the stored limits; return the result.
 
