@@ -60,12 +60,12 @@ def filled(redis: Redis) -> tuple[str, str]:
 
 def state(redis: Redis) -> Any:
     """Return all that a backup is to bring back."""
-    stream = stream_of(record("r", 1_700_000_000.0).tenant)
+    entries: Any = redis.xrange(stream_of(record("r", 1_700_000_000.0).tenant))
     return (
         redis.hgetall("tera:keys"),
         redis.hgetall("tera:keys:revoked"),
         redis.hgetall("tera:tenants"),
-        [entry for _, entry in redis.xrange(stream)],
+        [entry for _, entry in entries],
     )
 
 
