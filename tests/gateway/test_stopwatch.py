@@ -5,7 +5,6 @@ import time
 import pytest
 from starlette.types import Message
 
-from tera.gateway import stopwatch as module
 from tera.gateway.exchange import Exchange
 from tera.gateway.stopwatch import GAPS_AT_ONCE, Stopwatch
 from tera.generation import TokenDelta
@@ -36,7 +35,7 @@ def test_each_gap_is_measured_by_the_end(
     metrics = Metrics()
     stopwatch = Stopwatch(metrics, "m", exchange, first_sample=True)
     for number in range(deliveries):
-        monkeypatch.setattr(module.time, "monotonic", lambda at=ARRIVED + 2 + number / 4: at)
+        monkeypatch.setattr(time, "monotonic", lambda at=ARRIVED + 2 + number / 4: at)
         stopwatch.delivered(TokenDelta(1, [number], cached_tokens=7))
     stopwatch.tell()
     stopwatch.tell()  # which has nothing left to tell

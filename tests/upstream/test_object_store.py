@@ -6,29 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from pydantic import JsonValue
-from tests.serve.conftest import DEMO_MODELS, listens, until
+from tests.serve.conftest import listens, until
 
 from tera.config.source import ModelSource
 from tera.local.cluster import free_port
-from tera.local.demo_model import ensure_demo_model
 from tera.upstream.vllm_text import VllmText
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
-boto3 = pytest.importorskip("boto3")
-pytest.importorskip("moto")
-pytest.importorskip("runai_model_streamer")
-
 SOURCE = ModelSource.parse("s3://models/small")
 FRONTEND = {"chat_template": None, "tool_call_parser": None}
 ARGS: dict[str, JsonValue] = {"dtype": "float32", "max_model_len": 2048}
-
-
-@pytest.fixture(scope="module")
-def model_path() -> Path:
-    return ensure_demo_model("smollm2-135m-instruct", DEMO_MODELS, "float32", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +51,13 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_a_gateway_loads_the_text_side_of_a_model_in_a_bucket(
-    bucket: Any, model_path: Path, tmp_path: Path
+    bucket: Any, demo_model: Path, tmp_path: Path
 ) -> None:
-    for file in model_path.iterdir():
+    for file in demo_model.iterdir():
         if file.suffix != ".safetensors":
             bucket.upload_file(str(file), "models", f"small/{file.name}")
     remote = VllmText.load(SOURCE.engine_path(tmp_path, "float32"), ARGS, FRONTEND)
-    local = VllmText.load(str(model_path), ARGS, FRONTEND)
+    local = VllmText.load(str(demo_model), ARGS, FRONTEND)
     assert remote.context_length == local.context_length == 2048
     text = "Once upon a time, in a bucket"
     assert remote.tokenizer.encode(text) == local.tokenizer.encode(text)
