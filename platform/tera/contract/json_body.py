@@ -53,7 +53,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-_BELOW_A_DOUBLE = -(2**1024)
+_TOO_HUGE = 2**1024
+"""The least integer beyond a double."""
 _EACH_DIGIT_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 _MANY_DIGITS = b"0" * 309
 _SIGNS_OF_HUGE = (_MANY_DIGITS, b"0e", b"0E")
@@ -150,12 +151,18 @@ def _may_hold_huge_number(body: bytes) -> bool:
 
 def _holds_huge_number(value: dict[str, Any]) -> bool:
     for level in _levels(value, MAX_JSON_CONTAINERS):
-        for children in (*level.arrays, *(found.values() for found in level.objects)):
-            numbers = [each for each in children if type(each) in _NUMBERS]
-            if numbers and not _BELOW_A_DOUBLE < min(numbers) <= max(numbers) < -_BELOW_A_DOUBLE:
-                return True
+        for children in (*level.arrays, *(list(found.values()) for found in level.objects)):
+            # Not all of a million at once: finding the least holds the GIL.
+            for start in range(0, len(children), _PASS):
+                piece = children[start : start + _PASS]
+                numbers = [each for each in piece if type(each) in _NUMBERS]
+                if numbers and not -_TOO_HUGE < min(numbers) <= max(numbers) < _TOO_HUGE:
+                    return True
     return False
 
+
+_PASS = 65_536
+"""Values that are looked at in one go."""
 
 _NUMBERS = frozenset({int, float})
 
