@@ -115,18 +115,24 @@ def test_rayservice_keeps_the_rules_that_only_kuberay_checks(values: Object) -> 
 
 
 def test_what_loads_models_can_read_the_object_store() -> None:
-    def secrets(values: Object) -> dict[str, list[str]]:
+    def variables(values: Object) -> dict[str, dict[str, str]]:
         return {
-            name: [each["secretRef"]["name"] for each in container.get("envFrom", [])]
+            name: {
+                each["name"]: each["valueFrom"]["secretKeyRef"]["key"]
+                for container in template["spec"]["containers"]
+                for each in container["env"]
+                if each.get("valueFrom", {}).get("secretKeyRef", {}).get("name") == "store"
+            }
             for name, template in ray_templates(render(values)).items()
-            for container in template["spec"]["containers"][:1]
         }
 
-    given = secrets(cluster(objectStore={"existingSecret": "store"}))
-    head = {name for name in given if "head" in name}
-    assert len(head) == 1
-    assert all(found == ([] if name in head else ["store"]) for name, found in given.items())
-    assert not any(secrets(cluster()).values())
+    given = variables(cluster(objectStore={"existingSecret": "store"}))
+    assert given.pop("head") == {}
+    assert {"cpu", "l4"} <= given.keys()
+    for found in given.values():
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"} <= found.keys()
+        assert all(name == key for name, key in found.items())
+    assert not any(variables(cluster()).values())
 
 
 def test_head_schedules_and_computes_nothing() -> None:

@@ -104,10 +104,6 @@ spec:
         {{- include "tera.workerEnvironment" (dict "root" $root "cache" $cache "gateway" (not $pool)) | nindent 8 }}
         {{- include "tera.trustEnvironment" $root | indent 8 }}
         {{- end }}
-      {{- if and $worker $root.Values.objectStore.existingSecret }}
-      envFrom:
-        - secretRef: {name: {{ $root.Values.objectStore.existingSecret }}}
-      {{- end }}
       resources:
         {{- include "tera.resources" . | nindent 8 }}
       {{- if $worker }}
@@ -236,6 +232,13 @@ limits:
 {{- end }}
 {{- if .offline }}
 - {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+{{- end }}
+{{- with $values.objectStore.existingSecret }}
+{{- $store := . }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" "AWS_SESSION_TOKEN" "AWS_REGION" "AWS_ENDPOINT_URL" "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING" }}
+- name: {{ . }}
+  valueFrom: {secretKeyRef: {name: {{ $store }}, key: {{ . }}, optional: true}}
 {{- end }}
 {{- end }}
 {{- end }}

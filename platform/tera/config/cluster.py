@@ -208,8 +208,9 @@ class ObjectStoreConfig(Section):
     """Access to the object stores of s3:// and gs:// sources."""
 
     existing_secret: str = ""
-    """A Secret whose entries become environment variables of gateways and workers, such as
-    AWS_ACCESS_KEY_ID; empty means that the nodes themselves have access."""
+    """A Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, which become
+    environment variables of gateways and workers; if empty, what the nodes have access to is read.
+    """
 
 
 class ModelCacheConfig(Section):
