@@ -69,7 +69,7 @@ def test_name_is_one_that_kubernetes_takes() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        pytest.param(prefetching("pvc://claim/a"), id="nothing to download"),
+        pytest.param(prefetching("file:///models/a"), id="nothing to download"),
         pytest.param(prefetching("hf://org/a", modelCache={"enabled": True}), id="not wanted"),
         pytest.param(prefetching("hf://org/a", modelCache={"prefetch": True}), id="no cache"),
     ],

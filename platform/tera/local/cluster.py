@@ -39,7 +39,9 @@ _logger = logging.getLogger(__name__)
 LOGICAL_CPUS = 1024
 """The CPUs that Ray may hand out: more than there are, since on one machine replicas share them."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
-REPLICA_PORTS = 100
+REPLICA_PORTS = 500
+"""Each start of a replica takes a port, which Serve gives to no other for an hour: a model that
+crashes at its start is started some 60 times an hour, and must leave the gateway a port."""
 PORTS, HTTP_PORTS, GRPC_PORTS = range(10_000, 20_000), range(20_000, 26_000), range(26_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections, which could otherwise
 take one before we listen on it."""
