@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import sys
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,12 @@ from tera.config.names import ENGINE_DEPLOYMENT, application_name
 from tera.contract.common import ModelCard
 from tera.errors import ConfigError, TeraError
 from tera.gateway import deployment
-from tera.gateway.deployment import GatewayReplica, StatusWatcher, _spare_collections
+from tera.gateway.deployment import (
+    SWITCH_INTERVAL_S,
+    GatewayReplica,
+    StatusWatcher,
+    _spare_collections,
+)
 from tera.gateway.dialects.base import Unblocked
 from tera.gateway.dialects.completions import CompletionQuestion
 from tera.gateway.simulated_text import SimulatedTextModel
@@ -405,3 +411,10 @@ async def test_a_model_whose_engine_does_not_start_fails_alone(serve: FakeServe,
         error = await answers(replica, "org/bad")
         assert error is not None, "refused at once, not after the deadline of a cold start"
         assert error.code == "backend_failure"
+
+
+@pytest.mark.usefixtures("serve", "redis_server")
+async def test_x1_threads_soon_give_way_to_the_event_loop() -> None:
+    sys.setswitchinterval(0.005)  # Python's own
+    async with Replica.running():
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
