@@ -1,5 +1,7 @@
 """What operators read of a model that cannot be served."""
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -46,7 +48,11 @@ def test_h9_a_refused_argument_is_not_repeated() -> None:
 
 
 def test_an_applications_last_line_says_why_it_failed() -> None:
-    assert last_line(["Deploying failed:\nTraceback\n  ValueError: no such model\n", ""]) == (
-        "ValueError: no such model"
-    )
-    assert last_line(["", ""]) == ""
+    def application(of_application: str, of_engine: str) -> SimpleNamespace:
+        engine = SimpleNamespace(message=of_engine)
+        return SimpleNamespace(message=of_application, deployments={"Engine": engine})
+
+    failed = "Deploying failed:\nTraceback\n  ValueError: no such model\n"
+    assert last_line(application(failed, "")) == "ValueError: no such model"
+    assert last_line(application("Deploying failed:", failed)) == "ValueError: no such model"
+    assert last_line(application("", "")) == ""

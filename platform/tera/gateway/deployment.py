@@ -370,6 +370,4 @@ def _failure(application: Any) -> str:
     """Return why Serve could not deploy an application; empty if it could, or is still trying."""
     if application is None or application.status != "DEPLOY_FAILED":
         return ""
-    deployments = application.deployments.values()
-    messages = [application.message, *(deployment.message for deployment in deployments)]
-    return shortened(last_line(messages)) or "Its replicas do not start."
+    return shortened(last_line(application)) or "Its replicas do not start."

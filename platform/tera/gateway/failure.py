@@ -1,8 +1,7 @@
 """Why a model cannot be served, in words for operators."""
 
 import re
-from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 REASON_CHARACTERS: Final = 300
 
@@ -25,11 +24,14 @@ def shortened(text: str) -> str:
     return line if len(line) <= REASON_CHARACTERS else f"{line[: REASON_CHARACTERS - 1]}…"
 
 
-def last_line(messages: Iterable[str]) -> str:
-    """Return the last line of an application's messages, which says why it failed.
+def last_line(application: Any) -> str:
+    """Return the last line of what Serve says of an application, which is why it failed.
 
     Args:
-        messages: Serve's, of the application and then of its deployments; they hold tracebacks.
+        application: its status. The message of the application comes first, then those of its
+            deployments; they hold tracebacks.
     """
+    deployments = application.deployments.values()
+    messages = [application.message, *(deployment.message for deployment in deployments)]
     lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

@@ -177,11 +177,6 @@ def _forget_exit_hook() -> None:
     atexit.unregister(ray.shutdown)
 
 
-def _reason(application: Any) -> str:
-    deployments = application.deployments.values()
-    return last_line([application.message, *(deployment.message for deployment in deployments)])
-
-
 def _serve_environment(scratch: Path, host: str, claims: ExitStack) -> dict[str, str]:
     """Return what Ray and Serve read from the environment (see `docs/architecture.md`)."""
     haproxy = shutil.which("tera-haproxy", path=str(Path(sys.executable).parent))
@@ -282,7 +277,7 @@ def application_statuses() -> dict[str, tuple[str, str]]:
     from ray import serve
 
     applications = serve.status().applications
-    return {name: (app.status, _reason(app)) for name, app in applications.items()}
+    return {name: (app.status, last_line(app)) for name, app in applications.items()}
 
 
 Progress = Callable[[str], None]
