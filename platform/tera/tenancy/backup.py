@@ -24,9 +24,9 @@ from tera.tenancy.usage import (
     STORE,
     UsageRecord,
     encode_record,
-    readable,
     stream_of,
     tenants_with_records,
+    walk,
 )
 
 FORMAT: Final = 1
@@ -110,17 +110,12 @@ async def _lines(redis: Redis, pepper: str) -> AsyncGenerator[_Line]:
 
 async def _records(redis: Redis, tenant: str) -> AsyncGenerator[UsageRecord]:
     """Yield all entries of a tenant's stream, oldest first; the last one of a request is right."""
-    after = b"-"
-    while True:
-        async with reaching(STORE):
-            page: Any = await redis.xrange(stream_of(tenant), min=after, count=PAGE_ENTRIES)
-        for _, entry in page:
-            record = readable(tenant, entry.get(b"r", b""))
-            if record is not None:
-                yield record
-        if len(page) < PAGE_ENTRIES:
-            return
-        after = b"(" + page[-1][0]
+
+    async def read(after: bytes) -> Any:
+        return await redis.xrange(stream_of(tenant), min=after, count=PAGE_ENTRIES)
+
+    async for record in walk(tenant, read, b"-"):
+        yield record
 
 
 def check(lines: Iterable[bytes], pepper: str) -> None:

@@ -12,7 +12,7 @@ be counted as lost while its gateway replica is frozen, and finish normally late
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
@@ -195,19 +195,39 @@ class UsageLedger:
         An entry is written when its request ends, so older entries cannot be in the time range.
         """
         oldest = str(max(0, int((since_s - CLOCK_SKEW_S) * 1000)))
-        until = newest
-        while True:
-            async with reaching(STORE):
-                page: Any = await self._redis.xrevrange(
-                    stream_of(tenant), max=until, min=oldest, count=PAGE_ENTRIES
-                )
-            for _, entry in page:
-                record = readable(tenant, entry.get(b"r", b""))
-                if record is not None:
-                    yield record
-            if len(page) < PAGE_ENTRIES:
-                return
-            until = b"(" + page[-1][0]
+
+        async def read(until: bytes) -> Any:
+            return await self._redis.xrevrange(
+                stream_of(tenant), max=until, min=oldest, count=PAGE_ENTRIES
+            )
+
+        async for record in walk(tenant, read, newest):
+            yield record
+
+
+async def walk(
+    tenant: str, read: Callable[[bytes], Awaitable[Any]], start: bytes
+) -> AsyncGenerator[UsageRecord]:
+    """Yield the readable records of a tenant's stream, page by page.
+
+    Args:
+        tenant: whose stream it is.
+        read: returns up to `PAGE_ENTRIES` entries from a place on, in either direction.
+        start: the first place.
+
+    Raises:
+        InternalError: Redis cannot be reached.
+    """
+    while True:
+        async with reaching(STORE):
+            page = await read(start)
+        for _, entry in page:
+            record = readable(tenant, entry.get(b"r", b""))
+            if record is not None:
+                yield record
+        if len(page) < PAGE_ENTRIES:
+            return
+        start = b"(" + page[-1][0]  # without that entry itself
 
 
 class Sums:
