@@ -247,7 +247,7 @@ class Hub:
 
     def load(self, path: str, args: object, grammars: object) -> SimulatedTextModel:
         if path == "org/gated" and self.gated:
-            raise ConfigError("Access to /root/models/org/gated is restricted.")
+            raise ConfigError("Access to /srv/models/org/gated is restricted.")
         if path == "org/slow":
             self.slow.wait(60)
         return SimulatedTextModel({})

@@ -68,10 +68,9 @@ def check_logprobs(max_tokens: int, choices: int, logprobs: int | None) -> None:
     """Check that the log-probabilities of generated tokens fit; see `most_told_tokens`.
 
     Raises:
-        InvalidValueError: they are.
+        InvalidValueError: they do not.
     """
-    most = most_told_tokens(choices, logprobs)
-    if logprobs is not None and most is not None and max_tokens > most:
+    if logprobs is not None and max_tokens * choices * (logprobs + 1) > MAX_GENERATED_LOGPROBS:
         raise InvalidValueError(
             f"Invalid 'logprobs': max tokens × answers × (likeliest tokens + 1) must be at most "
             f"{MAX_GENERATED_LOGPROBS}, but {max_tokens} × {choices} × {logprobs + 1} is "

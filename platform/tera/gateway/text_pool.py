@@ -15,7 +15,7 @@ from tera.gateway.fair_pool import FairPool
 
 WORKERS = 2
 """Threads. Most of their work needs the GIL, so each additional thread slows down the event loop,
-which may wait 5 ms for a thread to release it."""
+which waits for a thread to release it; see `SWITCH_INTERVAL_S` in `deployment.py`."""
 
 SHORT_BYTES = 8192
 """Requests with bodies of up to this size are parsed and rendered on the event loop. The costliest,
